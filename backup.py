@@ -1,0 +1,1129 @@
+#!/usr/bin/python3
+"""Nightly backup of a mail server's user data: duplicity, encrypted, with mail stopped for as short as can be.
+
+The night: check all that can be checked, take the lock, mend what a run that died has left, migrate the layout of old, decide
+between a full and an incremental backup, stop mail, read the tree, start mail again, believe the new set only when it is proved,
+prune, and tell the after-backup hook. `perform_backup` is that list; all else in here is one of its steps, the status, or the
+command line. A mail server's admin needs nothing but duplicity and the first line of secret_key.txt to restore.
+"""
+
+import argparse
+import base64
+import contextlib
+import errno
+import filecmp
+import glob
+import hashlib
+import json
+import logging
+import os
+import pwd
+import re
+import secrets
+import shlex
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+from dateutil.relativedelta import relativedelta
+
+import utils
+from utils import Downtime, Failure, Finished, Interrupted, printable
+
+VERSION = "1.0"
+SETTINGS_FILE = Path("/etc/mailinabox.conf")
+RUN_DIRECTORY = Path("/run")
+KEEP_DAYS = "3"
+SERVICES = "dovecot postfix"
+FULL_DAYS = 31
+OVERDUE_HOURS = 36
+KEY_CHARACTERS = 43
+VOLUME_MEGABYTES = 250
+TEMPORARY_BYTES = 575_000_000  # duplicity 3.2.1 keeps up to 2.3 volumes in its temporary directory
+RESERVE_BYTES = 1_000_000_000
+SIGNATURE_SECONDS = 60
+CLOCK_SECONDS = 60
+OLDEST_DUPLICITY = (0, 8, 21)
+
+# Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part and .gz only in the archive directory.
+STAMP = r"\d{8}T\d{6}Z"
+SET_FILE = re.compile(rf"duplicity-(full|inc)\.(?:({STAMP})\.to\.)?({STAMP})\.(manifest|vol\d+\.difftar|jsonstat)\.gpg")
+SIGNATURES = re.compile(rf"duplicity-(full|new)-signatures\.(?:({STAMP})\.to\.)?({STAMP})\.sigtar\.gpg")
+ARCHIVE_FILE = re.compile(
+    rf"duplicity-(?:full|inc|full-signatures|new-signatures)\.(?:{STAMP}\.to\.)?({STAMP})\."
+    r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)(?:\.(?:gpg|gz|part))*")
+
+# Duplicity's exit codes, from its log.py (0.8.22 and 3.2.1): what each means and what to do.
+DUPLICITY_EXIT_CODES = {
+    1: "duplicity met an error; see its last lines",
+    2: "duplicity does not take these options; install version 0.8.21 or newer",
+    3: "the backups were made under another host name; run duplicity with --allow-source-mismatch by hand to see more",
+    4: "duplicity was interrupted; run the backup again",
+    17: "duplicity finds no complete chain to add to; run the backup with --full",
+    19: "the path is not in the backup; name one that is",
+    21: "a backup file does not match its checksum; run the backup with --full and check the disk",
+    23: "duplicity was refused what it needs, or another duplicity uses the archive directory; end that one",
+    30: "duplicity met an error of its own; see its last lines, then run the backup with --full",
+    31: "gpg failed; see its last lines and check secret_key.txt and the installation of gpg",
+    34: "duplicity's temporary directory has no room; make room on that disk",
+    35: "duplicity's temporary directory has no room; make room on that disk",
+    36: "too many files are open; raise the limit (ulimit -n)",
+    37: "too many files are open; raise the limit (ulimit -n)",
+    42: "the backups were made from another directory; see duplicity's last lines",
+    44: "duplicity does not accept the volume size; see its last lines",
+    45: "duplicity cannot mix encrypted and plain backups; move what is not encrypted out of the target",
+    50: "duplicity could not write to or read from its target; check the disk and its room",
+    51: "duplicity could not write to its target; check the directory's permissions",
+    52: "duplicity did not find a file in its target; run the backup with --full",
+    53: "the disk is full; make room on it",
+    54: "duplicity's target is not there any more; check the disk",
+    utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
+}
+
+log = logging.getLogger("backup")
+
+
+# What a run knows
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every path that is used, computed once; the comments are the design's."""
+
+    root: Path
+    backup: Path
+    key: Path  # the passphrase is its first line
+    encrypted: Path  # duplicity's target
+    cache: Path  # duplicity's archive directory
+    temporary: Path  # duplicity's temporary directory
+    lock: Path
+    last_run: Path
+    plain: Path  # of the legacy layout
+    legacy: Path  # openssl copies that have no plain original
+    migrated: Path  # the plain files of the legacy layout, until a backup contains them
+    gnupg: Path  # gpg's home for a run
+    stopped: Path  # lists the services that are to come back
+
+
+@dataclass(frozen=True)
+class Night:
+    """What a run knows from the start. settings: those of the file. environment: for the programs it runs. now: when it began."""
+
+    settings: Mapping[str, str]
+    paths: Paths
+    user: pwd.struct_passwd
+    keep_days: int
+    services: tuple[str, ...]
+    environment: Mapping[str, str]
+    now: datetime
+    verbose: bool = False
+
+
+@dataclass
+class Record:
+    """How a run goes, as last-run.json tells it. attention: what an admin must look at although the backup was made."""
+
+    kind: Optional[str] = None
+    source: Optional[str] = None
+    duplicity_version: Optional[str] = None
+    downtime: Downtime = field(default_factory=Downtime)
+    unread: list[str] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        """Say now, and remember, what an admin must look at."""
+        log.warning(message)
+        self.attention.append(message)
+
+
+SetKey = tuple[Optional[str], str]
+
+
+@dataclass(frozen=True)
+class BackupSet:
+    """One full or incremental backup. stamp: its end, previous: that of the set it builds on; files: names in encrypted/; size in bytes."""
+
+    stamp: str
+    previous: Optional[str]
+    complete: bool
+    files: frozenset[str]
+    size: int
+
+    @property
+    def full(self) -> bool:
+        """Whether the set is a full backup."""
+        return self.previous is None
+
+    @property
+    def date(self) -> datetime:
+        """When the set was begun."""
+        return stamp_date(self.stamp)
+
+
+def paths_of(settings: Mapping[str, str]) -> Paths:
+    """Compute all paths from STORAGE_ROOT. Raises Failure (exit code 2) if that is missing from the settings or not absolute."""
+    name = settings.get("STORAGE_ROOT", "")
+    if not name.startswith("/"):
+        raise Failure(f"STORAGE_ROOT is {printable(name) or 'missing'}; give it the absolute path of the user data in the settings", 2)
+    root = Path(os.path.realpath(name))  # duplicity would back up nothing but the link
+    backup = root / "backup"
+    # A short name that is this root's alone: gpg-agent's socket fails under a long path (seen: over about 70 characters).
+    token = hashlib.sha256(os.fsencode(backup)).hexdigest()[:12]
+    return Paths(
+        root, backup, backup / "secret_key.txt", backup / "encrypted", backup / "cache", backup / "tmp", backup / "lock",
+        backup / "last-run.json", backup / "duplicity", backup / "legacy", root / "migrated_unencrypted_backup",
+        RUN_DIRECTORY / f"backup-gnupg-{token}", RUN_DIRECTORY / f"backup-stopped-{token}")
+
+
+def keep_days_of(settings: Mapping[str, str]) -> int:
+    """Return BACKUP_KEEP_DAYS. Raises Failure (exit code 2) if it is not a whole number from 1 to 9999."""
+    days = settings.get("BACKUP_KEEP_DAYS", KEEP_DAYS)
+    if not re.fullmatch(r"[0-9]{1,4}", days) or int(days) < 1:
+        raise Failure(f"BACKUP_KEEP_DAYS is {printable(days) or 'empty'}; give it a number of days from 1 to 9999", 2)
+    return int(days)
+
+
+def night_of(settings: Mapping[str, str], verbose: bool = False, now: Optional[datetime] = None) -> Night:
+    """Check the settings and put together what a run knows.
+
+    settings: as load_environment returns them. verbose: whether to show what duplicity says. now: the time, with its zone; default:
+    the clock's. Raises Failure (exit code 2) if a setting is missing or wrong.
+    """
+    paths = paths_of(settings)
+    try:
+        str(paths.root).encode()
+    except UnicodeEncodeError as error:  # duplicity 0.8.22 would write to a directory of another name, and exit 0
+        raise Failure(f"STORAGE_ROOT {printable(str(paths.root))} is not UTF-8, which duplicity needs; rename that directory", 2) from error
+    if not paths.root.is_dir():
+        raise Failure(f"STORAGE_ROOT {paths.root} is not a directory; correct STORAGE_ROOT in the settings", 2)
+    if not settings.get("STORAGE_USER"):
+        raise Failure("STORAGE_USER is missing; name the user who owns the user data in the settings", 2)
+    try:
+        user = pwd.getpwnam(settings["STORAGE_USER"])
+    except (KeyError, ValueError) as error:
+        raise Failure(f"there is no user {printable(settings['STORAGE_USER'])}; correct STORAGE_USER in the settings", 2) from error
+    services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
+    if wrong := [name for name in services if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name)]:
+        raise Failure(f"{printable(wrong[0])} is not the name of a service; correct BACKUP_SERVICES in the settings", 2)
+    environment = {**os.environ, "PATH": utils.system_path(os.environ.get("PATH", "")), "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
+    now = now or datetime.now(timezone.utc)
+    return Night(settings, paths, user, keep_days_of(settings), services, environment, now, verbose)
+
+
+# The night
+
+
+def perform_backup(night: Night, force_full: bool = False) -> int:
+    """Make the nightly backup: the steps of the night, one line each.
+
+    night: see night_of. force_full: make a full backup even if an incremental would do. Returns the exit code: 0, 3 if something
+    needs attention, 5 if a service could not be started again. Raises Failure if no backup was made, Interrupted if a signal ended
+    the run.
+    """
+    make_backup_directory(night)                                                                        # 1
+    with utils.exclusive_process(night.paths.lock) as lock, last_run_recorded(night) as record:
+        record.duplicity_version = check_surroundings(night)
+        with private_directories(night):
+            check_newest_set(night)                                                                     # 2
+            recover_from_dead_run(night, record)                                                        # 3
+            make_directories(night)
+            migrate_legacy_layout(night.paths)                                                          # 4
+            sets = complete_sets(night.paths)
+            reason = "it was asked for" if force_full else reason_for_full(sets, night.now)             # 5
+            run_hook(night, "before-backup", record)                                                    # 6
+            # 7: here a copy's first pass goes, while mail runs; without a copy duplicity reads the tree itself.
+            with failed_set_thrown_away(night, sets), utils.services_stopped(                                 # 8
+                    night.services, night.paths.stopped, night.environment, lock, record.downtime):
+                # 9: the copy's second pass
+                make_set(night, record, "full" if reason else "incremental")                            # 11
+                # 10: mail is back when this block ends; with a copy step 11 comes after it
+            delete_migrated_backups(night, record)
+            remove_old_sets(night, record, sets)                                                        # 12
+            run_after_set(night, record, clean_up_command(night))                                       # 13
+            grant_group_read(night)                                                                     # 14
+        write_last_run(night, record)                                                                   # 15
+        run_hook(night, "after-backup", record)
+    return exit_code_of(record)
+
+
+# Steps 1 and 2: what can be checked before anything is touched
+
+
+def check_root() -> None:
+    """Raise Failure (exit code 2) unless root runs this."""
+    if os.geteuid() != 0:
+        raise Failure("a backup must be made by root, who alone can read all mail and stop services; run it as root", 2)
+
+
+def make_backup_directory(night: Night) -> None:
+    """Make backup/ if it is missing, and let STORAGE_USER's group through, to the hooks and the encrypted files.
+
+    Raises Failure (exit code 2) if it belongs to somebody else or others can write to it.
+    """
+    check_root()
+    backup, group = night.paths.backup, night.user.pw_gid
+    if not os.path.lexists(backup):
+        utils.make_owned_directory(backup, 0o750, group)
+    status = utils.check_owned_directory(backup)
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_gid != group and not mode & stat.S_IXOTH:
+        os.chown(backup, -1, group)
+        status = backup.lstat()
+    if status.st_gid == group and not mode & stat.S_IXGRP:
+        backup.chmod(mode | stat.S_IXGRP)
+
+
+def check_surroundings(night: Night) -> str:
+    """Check the programs, the directories, the key and the room, without a change to any of them.
+
+    Returns duplicity's version. Raises Failure: exit code 1 if there is no room, 2 for all else that is not as it must be.
+    """
+    paths = night.paths
+    for program in ("duplicity", "gpg", "gpgconf", "setpriv", *(["service"] if night.services else [])):
+        utils.find_program(program, night.environment)
+    for directory in (paths.encrypted, paths.cache, paths.temporary, paths.plain, paths.legacy, paths.migrated):
+        with contextlib.suppress(FileNotFoundError):
+            utils.check_owned_directory(directory)
+    if os.path.lexists(paths.key):
+        read_passphrase(paths.key)
+    elif any(name.startswith("duplicity-") for name in utils.regular_files(paths.encrypted)) or os.path.lexists(paths.plain):
+        raise Failure(f"{paths.key} is missing although there are backups, which only that key opens; put it back from your copy", 2)
+    version = duplicity_version(night)
+    disk = paths.backup if paths.backup.exists() else paths.root  # before the first run, if it is dry
+    needed = TEMPORARY_BYTES + reserve_bytes(disk)
+    free = utils.free_bytes(disk) + sum(utils.tree_size(path) for path in [paths.temporary, *dead_files(paths, complete_sets(paths))])
+    if free < needed:
+        raise Failure(f"{paths.backup} has {human_size(free)} free and a backup needs {human_size(needed)} at least; make room there")
+    return version
+
+
+def read_passphrase(path: Path) -> str:
+    """Return the passphrase, the first line of the key file, stripped.
+
+    Raises Failure (exit code 2) if the file cannot be read, can be read by others, or holds no passphrase worth the name.
+    """
+    try:
+        mode = path.stat().st_mode
+        first_line = path.read_bytes().partition(b"\n")[0].strip().decode()
+    except UnicodeDecodeError as error:
+        raise Failure(f"the first line of {path} is not text; put your copy of the key back", 2) from error
+    except OSError as error:
+        raise Failure(f"cannot read the key {path}: {error.strerror}; put your copy of the key back", 2) from error
+    if mode & 0o077:
+        raise Failure(f"the key {path} is open to others than its owner; run: chmod 600 {shlex.quote(str(path))}", 2)
+    if len(first_line) < KEY_CHARACTERS or not first_line.isprintable():
+        raise Failure(f"the first line of {path} is no passphrase of {KEY_CHARACTERS} characters or more; put your copy of the key back", 2)
+    return first_line
+
+
+def duplicity_version(night: Night) -> str:
+    """Return duplicity's version, such as 0.8.22. Raises Failure (exit code 2) if it does not run or is too old."""
+    answer = utils.shell(["duplicity", "--version"], night.environment)
+    match = re.match(r"duplicity (\S+)", answer.last_lines[-1] if answer.last_lines else "")
+    if answer.exit_code or not match:
+        raise Failure(f"duplicity does not run; install it again: duplicity --version ended with {answer}", 2)
+    numbers = tuple(int(number) for number in re.findall(r"\d+", match[1])[:3])
+    if numbers < OLDEST_DUPLICITY:
+        raise Failure(f"duplicity {match[1]} is too old; install {'.'.join(map(str, OLDEST_DUPLICITY))} or newer", 2)
+    return match[1]
+
+
+def reserve_bytes(path: Path) -> int:
+    """Return the room that a backup leaves to mail: 5 % of the file system of path or 1 GB, whichever is less."""
+    return min(utils.total_bytes(path) // 20, RESERVE_BYTES)
+
+
+def check_newest_set(night: Night) -> None:
+    """Check that the key opens the newest set's manifest, and that the set is not dated in the future.
+
+    duplicity 0.8.22 would add a set under another key, or an orphan before a set of the future, and exit 0. Raises Failure.
+    """
+    sets = complete_sets(night.paths)
+    if not sets:
+        return
+    way_out = f"move {night.paths.encrypted} and {night.paths.cache} aside to start anew"
+    ahead = sets[-1].date - night.now
+    if ahead > timedelta(seconds=CLOCK_SECONDS):
+        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the clock is wrong, or was; "
+                      f"mend the clock, or {way_out}")
+    manifest = next(night.paths.encrypted / name for name in sets[-1].files if ".manifest." in name)
+    passphrase = read_passphrase(night.paths.key)
+    answer = utils.shell(gpg_command(manifest), gpg_environment(night), secret=passphrase, standard_input=passphrase)
+    if answer.exit_code and any("BAD_PASSPHRASE" in line for line in answer.last_lines):
+        raise Failure(f"the backups in {night.paths.encrypted} were made with another key than that in {night.paths.key}; "
+                      f"put the old key back, or {way_out}")
+    if answer.exit_code:
+        raise Failure(f"the newest backup's {manifest} is damaged; {way_out}, and check the disk: gpg ended with {answer}")
+
+
+def gpg_command(path: Path) -> list[str]:
+    """Return the command that checks whether the passphrase on its standard input opens a file."""
+    return ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback", "--passphrase-fd", "0", "--status-fd", "1",
+            "--output", "/dev/null", "--yes", "--decrypt", str(path)]
+
+
+def gpg_environment(night: Night) -> dict[str, str]:
+    """Return the environment for gpg: its home is this run's own, so that its agent can be ended with the run."""
+    return {**night.environment, "GNUPGHOME": str(night.paths.gnupg)}
+
+
+@contextlib.contextmanager
+def private_directories(night: Night) -> Iterator[None]:
+    """Keep gpg's home for a run while the block runs, and leave neither it nor its agent nor temporary files behind."""
+    remove_gpg_home(night)
+    night.paths.gnupg.mkdir(mode=0o700)
+    try:
+        yield
+    finally:
+        remove_gpg_home(night)
+        shutil.rmtree(night.paths.temporary, ignore_errors=True)  # what is left goes at the start of the next run
+
+
+def remove_gpg_home(night: Night) -> None:
+    """End the agent of gpg's home, if there is one, and remove the home."""
+    if night.paths.gnupg.exists():
+        answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night))
+        if answer.exit_code:
+            log.info("gpgconf --kill all ended with %s", answer)  # an agent whose home is gone ends by itself
+        shutil.rmtree(night.paths.gnupg)
+
+
+# Step 3: what a run that died has left
+
+
+def recover_from_dead_run(night: Night, record: Record) -> None:
+    """Start the services that a dead run's keeper had stopped, and delete what the run had not finished.
+
+    A set that was killed is never resumed: duplicity would believe parts of it that the tree does not bear out any more.
+    """
+    if night.paths.stopped.exists():
+        names = night.paths.stopped.read_text().split()
+        log.warning("starting %s, left stopped by a run that died", " and ".join(names))
+        record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment).not_started
+    delete_dead_files(night.paths, complete_sets(night.paths))
+
+
+def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
+    """Delete temporary files and all of a set that does not count, in encrypted/ and cache/. sets: those that count."""
+    dead = dead_files(paths, sets)
+    if dead:
+        log.info("deleting %d files of a backup that was not finished", len(dead))
+    for path in [*dead, paths.temporary]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def dead_files(paths: Paths, sets: Sequence[BackupSet]) -> list[Path]:
+    """Return what belongs to a set that does not count: all that is dated after the newest that does, and duplicity's leavings.
+
+    sets: those that count, oldest first.
+    """
+    newest = sets[-1].stamp if sets else ""
+    alive = {name.split(".sigtar")[0] for backup_set in sets for name in backup_set.files if ".sigtar" in name}
+    found = [paths.encrypted / name for name in utils.regular_files(paths.encrypted)
+             if SET_FILE.fullmatch(name) or SIGNATURES.fullmatch(name)]
+    for directory, directories, names in os.walk(paths.cache):
+        found += [Path(directory, name) for name in names]
+        found += [Path(directory, name) for name in directories if name.endswith("-tempdir")]
+    return [path for path in found if path.name.endswith(("-tempdir", ".part")) or (
+        (match := ARCHIVE_FILE.fullmatch(path.name)) and match[1] > newest and path.name.split(".sigtar")[0] not in alive)]
+
+
+@contextlib.contextmanager
+def failed_set_thrown_away(night: Night, sets: Sequence[BackupSet]) -> Iterator[None]:
+    """Delete at once the set that the block was making when it failed, even whole, so that a full disk does not stay full.
+
+    sets: the complete ones from before it.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            delete_dead_files(night.paths, sets)
+        except OSError as error:
+            log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
+        raise
+
+
+def make_directories(night: Night) -> None:
+    """Make the directories of a run, each with its mode and group."""
+    utils.make_owned_directory(night.paths.encrypted, 0o750, night.user.pw_gid)
+    utils.make_owned_directory(night.paths.cache, 0o700, 0)
+    utils.make_owned_directory(night.paths.temporary, 0o700, 0)
+    if not night.paths.key.exists():
+        utils.write_atomically(night.paths.key, base64.b64encode(secrets.token_bytes(48)).decode() + "\n")
+        log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no backup can be opened", night.paths.key)
+
+
+# Step 4: the layout of old
+
+
+def migrate_legacy_layout(paths: Paths) -> None:
+    """Move plain backups to where the next backup contains them, and remove their openssl copies.
+
+    Each change leaves a state from which the next run goes on. Raises Failure if there is no room to move them to another disk.
+    """
+    if os.path.lexists(paths.plain):
+        paths.plain.chmod(0o700)  # it is plain mail
+        try:
+            os.rename(paths.plain, paths.migrated)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if error.errno == errno.EXDEV and (
+                    utils.tree_size(paths.plain) + reserve_bytes(paths.root) > utils.free_bytes(paths.root)):
+                raise Failure(f"{paths.root} has no room for the old backups in {paths.plain}; make room there") from error
+            move_directory(paths.plain, paths.migrated)
+        utils.sync_directory(paths.root)
+        utils.sync_directory(paths.backup)
+    orphans = [name for name in sorted(utils.regular_files(paths.encrypted)) if name.endswith(".enc")
+               and not delete_copy(paths.encrypted / name, paths.migrated / name.removesuffix(".enc"))]
+    if orphans:
+        utils.make_owned_directory(paths.legacy, 0o700, 0)
+        for name in orphans:
+            os.rename(paths.encrypted / name, free_name(paths.legacy / name))
+        log.warning("%d old copies had no plain original of their size: they are in %s now; see there whether you need them",
+                    len(orphans), paths.legacy)
+
+
+def move_directory(source: Path, target: Path) -> None:
+    """Move all that is in a directory into another, which may be on another file system and may hold some of it already.
+
+    A file is gone from source only when it is in target on the disk; two different ones of one name are both kept.
+    """
+    target.mkdir(mode=0o700, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        goal = target / path.name
+        if path.is_dir() and not path.is_symlink():
+            move_directory(path, goal if goal.is_dir() and not goal.is_symlink() else free_name(goal))
+            continue
+        if os.path.lexists(goal):
+            if goal.is_file() and path.is_file() and filecmp.cmp(path, goal, shallow=False):
+                path.unlink()
+                continue
+            goal = free_name(goal)
+        utils.move_file(path, goal)
+    source.rmdir()
+
+
+def free_name(path: Path) -> Path:
+    """Return path, or the first of path.1, path.2 and so on at which nothing stands."""
+    number, free = 0, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+def delete_copy(copy: Path, original: Path) -> bool:
+    """Delete an openssl copy if its plain original is there, of the size that the copy implies. Returns whether it did.
+
+    `openssl enc -aes-256-cbc -a -salt` writes 16 bytes of salt and whole blocks of 16, in base64 with 64 characters a line.
+    """
+    try:
+        status = original.lstat()
+    except FileNotFoundError:
+        return False
+    characters = -(-(16 + 16 * (status.st_size // 16 + 1)) // 3) * 4
+    if not stat.S_ISREG(status.st_mode) or copy.lstat().st_size != characters + -(-characters // 64):
+        return False
+    copy.unlink()
+    return True
+
+
+# Step 5: full or incremental
+
+
+def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
+    """Read from the names in encrypted/ what sets there are, oldest first, complete or not; nothing is opened.
+
+    A signature file that is dated up to 60 seconds off a complete set without one belongs to that set: some versions date them so.
+    Returns the sets, and the bytes of the files that belong to none.
+    """
+    sizes = utils.regular_files(encrypted)
+    members: dict[SetKey, set[str]] = {}
+    signatures: dict[str, SetKey] = {}
+    for name in sizes:
+        if key := key_of(SIGNATURES.fullmatch(name)):
+            signatures[name] = key
+        elif key := key_of(SET_FILE.fullmatch(name)):
+            members.setdefault(key, set()).add(name)
+    complete = {key for key, names in members.items() if any(".manifest." in name for name in names)}
+    signed = complete & set(signatures.values())
+    for name, key in signatures.items():
+        near = [other for other in complete - signed if (key[0] is None) == (other[0] is None)
+                and abs(stamp_date(other[1]) - stamp_date(key[1])) <= timedelta(seconds=SIGNATURE_SECONDS)]
+        if key not in complete and near:
+            key = min(near, key=lambda other: abs(stamp_date(other[1]) - stamp_date(signatures[name][1])))
+            signed.add(key)
+        if key in complete:
+            members[key].add(name)
+    sets = [BackupSet(stamp, previous, (previous, stamp) in complete, frozenset(names), sum(sizes[name] for name in names))
+            for (previous, stamp), names in members.items()]
+    sets.sort(key=lambda backup_set: (backup_set.stamp, backup_set.previous or ""))
+    return sets, sum(sizes.values()) - sum(backup_set.size for backup_set in sets if backup_set.complete)
+
+
+def key_of(match: Optional[re.Match[str]]) -> Optional[SetKey]:
+    """Return what tells a set from others, of a matched file name: the stamps of the set it builds on, if any, and its own."""
+    if not match or (match[1] == "full") != (match[2] is None):
+        return None
+    with contextlib.suppress(ValueError):  # a stray name may hold a month 13
+        stamp_date(match[2] or match[3])
+        stamp_date(match[3])
+        return match[2], match[3]
+    return None
+
+
+def complete_sets(paths: Paths) -> list[BackupSet]:
+    """Return the sets whose manifest, which duplicity writes last, is in encrypted/, oldest first."""
+    return [backup_set for backup_set in read_sets(paths.encrypted)[0] if backup_set.complete]
+
+
+def stamp_date(stamp: str) -> datetime:
+    """Return the time that a stamp in a file name such as 20261122T030000Z stands for."""
+    return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+
+
+def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
+    """Group complete sets, oldest first, into chains: a full and the increments that lead back to it. Orphans are in none."""
+    chains: list[list[BackupSet]] = []
+    for backup_set in sets:
+        if backup_set.full:
+            chains.append([backup_set])
+        else:
+            for chain in chains:
+                if chain[-1].stamp == backup_set.previous:
+                    chain.append(backup_set)
+                    break
+    return chains
+
+
+def reason_for_full(sets: Sequence[BackupSet], now: datetime) -> Optional[str]:
+    """Return why the next backup must be a full one, None if an incremental will do. sets: the complete ones, oldest first."""
+    if not sets:
+        return "there is no complete backup yet"
+    chain = next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), None)
+    if chain is None:
+        return "the newest set does not lead back to a full backup"
+    if sum(backup_set.size for backup_set in chain[1:]) * 2 > chain[0].size:
+        return "the increments add up to more than half of the full backup"
+    if now - chain[0].date > timedelta(days=FULL_DAYS):
+        return f"the full backup is over {FULL_DAYS} days old"
+    return None
+
+
+def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
+    """Tell whether the next backup of the STORAGE_ROOT in env must be a full one. now: default the clock's time."""
+    return reason_for_full(complete_sets(paths_of(env)), now or datetime.now(timezone.utc)) is not None
+
+
+# Steps 6 and 15: hooks
+
+
+def run_hook(night: Night, name: str, record: Record) -> None:
+    """Run an executable file of backup/ as STORAGE_USER, if it is there; what goes wrong with it needs attention, no more.
+
+    It gets the settings of the file, and PATH, HOME and USER. Without a `#!` line /bin/sh runs it, as su did in the 2015 script.
+    """
+    hook = night.paths.backup / name
+    if not os.path.lexists(hook):
+        return
+    log.info("running %s", hook)
+    try:
+        if not hook.stat().st_mode & 0o111:
+            record.warn(f"the hook {hook} is not executable and was not run; run: chmod +x {shlex.quote(str(hook))}")
+            return
+        with hook.open("rb") as stream:
+            command = [str(hook)] if stream.read(4).startswith((b"#!", b"\x7fELF")) else ["/bin/sh", str(hook)]
+    except OSError as error:
+        record.warn(f"the hook could not be run: {failure_of(error)}")
+        return
+    environment = {**night.settings, "PATH": night.environment["PATH"], "HOME": night.user.pw_dir, "USER": night.user.pw_name}
+    answer = utils.shell(command, environment, user=night.user, umask=0o022, on_line=show_line(night))
+    if answer.exit_code:
+        record.warn(f"the hook {hook} failed; mend it: it ended with {answer}")
+
+
+# Steps 11 to 14: duplicity
+
+
+def duplicity_command(night: Night, action: str, *arguments: str) -> list[str]:
+    """Return a duplicity command in the order that all versions take: action, options, then the rest, the target last.
+
+    The kernel kills it when this process dies, so that no orphan goes on writing.
+    """
+    return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--archive-dir", str(night.paths.cache), *arguments,
+            night.paths.encrypted.as_uri()]
+
+
+def set_command(night: Night, action: str) -> list[str]:
+    """Return the command that makes a set. action: full or incremental."""
+    return duplicity_command(
+        night, action, "--exclude", glob.escape(str(night.paths.backup)), "--volsize", str(VOLUME_MEGABYTES),
+        "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG", str(night.paths.root))
+
+
+def remove_old_command(night: Night) -> list[str]:
+    """Return the command that deletes the chains whose newest set is older than BACKUP_KEEP_DAYS."""
+    return duplicity_command(night, "remove-older-than", "--force", "--verbosity", "error", f"{night.keep_days}D")
+
+
+def clean_up_command(night: Night) -> list[str]:
+    """Return the command that deletes files of no complete set."""
+    return duplicity_command(night, "cleanup", "--force", "--verbosity", "error")
+
+
+def run_duplicity(night: Night, command: Sequence[str], log_lines: Optional[list[str]] = None) -> Finished:
+    """Run a duplicity command with the passphrase, which nothing but duplicity and its gpg ever has, in its environment.
+
+    log_lines: takes the lines of the machine log of a command that has one. Returns how it ended. Raises Failure, and ends it,
+    when the room that is left to mail is about to go.
+    """
+    passphrase = read_passphrase(night.paths.key)
+    environment = {**gpg_environment(night), "PASSPHRASE": passphrase, "TMPDIR": str(night.paths.temporary)}
+    reserve = reserve_bytes(night.paths.backup)
+
+    def watch_room() -> None:
+        if utils.free_bytes(night.paths.backup) < reserve:
+            raise Failure(f"duplicity was ended before it took the last room of {night.paths.backup}; make room there")
+
+    log.info("running %s", shlex.join(command))
+    return utils.shell(command, environment, secret=passphrase, umask=0o077, watch=watch_room, on_line=show_line(night),
+                       on_log=None if log_lines is None else log_lines.append)
+
+
+def explain(action: str, answer: Finished) -> str:
+    """Return the sentence on how duplicity failed, and its last lines."""
+    meaning = DUPLICITY_EXIT_CODES.get(answer.exit_code, "see its last lines")
+    return f"duplicity {action} failed: {meaning}; it ended with {answer}"
+
+
+def make_set(night: Night, record: Record, action: str) -> None:
+    """Have duplicity make a set, and believe it only if duplicity says so, its manifest is there and no entry is missing.
+
+    duplicity 0.8.22 exits 0 for a tree that vanishes while it reads. action: full or incremental. Raises Failure.
+    """
+    record.kind, record.source = action, "direct"
+    before = complete_sets(night.paths)
+    entries = utils.count_entries(night.paths.root, night.paths.backup)
+    log_lines: list[str] = []
+    answer = run_duplicity(night, set_command(night, action), log_lines)
+    if answer.exit_code:
+        raise Failure(explain(action, answer))
+    after = complete_sets(night.paths)
+    if len(after) != len(before) + 1 or after[-1].full != (action == "full"):
+        raise Failure(f"duplicity ended well but no new {action} set is in {night.paths.encrypted}; run the backup with --full")
+    reported, warnings = read_machine_log(log_lines)
+    if warnings:
+        more = f" and {len(warnings) - 20} more" if len(warnings) > 20 else ""
+        record.warn(f"duplicity could not read all of {night.paths.root}; check the disk: {'; '.join(warnings[:20])}{more}")
+        record.unread = warnings
+    elif reported != entries:
+        raise Failure(f"duplicity read {reported} of the {entries} files and directories of {night.paths.root}, and did not say why; "
+                      "see that nothing but mail writes there, and run the backup again")
+
+
+def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
+    """Read duplicity's machine log: records of `LEVEL code`, then lines that begin with a full stop.
+
+    A file that could not be read is a WARNING with the general code 1, or 9 if its status could not be had, and exit code 0; the
+    statistics count it as an error or not (all seen: 0.8.22, 3.2.1). Returns the number of source entries, and the warnings.
+    """
+    entries: Optional[int] = None
+    warnings: list[str] = []
+    level = ""
+    for line in lines:
+        text = line.removeprefix(".").strip()
+        if line and not line.startswith("."):
+            level = line.split()[0]
+        elif match := re.fullmatch(r"SourceFiles (\d+)", text):
+            entries = int(match[1])
+        elif level == "WARNING" and text and text not in warnings[-1:]:
+            warnings.append(text)
+    return entries, warnings
+
+
+def delete_migrated_backups(night: Night, record: Record) -> None:
+    """Delete the plain backups of the legacy layout, now that a backup contains every file of theirs."""
+    migrated = night.paths.migrated
+    if not migrated.exists():
+        return
+    if any(migrated.name in warning or str(night.paths.root) == warning.split()[-1] for warning in record.unread):
+        record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
+        return
+    os.sync()
+    shutil.rmtree(migrated)
+
+
+def run_after_set(night: Night, record: Record, command: Sequence[str]) -> None:
+    """Run a duplicity command after a set was made: its failure needs attention, no more."""
+    answer = run_duplicity(night, command)
+    if answer.exit_code:
+        record.warn(explain(command[4], answer))
+
+
+def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet]) -> None:
+    """Delete the chains that are old enough, unless the clock may have jumped ahead: it would delete all of them.
+
+    sets: the complete ones from before this run.
+    """
+    if sets and night.now - sets[-1].date > timedelta(days=FULL_DAYS):
+        record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days old: check the clock; "
+                    "if it is right the next run will delete them")
+        return
+    run_after_set(night, record, remove_old_command(night))
+
+
+def grant_group_read(night: Night) -> None:
+    """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
+    for name in utils.regular_files(night.paths.encrypted):
+        path = night.paths.encrypted / name
+        status = path.lstat()
+        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
+            os.chown(path, 0, night.user.pw_gid)
+            path.chmod(0o640)
+
+
+def show_line(night: Night) -> utils.TakeLine:
+    """Return what is to be done with a line that a program prints: with --verbose it is shown."""
+    return log.info if night.verbose else log.debug
+
+
+# Step 15: how the run went
+
+
+@contextlib.contextmanager
+def last_run_recorded(night: Night) -> Iterator[Record]:
+    """Write last-run.json when the block ends, however it ends, unless nothing was touched.
+
+    A service that could not be started again is told of, and outranks every other exit code.
+    """
+    record = Record()
+    try:
+        yield record
+    except (Failure, OSError, Interrupted) as error:
+        failure = failure_of(error) if isinstance(error, OSError) else error
+        if failure.exit_code == 2 and record.duplicity_version is None:  # step 1 was not over
+            raise failure from error
+        tell_of_services(record)
+        code = 5 if record.downtime.not_started else 1 if failure.exit_code == 2 else failure.exit_code
+        try:
+            write_last_run(night, record, code, str(failure))
+        except OSError as second:
+            log.error(failure_of(second))
+        failure.exit_code = code
+        raise failure from error
+    tell_of_services(record)
+    write_last_run(night, record)
+
+
+def tell_of_services(record: Record) -> None:
+    """Say which services could not be started again, and why."""
+    for name, answer in record.downtime.not_started.items():
+        log.error("%s could not be started again; run: service %s start; it ended with %s", name, name, answer)
+
+
+def exit_code_of(record: Record) -> int:
+    """Return the exit code of a run that made a backup."""
+    return 5 if record.downtime.not_started else 3 if record.attention else 0
+
+
+def write_last_run(night: Night, record: Record, exit_code: Optional[int] = None, message: str = "") -> None:
+    """Write last-run.json. exit_code, message: of a run that failed; of one that made a backup the record tells them.
+
+    Raises OSError if that fails.
+    """
+    messages = [f"{name} could not be started again" for name in record.downtime.not_started] + record.attention + [message]
+    content = {
+        "start": night.now.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kind": record.kind,
+        "source": record.source,
+        "downtime_seconds": round(record.downtime.seconds, 3),
+        "exit_code": exit_code_of(record) if exit_code is None else exit_code,
+        "message": "; ".join(text.splitlines()[0] for text in messages if text),
+        "duplicity_version": record.duplicity_version,
+    }
+    utils.write_atomically(night.paths.last_run, json.dumps(content, indent=1) + "\n", 0o640, night.user.pw_gid)
+
+
+def read_last_run(path: Path) -> Optional[dict[str, Any]]:
+    """Return what last-run.json holds, None if there was no run yet; if it cannot be read, a failed run that says so."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {"exit_code": 1, "message": f"{path} does not hold a run; remove it"}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return {"exit_code": 1, "message": f"cannot read {path}: {error}; remove it"}
+
+
+# Status
+
+
+def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dict[str, Any]:
+    """Tell what backups there are, how big they are, when each will be deleted and how the last run went; made for JSON.
+
+    env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's. Only directory entries are read. Returns:
+    directory, encpwfile, tz; backups, newest first, each with date (such as 20261122T030000Z), date_str (local ISO time),
+    date_delta (its age), full, previous (the date it builds on), size in bytes, and deleted_in where it can be told;
+    unmatched_file_size in bytes, of files that belong to no complete set; last_run, as in last-run.json. Raises Failure, OSError.
+    """
+    paths = paths_of(env)
+    now = (now or datetime.now(timezone.utc)).astimezone()
+    sets, unmatched = read_sets(paths.encrypted)
+    sets = [backup_set for backup_set in sets if backup_set.complete]
+    deleted_in = tell_deletions(sets, timedelta(days=keep_days_of(env)), now)
+    return {
+        "directory": str(paths.encrypted), "encpwfile": str(paths.key), "tz": now.tzname(),
+        "backups": [{
+            "date": backup_set.stamp, "date_str": backup_set.date.astimezone(now.tzinfo).isoformat(),
+            "date_delta": span(backup_set.date, now), "full": backup_set.full, "previous": backup_set.previous,
+            "size": backup_set.size, **({"deleted_in": deleted_in[backup_set]} if backup_set in deleted_in else {}),
+        } for backup_set in reversed(sets)],
+        "unmatched_file_size": unmatched, "last_run": read_last_run(paths.last_run)}
+
+
+def span(begin: datetime, end: datetime) -> str:
+    """Return the time between two in its two largest units, such as "3 hours, 5 minutes"; of one that is over, "0 minutes"."""
+    delta = relativedelta(max(begin, end), begin)
+    units = [(abs(getattr(delta, unit)), unit) for unit in ("years", "months", "days", "hours", "minutes")]
+    first = next((place for place, (number, _) in enumerate(units) if number), len(units) - 1)
+    return ", ".join(f"{number} {unit if number != 1 else unit[:-1]}" for number, unit in units[first:first + 2])
+
+
+def tell_deletions(sets: Sequence[BackupSet], keep: timedelta, now: datetime) -> dict[BackupSet, str]:
+    """Tell when each set will be deleted. sets: the complete ones, oldest first. keep: how old the newest of a chain must be.
+
+    Exact for the chains before the last full and for orphans, which duplicity's cleanup deletes; for the current chain an estimate
+    of when the next full starts a new one, and its age from then on. Returns texts such as "2 days, 3 hours".
+    """
+    chains = chains_of(sets)
+    chained = {backup_set for chain in chains for backup_set in chain}
+    told = {backup_set: "on next daily backup" for backup_set in sets if backup_set not in chained}
+    for chain in chains[:-1]:
+        end = chain[-1].date + keep
+        told.update(dict.fromkeys(chain, "on next daily backup" if end <= now else span(now, end)))
+    for full, *increments in chains[-1:]:
+        next_full = full.date + timedelta(days=FULL_DAYS)
+        if grown := sum(increment.size for increment in increments):
+            next_full = min(next_full, full.date + timedelta(days=full.size / 2 / (grown / len(increments))))
+        days = max(0, -((now - next_full - keep) // timedelta(days=1)))
+        told.update(dict.fromkeys((full, *increments), f"approx. {days} day{'' if days == 1 else 's'}"))
+    return told
+
+
+def human_size(size_bytes: int) -> str:
+    """Return a size such as 1.2 GB, in decimal units."""
+    size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "bytes" or size >= 99.95 else f"{size:.1f} {units[0]}"
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """Return backup_status's answer as a table for people, with no line break at its end."""
+    lines = [f"Backups:  {printable(status['directory'])}", f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)"]
+    if last := status["last_run"]:
+        seconds = last.get("downtime_seconds")
+        told = [f"exit code {last.get('exit_code')}", last.get("kind"), last.get("source") and f"read by way of {last['source']}",
+                seconds is not None and f"mail down {seconds} seconds", last.get("message")]
+        lines.append(printable(f"Last run: {last.get('end', 'unknown')}: {', '.join(str(part) for part in told if part)}"))
+    lines.append("")
+    if not status["backups"]:
+        return "\n".join([*lines, "No backups have been made yet."])
+    row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
+    lines.append(row.format("When", "Age", "Type", "Size", "Deleted in"))
+    for backup in status["backups"]:
+        kind = "full" if backup["full"] else "increment"
+        lines.append(row.format(
+            backup["date_str"], backup["date_delta"], kind, human_size(backup["size"]), backup.get("deleted_in", "unknown")))
+    lines += ["", f"Total: {human_size(sum(backup['size'] for backup in status['backups']) + status['unmatched_file_size'])}"]
+    if status["unmatched_file_size"]:
+        lines[-1] += f", of which {human_size(status['unmatched_file_size'])} in files of no complete backup"
+    return "\n".join(lines)
+
+
+def show_status(env: Mapping[str, str], as_json: bool) -> int:
+    """Print the status. Returns the exit code: 3 if there is no backup of the last 36 hours, or if the last run failed."""
+    now = datetime.now(timezone.utc)
+    status = backup_status(env, now)
+    print(json.dumps(status, indent=1) if as_json else status_text(status))
+    backups, last = status["backups"], status["last_run"]
+    overdue = not backups or now - stamp_date(backups[0]["date"]) > timedelta(hours=OVERDUE_HOURS)
+    failed = last is not None and last.get("exit_code") not in (0, 3)
+    if overdue:
+        log.warning("there is no complete backup of the last %d hours", OVERDUE_HOURS)
+    if failed:
+        log.warning("the last run failed: %s", last.get("message"))
+    return 3 if overdue or failed else 0
+
+
+# Dry run
+
+
+def show_plan(night: Night, force_full: bool) -> None:
+    """Print the steps of a backup made now, and the commands it would run; nothing is touched. Raises Failure as a backup would."""
+    check_root()
+    paths = night.paths
+    with contextlib.suppress(FileNotFoundError):
+        utils.check_owned_directory(paths.backup)
+    check_surroundings(night)
+    sets = complete_sets(paths)
+    reason = "it was asked for" if force_full else reason_for_full(sets, night.now)
+    stop = utils.running_services(night.services, night.environment)
+    hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
+    manifests = [paths.encrypted / name for name in sorted(sets[-1].files) if ".manifest." in name] if sets else []
+    plan: list[tuple[str, Sequence[object]]] = [
+        ("check settings, directories, programs, key and room; take the lock", [paths.lock]),
+        ("check that the key opens the newest backup", [shlex.join(gpg_command(path)) for path in manifests]),
+        ("delete what a run that died has left", dead_files(paths, sets)),
+        ("move the layout of old to where the next backup contains it", [paths.plain] if paths.plain.exists() else []),
+        (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
+        ("run the before-backup hook", hooks["before-backup"]),
+        ("stop mail", [f"service {name} stop" for name in reversed(stop)]),
+        ("have duplicity read the tree", [shlex.join(set_command(night, "full" if reason else "incremental"))]),
+        ("start mail", [f"service {name} start" for name in stop]),
+        ("delete old backups", [shlex.join(remove_old_command(night))]),
+        ("clean up", [shlex.join(clean_up_command(night))]),
+        (f"let the group of {night.user.pw_name} read the encrypted files", [paths.encrypted]),
+        ("run the after-backup hook", hooks["after-backup"]),
+    ]
+    for number, (step, details) in enumerate(plan, 1):
+        print(f"{number}. {step}", *(f"      {printable(str(detail))}" for detail in details), sep="\n")
+
+
+# Command line
+
+EPILOG = """\
+examples:
+  backup.py                       back up now, as the settings say
+  backup.py --full                the same, but a full backup
+  backup.py --dry-run             show what would be done
+  backup.py --status              what there is and when it will be deleted
+  backup.py --status --json       the same for programs
+  backup.py --storage-root /srv/mail   without a settings file
+
+exit codes:
+  0      done
+  1      failed: no new backup was made, or what was asked could not be done
+  2      wrong usage or settings; nothing was touched
+  3      the backup was made but something needs attention; for --status: there
+         is no complete backup, or the newest is over 36 hours old, or the last
+         run failed
+  4      another run holds the lock; nothing was touched
+  5      a mail service could not be started again (comes before any other)
+  128+n  ended by signal n, services started again
+
+files:
+  /etc/mailinabox.conf                     settings: STORAGE_ROOT, STORAGE_USER
+  STORAGE_ROOT/backup/secret_key.txt       the key; keep a copy elsewhere
+  STORAGE_ROOT/backup/encrypted/           the backups
+  STORAGE_ROOT/backup/before-backup, after-backup   hooks, run as STORAGE_USER
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are failures like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error as a Failure (exit code 2)."""
+        raise Failure(f"{message}; see backup.py --help", 2)
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line. Raises Failure (exit code 2) if they are wrong or do not go together."""
+    parser = Parser(
+        prog="backup.py", description="Back up a mail server's user data with duplicity, encrypted.", epilog=EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="make a full backup")
+    parser.add_argument("--dry-run", action="store_true", help="show the steps and commands, touch nothing")
+    parser.add_argument("--status", action="store_true", help="show what backups there are")
+    parser.add_argument("--json", action="store_true", help="with --status: for programs")
+    parser.add_argument("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
+    parser.add_argument("--storage-root", metavar="DIR", help="back up DIR, without a settings file; its owner is STORAGE_USER")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the steps and what duplicity says")
+    parser.add_argument("--version", action="version", version=f"backup.py {VERSION}")
+    options = parser.parse_args(arguments)
+    if options.json and not options.status:
+        parser.error("--json goes with --status")
+    if options.status and (options.full or options.dry_run):
+        parser.error("--status goes with neither --full nor --dry-run")
+    return options
+
+
+def read_settings(options: argparse.Namespace) -> dict[str, str]:
+    """Return the settings of the file, or of --storage-root alone. Raises Failure (exit code 2) if they cannot be had."""
+    if options.storage_root is None:
+        return utils.load_environment(options.config or SETTINGS_FILE)
+    settings = utils.load_environment(options.config) if options.config else {}
+    root = os.path.abspath(options.storage_root)
+    try:
+        owner = pwd.getpwuid(os.stat(root).st_uid).pw_name
+    except OSError as error:
+        raise Failure(f"cannot read {printable(root)}: {error.strerror}; name another directory with --storage-root", 2) from error
+    except KeyError as error:
+        raise Failure(f"the owner of {printable(root)} is no user of this system; run: chown root {shlex.quote(root)}", 2) from error
+    return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
+
+
+class _Prefixed(logging.Formatter):
+    """Begins every line with the program's name, and escapes what a terminal could mistake."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"backup: {printable(line)}" for line in super().format(record).split("\n"))
+
+
+def failure_of(error: OSError) -> Failure:
+    """Return what the operating system refused as a sentence."""
+    what = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
+    return Failure(f"{what}{error.strerror or error}; see to that and run this again")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what the command line asks for. Returns the exit code. Raises Failure, Interrupted or OSError."""
+    options = parse_arguments(arguments)
+    if options.verbose or sys.stderr.isatty():
+        log.setLevel(logging.INFO)
+    settings = read_settings(options)
+    if options.status:
+        return show_status(settings, options.json)
+    night = night_of(settings, options.verbose)
+    if options.dry_run:
+        show_plan(night, options.full)
+        return 0
+    return perform_backup(night, options.full)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line, say what went wrong in one sentence, and return the exit code. arguments: without the program's name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Prefixed())
+    log.addHandler(handler)
+    logging.raiseExceptions = False  # a standard error that is gone does not end a backup
+    utils.end_on_signals()
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: nothing is left to say
+        return 1
+    except OSError as error:
+        log.error(failure_of(error))
+        return 1
+    except (Failure, Interrupted) as error:
+        log.error(error)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""What the tests share: a throwaway mail store, `service` as a stand-in that records its calls, and real duplicity and gpg."""
+
+import os
+import pwd
+import shlex
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional, Union
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import utils  # noqa: E402
+
+PYTHON = "/usr/bin/python3"
+SCRIPT = PROJECT / "backup.py"
+USER = "nobody"
+
+# Keeps its state in files beside itself. `NAME.fails-ACTION` makes that action fail (its first line says how often), `NAME.hangs-ACTION`
+# makes it hang for ever, `NAME.sleeps-ACTION` holds the seconds it takes.
+SERVICE = """#!/bin/sh
+cd "${0%/*}" || exit 9
+echo "$1 $2" >> calls
+if [ -e "$1.hangs-$2" ]; then sleep 1000; fi
+if [ -e "$1.sleeps-$2" ]; then sleep "$(cat "$1.sleeps-$2")"; fi
+if [ -e "$1.fails-$2" ]; then
+    times=$(cat "$1.fails-$2")
+    if [ "$times" -gt 0 ]; then
+        echo $((times - 1)) > "$1.fails-$2"
+        echo "$1 will not $2"
+        exit 7
+    fi
+fi
+case $2 in
+status) [ -e "$1.running" ] && exit 0; exit 3;;
+stop) rm -f "$1.running";;
+start) touch "$1.running";;
+esac
+"""
+
+Result = subprocess.CompletedProcess[str]
+Entry = tuple[object, ...]
+
+
+def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
+    """Return all that a backup keeps of a tree by relative path: kind, mode, owner, whole-second mtime, and content or link target."""
+    found: dict[str, Entry] = {}
+    for directory, directories, files in os.walk(os.fsencode(root)):
+        if directory == os.fsencode(root) and without.encode() in directories:
+            directories.remove(without.encode())
+        for name in [b"", *directories, *files] if directory == os.fsencode(root) else directories + files:
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            content: object = None
+            if stat.S_ISREG(status.st_mode):
+                content = Path(os.fsdecode(path)).read_bytes()
+            elif stat.S_ISLNK(status.st_mode):
+                content = os.readlink(path)
+            elif stat.S_ISSOCK(status.st_mode):
+                continue
+            # duplicity keeps mtimes in whole seconds; a symbolic link's mode and mtime are not kept. The mtime of the root changes when
+            # backup/ is made in it.
+            time = None if stat.S_ISLNK(status.st_mode) or not name else int(status.st_mtime)
+            found[os.path.relpath(os.fsdecode(path), root)] = (
+                stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, time, content)
+    return found
+
+
+@dataclass
+class Store:
+    """A throwaway STORAGE_ROOT with its settings file and its stand-in for `service`."""
+
+    root: Path
+    settings: Path
+    bin: Path
+    scratch: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def backups(self) -> Path:
+        """STORAGE_ROOT/backup."""
+        return self.root / "backup"
+
+    @property
+    def encrypted(self) -> Path:
+        """STORAGE_ROOT/backup/encrypted."""
+        return self.backups / "encrypted"
+
+    @property
+    def stopped_list(self) -> Path:
+        """The file in /run that lists the services that are to come back."""
+        import backup
+        return backup.paths_of({"STORAGE_ROOT": str(self.root)}).stopped
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command line that runs backup.py with the settings file."""
+        return [PYTHON, str(SCRIPT), "--config", str(self.settings), *arguments]
+
+    def run(self, *command: Union[str, Path], exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}) -> Result:
+        """Run any command in the store's environment and check its exit code (None: any)."""
+        result = subprocess.run(
+            [str(part) for part in command], env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="surrogateescape")
+        assert exit_code is None or result.returncode == exit_code, (
+            f"{shlex.join(map(str, command))}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+        return result
+
+    def backup(self, *arguments: str, exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}) -> Result:
+        """Run backup.py and check its exit code (None: any); whatever happens there is no traceback."""
+        result = self.run(*self.command(*arguments), exit_code=exit_code, environment=environment)
+        assert "Traceback" not in result.stderr, result.stderr
+        return result
+
+    def put_key(self) -> None:
+        """Make backup/ and a key, so that the next run has nothing to tell."""
+        self.backups.mkdir(mode=0o750, exist_ok=True)
+        os.chown(self.backups, 0, pwd.getpwnam(USER).pw_gid)
+        key = self.backups / "secret_key.txt"
+        key.write_text("correct horse battery staple correct horse battery staple\n")
+        key.chmod(0o600)
+
+    def restore(self, name: str = "restored", *options: str) -> Path:
+        """Restore with nothing but duplicity and the first line of the key, into a fresh directory, and return that."""
+        target = self.scratch / name
+        passphrase = (self.backups / "secret_key.txt").read_text().splitlines()[0].strip()
+        self.run("duplicity", "restore", "--archive-dir", self.scratch / f"{name}-archive", *options, self.encrypted.as_uri(), target,
+                 environment={"PASSPHRASE": passphrase, "GNUPGHOME": str(self.gnupg())})
+        self.run("gpgconf", "--kill", "all", environment={"GNUPGHOME": str(self.gnupg())})
+        return target
+
+    def gnupg(self) -> Path:
+        """Return a home for the test's own gpg, under a short path: gpg-agent's socket needs one."""
+        home = Path("/run", f"test-gnupg-{os.getpid()}")
+        home.mkdir(mode=0o700, exist_ok=True)
+        return home
+
+    def assert_restores(self, name: str = "restored") -> None:
+        """Check that a restore equals the tree, in every thing that a backup keeps."""
+        assert tree_of(self.restore(name)) == tree_of(self.root)
+
+    def manifests(self) -> list[str]:
+        """Return the names of the complete sets' manifests, oldest first."""
+        names = [path.name for path in self.encrypted.glob("*.manifest.gpg")]
+        return sorted(names, key=lambda name: name.split(".manifest")[0][-16:])
+
+    # The stand-in for `service`
+
+    def calls(self, *actions: str) -> list[str]:
+        """Return the calls of `service` so far, such as "postfix stop": all, or those of these actions."""
+        path = self.bin / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if not actions or line.split()[1] in actions]
+
+    def forget_calls(self) -> None:
+        """Begin anew with no calls."""
+        (self.bin / "calls").unlink(missing_ok=True)
+
+    def running(self) -> list[str]:
+        """Return the services that run."""
+        return sorted(path.stem for path in self.bin.glob("*.running"))
+
+    def stand_in(self, program: str, script: str) -> None:
+        """Put a script of our own before a program on PATH; "REAL" in it is the real program's path."""
+        real = utils.find_program(program, {"PATH": utils.system_path("/usr/bin")})
+        path = self.bin / program
+        path.write_text(script.replace("REAL", real))
+        path.chmod(0o755)
+
+
+def write_messages(root: Path) -> None:
+    """Fill a STORAGE_ROOT with a small mail store that holds one of everything a backup must keep."""
+    mailbox = root / "mail" / "mailboxes" / "example.com" / "alice"
+    for directory in ("cur", "new", "tmp", ".Sent/cur", ".Sent/new", ".Sent/tmp"):
+        (mailbox / directory).mkdir(parents=True)
+    for number in range(5):
+        (mailbox / "cur" / f"17000{number}.M1P1.host,S=20:2,S").write_text(f"Subject: message {number}\n\n" + "text\n" * 50 * number)
+    (mailbox / "new" / "170010.M1P1.host").write_text("Subject: new\n")
+    (mailbox / "dovecot.index").write_bytes(bytes(range(256)) * 20)
+    (mailbox / "empty").touch()
+    os.symlink("cur", mailbox / "link")
+    os.symlink("/nowhere", mailbox / "dangling")
+    os.mkfifo(mailbox / "fifo", 0o640)
+    Path(os.fsdecode(os.fsencode(mailbox) + b"/cur/17001\xff\n.odd:2,")).write_text("odd\n")
+    (root / "ssl").mkdir(mode=0o700)
+    (root / "ssl" / "private.pem").write_text("secret")
+    (root / "ssl" / "private.pem").chmod(0o600)
+    user = pwd.getpwnam(USER)
+    for directory_name, directories, files in os.walk(root / "mail"):
+        for name in directories + files:
+            os.chown(os.path.join(directory_name, name), user.pw_uid, user.pw_gid, follow_symlinks=False)
+    for path in root.rglob("*"):
+        os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A small mail store with a settings file, dovecot and postfix running (stand-ins), and no backup yet."""
+    root, programs = tmp_path / "user-data", tmp_path / "bin"
+    root.mkdir()
+    programs.mkdir()
+    os.chmod(tmp_path, 0o755)
+    for parent in (tmp_path.parent, tmp_path.parent.parent):
+        os.chmod(parent, 0o755)  # the hooks run as another user
+    write_messages(root)
+    os.chown(root, pwd.getpwnam(USER).pw_uid, pwd.getpwnam(USER).pw_gid)
+    (programs / "service").write_text(SERVICE)
+    (programs / "service").chmod(0o755)
+    for name in ("dovecot", "postfix"):
+        (programs / f"{name}.running").touch()
+    settings = tmp_path / "mailinabox.conf"
+    settings.write_text(f"STORAGE_ROOT={root}\nSTORAGE_USER={USER}\n")
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
+    return Store(root, settings, programs, tmp_path, environment)
+
+
+@pytest.fixture
+def keyed(store: Store) -> Store:
+    """The same with a key, so that a good run prints nothing."""
+    store.put_key()
+    return store

@@ -1,0 +1,72 @@
+"""Goal: the line in /etc/cron.d, run by the real cron, makes a complete backup, and cron has nothing to mail."""
+import shutil
+import subprocess
+from pathlib import Path
+
+from private_mail_server import (BACKUP_PROGRAM, create_key, imap_messages, manifests, mount_private_directories, run, run_privately,
+                                 running_commands, send_message, start_services, wait_until)
+
+MAIL_DIRECTORY = Path("/run/sent-by-cron")
+PRINTED = "printed by the job beside it"
+CRON_LINES = f"""\
+* * * * * root {BACKUP_PROGRAM}
+* * * * * root echo {PRINTED}
+"""
+SENDMAIL = f"""\
+#!/bin/sh
+exec cat > "$(mktemp {MAIL_DIRECTORY}/XXXXXXXX)"
+"""
+
+
+def test_nightly_run_under_cron_is_silent(tmp_path: Path) -> None:
+    """A line like `30 3 * * * root /path/backup.py`, due every minute, makes a backup; only what the job beside it prints is mailed."""
+    run_privately(back_up_under_cron, tmp_path)
+
+
+def back_up_under_cron() -> None:
+    """In the private namespace: have cron run the program, with real mail services, and look at what is mailed."""
+    start_services()
+    create_key()
+    send_message("some mail")
+    prepare_cron()
+    cron = subprocess.Popen(["cron", "-f", "-L", "15"], stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: bool(mails()) and (bool(manifests()) or bool(unexpected_mails())), "a complete backup", seconds=180)
+        wait_until(cron_is_idle, "cron has mailed all there is to mail", seconds=180)
+    finally:
+        cron.terminate()
+        cron.wait()
+    assert not unexpected_mails(), "\n".join(unexpected_mails())
+    assert manifests(), "the backup printed nothing and is not complete"
+    assert len(imap_messages()) == 1, imap_messages()
+
+
+def prepare_cron() -> None:
+    """Leave cron no other job than ours, and put a stand-in that keeps its input in the place of sendmail."""
+    MAIL_DIRECTORY.mkdir()
+    stand_in = Path("/run/sendmail")
+    stand_in.write_text(SENDMAIL)
+    stand_in.chmod(0o755)
+    run("mount", "--bind", str(stand_in), "/usr/sbin/sendmail")
+    Path("/etc/crontab").write_text("")
+    mount_private_directories("/etc/cron.d", "/var/spool/cron")
+    crontabs = Path("/var/spool/cron/crontabs")
+    crontabs.mkdir()
+    crontabs.chmod(0o1730)
+    shutil.chown(crontabs, group="crontab")
+    Path("/etc/cron.d/backup").write_text(CRON_LINES)  # cron ignores names with dots
+
+
+def cron_is_idle() -> bool:
+    """Return whether cron itself is the only process of its name: each job has one, named CRON, until its output has been mailed."""
+    return len([command for command in running_commands() if Path(command.partition(" ")[0]).name.lower() == "cron"]) == 1
+
+
+def mails() -> list[str]:
+    """Return what was mailed."""
+    return [path.read_text() for path in MAIL_DIRECTORY.iterdir()]
+
+
+def unexpected_mails() -> list[str]:
+    """Return what was mailed beside the output of the job that is there to be mailed."""
+    return [mail for mail in mails() if mail and PRINTED not in mail]

@@ -1,0 +1,229 @@
+"""Goal: with real dovecot, postfix, duplicity and gpg, what is restored is exactly what was there while mail was stopped."""
+import itertools
+import os
+import secrets
+import shlex
+import signal
+import smtplib
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from private_mail_server import (BACKUP_DIRECTORY, BACKUP_PROGRAM, IMAP_PORT, KEY_FILE, SETTINGS_FILE, SHARED_DIRECTORY, SMTP_PORT,
+                                 STORAGE_ROOT, Mail, PortWatcher, create_key, describe_tree, imap_messages, manifests, open_inbox, run,
+                                 run_privately, running_commands, send_message, serve_mail_of, start_services, subjects, submit_message,
+                                 wait_until)
+
+RESTART_SECONDS = 15
+RUN_MARK = "STARTED_BY_THE_KILLED_RUN"
+
+
+def test_full_and_incremental_restore_what_was_there(tmp_path: Path) -> None:
+    """A full and then an incremental backup restore, byte for byte, the tree of the moment when mail was stopped, and dovecot reads it."""
+    run_privately(back_up_and_restore_twice, tmp_path)
+
+
+def test_mail_that_arrives_during_the_backup(tmp_path: Path) -> None:
+    """While mail keeps arriving, the backup still is the tree of the moment when mail was stopped, and no message is lost."""
+    run_privately(back_up_while_mail_arrives, tmp_path)
+
+
+def test_sigkill_while_dovecot_stops(tmp_path: Path) -> None:
+    """Killed with SIGKILL while dovecot is being stopped, a run leaves nothing, mail comes back by itself, the next run is good."""
+    run_privately(kill_while_dovecot_stops, tmp_path)
+
+
+def test_sigkill_while_mail_is_down(tmp_path: Path) -> None:
+    """Killed with SIGKILL when both services have stopped, a run leaves nothing, mail comes back by itself, the next run is good."""
+    run_privately(kill_while_mail_is_down, tmp_path)
+
+
+def test_sigkill_while_duplicity_runs(tmp_path: Path) -> None:
+    """Killed with SIGKILL while duplicity reads the tree, a run leaves nothing, mail is or comes back, the next run is good."""
+    run_privately(kill_while_duplicity_runs, tmp_path)
+
+
+# Scenarios: these run in the private namespace.
+
+def back_up_and_restore_twice() -> None:
+    """A full backup; then new mail, a changed flag, a deletion and an incremental one."""
+    start_services()
+    create_key()
+    create_other_user_data()
+    for subject in ("kept", "read later", "deleted later"):
+        send_message(subject)
+    with open_inbox(readonly=False):
+        pass  # this moves the messages from new/ to cur/
+    send_message("not seen yet")
+
+    back_up_and_restore("full")
+
+    with open_inbox(readonly=False) as imap:
+        imap.store("2", "+FLAGS", r"(\Seen)")
+        imap.store("3", "+FLAGS", r"(\Deleted)")
+        imap.expunge()
+    send_message("new mail")
+    messages = back_up_and_restore("inc")
+
+    assert subjects(messages) == ["kept", "read later", "not seen yet", "new mail"], subjects(messages)
+    assert [br"\Seen" in message.flags for message in messages] == [False, True, False, False], messages
+
+
+def back_up_while_mail_arrives() -> None:
+    """A full backup and an incremental one, with a new message every few milliseconds, except while postfix is stopped."""
+    start_services()
+    create_key()
+    send_message("message before the backup")
+    accepted: list[str] = []
+    finished = threading.Event()
+
+    def keep_sending() -> None:
+        for number in itertools.count():
+            if finished.wait(0.02):
+                return
+            try:
+                submit_message(f"message {number}")
+            except (OSError, smtplib.SMTPException):
+                continue
+            accepted.append(f"message {number}")
+
+    sender = threading.Thread(target=keep_sending)
+    sender.start()
+    try:
+        for kind in ("full", "inc"):
+            back_up_and_compare(kind)
+    finally:
+        finished.set()
+        sender.join()
+    run("postqueue", "-f")  # what dovecot could not take has to wait for minutes otherwise
+    wait_until(lambda: set(accepted) <= set(subjects(imap_messages())), "every message that postfix accepted is there")
+
+
+def kill_while_dovecot_stops() -> None:
+    """Kill the program when postfix has stopped: `service dovecot stop` is under way then, for a second."""
+    kill_and_back_up_again(lambda watcher: watcher.has_been_down(SMTP_PORT))
+
+
+def kill_while_mail_is_down() -> None:
+    """Kill the program when dovecot has stopped, too."""
+    kill_and_back_up_again(lambda watcher: watcher.has_been_down(IMAP_PORT))
+
+
+def kill_while_duplicity_runs() -> None:
+    """Kill the program while the duplicity that makes the backup runs, whether mail is down for it or not."""
+    kill_and_back_up_again(lambda watcher: any("duplicity" in command and " full " in command for command in running_commands(RUN_MARK)))
+
+
+def kill_and_back_up_again(moment: Callable[[PortWatcher], bool]) -> None:
+    """Kill a run as soon as `moment` holds, wait for what must come back and what must end, then make a backup after all."""
+    start_services()
+    create_key()
+    send_message("before the kill")
+    with PortWatcher() as watcher:
+        backup = subprocess.Popen(backup_command(), stdin=subprocess.DEVNULL, env={**os.environ, RUN_MARK: "1"})
+        wait_until(lambda: moment(watcher) or backup.poll() is not None, "the moment to kill the run")
+        backup.kill()
+        assert backup.wait() == -signal.SIGKILL, f"ended before it could be killed, with {backup.returncode}"
+        print("Running after the kill:", *running_commands(RUN_MARK), sep="\n", flush=True)
+        wait_until(lambda: [watcher.states(port) for port in (SMTP_PORT, IMAP_PORT)] == [[True, False, True]] * 2,
+                   "both ports have been closed and are open again", RESTART_SECONDS)
+        wait_until(lambda: not left_by_killed_run(), "nothing of the run is left running", RESTART_SECONDS)
+    assert not manifests(), "the killed run went on and completed its set"
+    send_message("after the kill")
+    back_up_and_restore("full")
+    assert not running_commands(RUN_MARK), running_commands(RUN_MARK)
+
+
+def left_by_killed_run() -> list[str]:
+    """Return what of the killed run still runs, gpg's agent left out: that is for the next run to end."""
+    return [command for command in running_commands(RUN_MARK) if not command.startswith("gpg-agent ")]
+
+
+# What the scenarios are made of.
+
+def create_other_user_data() -> None:
+    """Add what a mail server's user data holds beside mail, and what is easily lost: modes, links, empty directories, odd names."""
+    certificates = STORAGE_ROOT / "ssl"
+    certificates.mkdir(mode=0o700)
+    private_key = certificates / "ssl_private_key.pem"
+    private_key.touch(mode=0o600)
+    private_key.write_bytes(secrets.token_bytes(3000))
+    (certificates / "ssl_certificate.pem").symlink_to("example.com-2026.pem")
+    (STORAGE_ROOT / "www" / "empty directory").mkdir(parents=True)
+    (STORAGE_ROOT / "www" / "Grüße [1]*.html").write_text("<p>Grüße</p>\n")
+    Path(os.fsdecode(bytes(STORAGE_ROOT) + b"/www/name in Latin-1: \xe4")).touch()
+    os.mkfifo(STORAGE_ROOT / "www" / "fifo", 0o620)
+
+
+def back_up_and_restore(kind: str) -> list[Mail]:
+    """Make a backup that must be of this kind, `full` or `inc`, restore and compare it; return the mail that dovecot reads from it."""
+    messages = imap_messages()
+    restored = back_up_and_compare(kind)
+    serve_mail_of(restored)
+    restored_messages = imap_messages()
+    assert restored_messages == messages, f"{restored_messages} is not {messages}"
+    serve_mail_of(STORAGE_ROOT)
+    assert imap_messages() == messages
+    return restored_messages
+
+
+def back_up_and_compare(kind: str) -> Path:
+    """Make a backup that must be of this kind, `full` or `inc`; return where it is restored, equal to the tree while mail was stopped."""
+    tree_while_stopped = SHARED_DIRECTORY / f"{kind}-tree"
+    restored = SHARED_DIRECTORY / f"{kind}-restored"
+    earlier_manifests = manifests()
+
+    output, watcher = back_up(service_that_copies_the_tree(tree_while_stopped))
+
+    assert output == "", output
+    for port in (SMTP_PORT, IMAP_PORT):
+        assert watcher.states(port) == [True, False, True], watcher.transitions
+    new_manifests = manifests() - earlier_manifests
+    assert [name.split(".")[0] for name in new_manifests] == [f"duplicity-{kind}"], new_manifests
+
+    restore(restored)
+    expected, found = describe_tree(tree_while_stopped), describe_tree(restored)
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    assert not different, "\n".join(f"{name!r}: expected {expected.get(name)}, restored {found.get(name)}" for name in different)
+    return restored
+
+
+def backup_command() -> list[str]:
+    """Return the command line of the program under test."""
+    return ["/usr/bin/python3", str(BACKUP_PROGRAM), "--config", str(SETTINGS_FILE)]
+
+
+def back_up(path: str) -> tuple[str, PortWatcher]:
+    """Run the program with this PATH while both ports are watched; it must exit 0. Return what it printed and the watcher."""
+    printed = SHARED_DIRECTORY / "printed"
+    with printed.open("wb") as output, PortWatcher() as watcher:
+        result = subprocess.run(backup_command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, "PATH": path})
+    text = printed.read_text(errors="replace")
+    assert result.returncode == 0, f"exit code {result.returncode}:\n{text}"
+    return text, watcher
+
+
+def service_that_copies_the_tree(copy: Path) -> str:
+    """Return a PATH with a `service` that copies STORAGE_ROOT before the first start, while all mail services are stopped still.
+
+    After the start dovecot may write to its indexes at any moment.
+    """
+    directory = copy.with_name(f"{copy.name}-service")
+    directory.mkdir()
+    service = directory / "service"
+    service.write_text(f"""#!/bin/sh
+if [ "$2" = start ] && [ ! -e {shlex.quote(str(copy))} ]; then
+    cp -a {shlex.quote(str(STORAGE_ROOT))} {shlex.quote(str(copy))}
+fi
+exec /usr/sbin/service "$@"
+""")
+    service.chmod(0o755)
+    return f'{directory}:{os.environ["PATH"]}'
+
+
+def restore(destination: Path) -> None:
+    """Restore the newest backup as the README tells somebody who has nothing but duplicity, the encrypted files and the key."""
+    command = ["duplicity", "restore", "--archive-dir", "/run/restore-cache", f"file://{BACKUP_DIRECTORY}/encrypted", str(destination)]
+    passphrase = KEY_FILE.read_text().splitlines()[0]
+    subprocess.run(command, stdin=subprocess.DEVNULL, env={**os.environ, "PASSPHRASE": passphrase}, check=True)

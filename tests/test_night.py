@@ -1,0 +1,265 @@
+"""The night as a whole: what is called in which order, when a set is believed, and that plain duplicity restores what was made."""
+
+import json
+import os
+import stat
+import time
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+import backup
+from conftest import Store
+
+# Records its arguments and runs the real one.
+RECORDING = """#!/bin/sh
+echo "duplicity $*" >> "$(dirname "$0")/calls"
+exec REAL "$@"
+"""
+
+
+def last_run(store: Store) -> dict[str, object]:
+    """Return what last-run.json holds."""
+    content = json.loads((store.backups / "last-run.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_full_then_incremental_restore_equal(keyed: Store) -> None:
+    """A full, then an incremental after changes: both silent, and a restore with plain duplicity equals the tree."""
+    result = keyed.backup()
+    assert (result.stdout, result.stderr) == ("", "")
+    keyed.assert_restores("first")
+    mailbox = keyed.root / "mail/mailboxes/example.com/alice"
+    (mailbox / "new/170010.M1P1.host").rename(mailbox / "cur/170010.M1P1.host:2,S")
+    next((mailbox / "cur").glob("170001*")).unlink()
+    (mailbox / "new/170020.M1P1.host").write_text("Subject: later\n")
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    result = keyed.backup()
+    assert (result.stdout, result.stderr) == ("", "")
+    assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full", "duplicity-inc"]
+    keyed.assert_restores("second")
+    assert keyed.running() == ["dovecot", "postfix"]
+
+
+def test_order_of_the_night(keyed: Store) -> None:
+    """Mail is stopped only for the backup itself, postfix first and dovecot last, and started the other way round; then pruning."""
+    keyed.stand_in("duplicity", RECORDING)
+    for name in ("before-backup", "after-backup"):
+        hook = keyed.backups / name
+        hook.write_text(f"#!/bin/sh\necho hook {name} >> {keyed.bin}/calls\n")
+        hook.chmod(0o755)
+    (keyed.bin / "calls").touch()
+    (keyed.bin / "calls").chmod(0o666)
+    keyed.backup()
+    calls = [" ".join(call.split()[:2]) for call in keyed.calls()]
+    assert calls == [
+        "duplicity --version", "hook before-backup", "dovecot status", "postfix status", "postfix stop", "dovecot stop",
+        "duplicity full", "dovecot start", "postfix start", "dovecot status", "postfix status", "duplicity remove-older-than",
+        "duplicity cleanup", "hook after-backup"]
+
+
+def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
+    """The options of each action, and the target last."""
+    keyed.stand_in("duplicity", RECORDING)
+    keyed.backup()
+    keyed.backup()
+    calls = [call for call in keyed.calls() if call.startswith("duplicity") and "--version" not in call]
+    target, archive = f"file://{keyed.encrypted}", f"--archive-dir {keyed.backups}/cache"
+    options = f"{archive} --exclude {keyed.backups} --volsize 250 --gpg-options=--cipher-algo=AES256 --allow-source-mismatch --log-fd="
+    assert calls[0].startswith(f"duplicity full {options}") and calls[0].endswith(f" {keyed.root} {target}")
+    assert calls[1] == f"duplicity remove-older-than {archive} --force --verbosity error 3D {target}"
+    assert calls[2] == f"duplicity cleanup {archive} --force --verbosity error {target}"
+    assert calls[3].startswith(f"duplicity incremental {options}")
+
+
+def test_full_is_forced(keyed: Store) -> None:
+    """--full makes a full backup although an incremental would do."""
+    keyed.backup()
+    time.sleep(1.1)
+    keyed.backup("--full")
+    assert all(name.startswith("duplicity-full.") for name in keyed.manifests()) and len(keyed.manifests()) == 2
+
+
+def test_first_run_makes_a_key_and_says_so_once(store: Store) -> None:
+    """The key is one line of 48 random bytes in base64, 0600; the admin is told of it once, and backup/ has the modes of the design."""
+    result = store.backup()
+    assert result.stdout == "" and result.stderr.count("\n") == 1 and "keep a copy" in result.stderr
+    key = store.backups / "secret_key.txt"
+    assert len(key.read_text().strip()) == 64 and key.read_text().count("\n") == 1
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert store.backup().stderr == ""
+    group = store.root.stat().st_gid
+    for path, mode in {store.backups: 0o750, store.encrypted: 0o750, store.backups / "cache": 0o700}.items():
+        assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_uid) == (mode, 0)
+    assert {path.stat().st_gid for path in (store.backups, store.encrypted, *store.encrypted.iterdir())} == {group}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in store.encrypted.iterdir()} == {0o640}
+    assert not (store.backups / "tmp").exists()
+
+
+@pytest.mark.parametrize("mode, owned, expected", [(0o700, True, 0o710), (0o755, False, 0o755), (0o700, False, 0o710)])
+def test_existing_backup_directory_gets_group_search(keyed: Store, mode: int, owned: bool, expected: int) -> None:
+    """A backup/ that STORAGE_USER's group could not pass through lets it through, and keeps its mode otherwise."""
+    os.chown(keyed.backups, 0, keyed.root.stat().st_gid if owned else 0)
+    keyed.backups.chmod(mode)
+    keyed.backup()
+    assert stat.S_IMODE(keyed.backups.stat().st_mode) == expected
+
+
+def test_passphrase_is_nowhere_but_in_duplicitys_environment(keyed: Store) -> None:
+    """No argument, message, hook, service or file but the key itself ever has the passphrase, not even when duplicity prints it."""
+    passphrase = (keyed.backups / "secret_key.txt").read_text().strip()
+    for program in ("duplicity", "gpgconf", "service"):
+        keyed.stand_in(program, f"""#!/bin/sh
+echo "{program} $* $(env | tr '\\n' ' ')" >> {keyed.scratch}/recorded
+echo "my passphrase is $PASSPHRASE"
+exec REAL "$@"
+""") if program != "service" else (keyed.bin / "service").write_text(
+            (keyed.bin / "service").read_text().replace("cd ", f"env >> {keyed.scratch}/recorded-services; cd "))
+    for name in ("before-backup", "after-backup"):
+        (keyed.backups / name).write_text(f"#!/bin/sh\nenv >> {keyed.scratch}/recorded-hooks\n")
+        (keyed.backups / name).chmod(0o755)
+    (keyed.scratch / "recorded-hooks").touch()
+    (keyed.scratch / "recorded-hooks").chmod(0o666)
+    result = keyed.backup("-v")
+    assert "my passphrase is [secret]" in result.stderr
+    assert passphrase not in result.stdout + result.stderr
+    assert "STORAGE_ROOT" in (keyed.scratch / "recorded-hooks").read_text()
+    for name in ("recorded-hooks", "recorded-services"):
+        assert passphrase not in (keyed.scratch / name).read_text()
+    for line in (keyed.scratch / "recorded").read_text().splitlines():
+        arguments, _, rest = line.partition(" PATH=")
+        assert passphrase not in arguments.split(" PASSPHRASE=")[0]
+        if line.startswith("gpgconf") or "--version" in line:
+            assert passphrase not in line
+    kept = [path for path in keyed.backups.rglob("*") if path.is_file() and passphrase.encode() in path.read_bytes()]
+    assert kept == [keyed.backups / "secret_key.txt"]
+
+
+def test_last_run_tells_how_it_went(keyed: Store) -> None:
+    """last-run.json holds what the design says, readable for STORAGE_USER's group."""
+    began = datetime.now(timezone.utc).replace(microsecond=0)
+    keyed.backup()
+    content = last_run(keyed)
+    assert content["kind"] == "full" and content["source"] == "direct" and content["exit_code"] == 0 and content["message"] == ""
+    assert str(content["duplicity_version"]).count(".") == 2
+    start, end = (datetime.fromisoformat(str(content[key])) for key in ("start", "end"))
+    assert start.utcoffset() == timedelta(0) and began <= start <= end <= datetime.now(timezone.utc)
+    assert isinstance(content["downtime_seconds"], float) and 0 < content["downtime_seconds"] < 60
+    status = (keyed.backups / "last-run.json").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o640, 0, keyed.root.stat().st_gid)
+    assert [path.name for path in keyed.backups.iterdir() if path.name.startswith(".")] == []
+
+
+# What duplicity may do wrong
+
+FAILING = """#!/bin/sh
+case $1 in full|incremental) ;; *) exec REAL "$@";; esac
+REAL "$@" || exit
+WRONG
+"""
+
+
+def fail_with(store: Store, wrong: str) -> None:
+    """Have duplicity do its work, and then do or say something wrong."""
+    store.stand_in("duplicity", FAILING.replace("WRONG", wrong))
+
+
+@pytest.mark.parametrize("code", [1, 23, 30, 50, 53, 99])
+def test_failing_duplicity(keyed: Store, code: int) -> None:
+    """Exit 1, services up, the sentence on the exit code and the last 25 lines, and nothing left of the set."""
+    keyed.backup()
+    before = sorted(path.name for path in keyed.encrypted.iterdir())
+    time.sleep(1.1)
+    fail_with(keyed, f"for number in $(seq 30); do echo line $number; done; exit {code}")
+    keyed.forget_calls()
+    result = keyed.backup(exit_code=1)
+    assert "line 30" in result.stderr and "line 6" in result.stderr and "line 5\n" not in result.stderr
+    assert f"exit code {code}" in result.stderr
+    assert backup.DUPLICITY_EXIT_CODES.get(code, "see its last lines") in result.stderr
+    assert all(line.startswith("backup: ") for line in result.stderr.splitlines())
+    assert sorted(path.name for path in keyed.encrypted.iterdir()) == before
+    assert keyed.calls("stop", "start") == ["postfix stop", "dovecot stop", "dovecot start", "postfix start"]
+    content = last_run(keyed)
+    assert content["exit_code"] == 1 and "duplicity incremental failed" in str(content["message"])
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup()
+    keyed.assert_restores()
+
+
+def test_set_without_manifest_is_not_believed(keyed: Store) -> None:
+    """duplicity exits 0 but has no manifest in the target: exit 1, and the set is gone."""
+    fail_with(keyed, f"rm {keyed.encrypted}/*.manifest.gpg")
+    assert "no new full set" in keyed.backup(exit_code=1).stderr
+    assert list(keyed.encrypted.iterdir()) == []
+    assert [path for path in (keyed.backups / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_vanishing_source_is_not_believed(keyed: Store) -> None:
+    """A tree that vanishes under duplicity gives a set of what is left and exit 0: the number of entries gives it away."""
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) mv {keyed.root}/mail {keyed.scratch}/away; REAL "$@"; code=$?; mv {keyed.scratch}/away {keyed.root}/mail; exit $code;; esac
+exec REAL "$@"
+""")
+    result = keyed.backup(exit_code=1)
+    assert "duplicity read 3 of the" in result.stderr
+    assert list(keyed.encrypted.iterdir()) == []
+
+
+def test_unread_file_is_named(keyed: Store) -> None:
+    """A file that cannot be read: the backup is kept, the file named, exit 3; next night all is well again."""
+    bad = keyed.root / "ssl/private.pem"
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) exec strace -qq -o /dev/null -P {bad} -e trace=openat -e inject=openat:error=EIO REAL "$@";; esac
+exec REAL "$@"
+""")
+    result = keyed.backup(exit_code=3)
+    assert "ssl/private.pem" in result.stderr and len(keyed.manifests()) == 1
+    assert last_run(keyed)["exit_code"] == 3 and "ssl/private.pem" in str(last_run(keyed)["message"])
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup("--full")
+    keyed.assert_restores()
+
+
+@pytest.mark.parametrize("action", ["remove-older-than", "cleanup"])
+def test_failing_pruning_needs_attention(keyed: Store, action: str) -> None:
+    """The backup is made, the rest of the night goes on, exit 3 says what failed."""
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in {action}) echo pruned no more; exit 50;; esac
+exec REAL "$@"
+""")
+    result = keyed.backup(exit_code=3)
+    assert f"duplicity {action} failed" in result.stderr and "pruned no more" in result.stderr
+    assert {stat.S_IMODE(path.stat().st_mode) for path in keyed.encrypted.iterdir()} == {0o640}
+    keyed.assert_restores()
+
+
+def test_last_room_is_left_to_mail(keyed: Store) -> None:
+    """duplicity is ended when the room falls below the reserve; the set goes, mail comes back."""
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in full) fallocate -l 610M "$TMPDIR/volume"; sleep 60;; esac
+exec REAL "$@"
+""")
+    disk = keyed.scratch / "disk"
+    keyed.run("truncate", "-s", "800M", disk)
+    keyed.run("mkfs.ext4", "-q", "-m", "0", disk)
+    keyed.run("mount", "-o", "loop", disk, keyed.backups)
+    try:
+        keyed.backups.chmod(0o750)
+        keyed.put_key()
+        room = os.statvfs(keyed.backups)
+        free, reserve = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize // 20
+        keyed.run("fallocate", "-l", str(free - reserve - 600_000_000), keyed.backups / "filler")
+        result = keyed.backup(exit_code=1)
+        assert "before it took the last room" in result.stderr
+        assert keyed.calls("stop", "start") == ["postfix stop", "dovecot stop", "dovecot start", "postfix start"]
+        assert list(keyed.encrypted.iterdir()) == [] and not (keyed.backups / "tmp").exists()
+        keyed.forget_calls()
+        (keyed.bin / "duplicity").unlink()
+        keyed.backup()
+        keyed.run("fallocate", "-l", str(50_000_000), keyed.backups / "filler2")
+        keyed.forget_calls()
+        assert "make room" in keyed.backup(exit_code=1).stderr and keyed.calls("stop") == []
+        assert len(keyed.manifests()) == 1
+    finally:
+        keyed.run("umount", keyed.backups)

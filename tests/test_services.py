@@ -1,0 +1,266 @@
+"""Services come back: after success, failure, signals and SIGKILL of the script alike, each in its order, every one even when one fails."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+from conftest import PROJECT, Store
+
+STOPS = ["postfix stop", "dovecot stop"]
+STARTS = ["dovecot start", "postfix start"]
+
+# Waits for the test in the middle of a full backup, then goes on.
+WAITING = """#!/bin/sh
+case $1 in full) touch {scratch}/reached; exec sleep 300;; esac
+exec REAL "$@"
+"""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
+    """Wait until something is so; fail after that many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def start_and_reach(store: Store, action: str = "duplicity") -> "subprocess.Popen[str]":
+    """Start a backup and return when it is in the middle of duplicity, or of an action of `service`."""
+    if action == "duplicity":
+        store.stand_in("duplicity", WAITING.format(scratch=store.scratch))
+    process = subprocess.Popen(
+        store.command(), env=store.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if action == "duplicity":
+        wait_for((store.scratch / "reached").exists)
+    else:
+        wait_for(lambda: action in store.calls())
+    return process
+
+
+def processes_of(store: Store) -> list[str]:
+    """Return the command lines of processes that have to do with the store."""
+    found = []
+    for directory in os.scandir("/proc"):
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
+            try:
+                with open(f"/proc/{directory.name}/cmdline", "rb") as stream, open(f"/proc/{directory.name}/environ", "rb") as environment:
+                    line = os.fsdecode(stream.read().replace(b"\0", b" "))
+                    if str(store.scratch) in line or os.fsencode(store.stopped_list) in environment.read():
+                        found.append(line)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return found
+
+
+def assert_good_night(store: Store) -> None:
+    """Check that all is well after a night that was not: services up, nothing left behind, and the next run restores equal."""
+    wait_for(lambda: store.running() == ["dovecot", "postfix"])
+    wait_for(lambda: processes_of(store) == [])
+    (store.bin / "duplicity").unlink(missing_ok=True)
+    store.backup()
+    assert not store.stopped_list.exists()
+    assert not (store.backups / "tmp").exists()
+    store.assert_restores()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("action", ["duplicity", "postfix status", "postfix stop", "dovecot stop", "dovecot start"])
+def test_signals_end_the_run_in_good_order(keyed: Store, number: signal.Signals, action: str) -> None:
+    """Whenever the signal comes, services are started and duplicity is gone when the script exits with 128+n; the next run is good."""
+    if action != "duplicity":
+        service, verb = action.split()
+        (keyed.bin / f"{service}.sleeps-{verb}").write_text("0.7")
+    process = start_and_reach(keyed, action)
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # impatience changes nothing
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and f"ended by {number.name}" in errors and "Traceback" not in errors
+    assert keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == []
+    if action == "duplicity":
+        assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 128 + number
+        assert list(keyed.encrypted.iterdir()) == []
+    assert_good_night(keyed)
+
+
+@pytest.mark.parametrize("action", ["duplicity", "postfix stop", "dovecot stop", "dovecot start", "postfix start"])
+def test_services_come_back_after_sigkill(keyed: Store, action: str) -> None:
+    """The script dies by SIGKILL at any moment: services come back by themselves, after a stop that is under way, never before it."""
+    if action != "duplicity":
+        service, verb = action.split()
+        (keyed.bin / f"{service}.sleeps-{verb}").write_text("0.7")
+    process = start_and_reach(keyed, action)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == [], seconds=5)
+    assert keyed.calls("stop", "start") == STOPS + STARTS
+    assert_good_night(keyed)
+
+
+def keeper_of(process: "subprocess.Popen[str]") -> int:
+    """Return the process id of a script's keeper."""
+    answer = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "utils.py"], capture_output=True, text=True)
+    return int(answer.stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
+def test_keeper_is_deaf_to_signals(keyed: Store, number: signal.Signals) -> None:
+    """No signal but SIGKILL disturbs the keeper, and what it starts is not deaf."""
+    (keyed.bin / "service").write_text((keyed.bin / "service").read_text().replace(
+        "case $2 in", f"""if [ "$2" = start ]; then grep SigIgn /proc/self/status >> {keyed.scratch}/ignored; fi\ncase $2 in"""))
+    process = start_and_reach(keyed)
+    os.kill(keeper_of(process), number)
+    time.sleep(0.2)
+    assert keyed.running() == []
+    process.terminate()
+    process.communicate()
+    assert keyed.running() == ["dovecot", "postfix"]
+    for line in (keyed.scratch / "ignored").read_text().splitlines():
+        assert int(line.split()[1], 16) & sum(1 << signal_number - 1 for signal_number in (1, 2, 13, 15)) == 0
+
+
+def test_script_starts_services_if_the_keeper_dies(keyed: Store) -> None:
+    """The keeper is killed while mail is stopped: the script starts the services, and the backup counts."""
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in full) pkill -KILL -f "utils.py /run/backup-stopped" || exit 99;; esac
+exec REAL "$@"
+""")
+    keyed.backup()
+    assert keyed.calls("stop", "start") == STOPS + STARTS and not keyed.stopped_list.exists()
+    keyed.assert_restores()
+
+
+def test_next_run_starts_services_if_script_and_keeper_die(keyed: Store) -> None:
+    """Both are killed while mail is stopped: the next run says so and starts the services before all else."""
+    process = start_and_reach(keyed)
+    os.kill(keeper_of(process), signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: processes_of(keyed) == [])
+    assert keyed.running() == [] and keyed.stopped_list.read_text().split() == ["dovecot", "postfix"]
+    (keyed.bin / "duplicity").unlink()
+    keyed.forget_calls()
+    result = keyed.backup()
+    assert "left stopped by a run that died" in result.stderr
+    assert keyed.calls("stop", "start") == STARTS + STOPS + STARTS
+    keyed.assert_restores()
+
+
+def test_service_that_is_not_running_is_left_alone(keyed: Store) -> None:
+    """What was not running is neither stopped nor started; with nothing running there is no downtime at all."""
+    (keyed.bin / "postfix.running").unlink()
+    keyed.backup()
+    assert keyed.calls("stop", "start") == ["dovecot stop", "dovecot start"] and keyed.running() == ["dovecot"]
+    (keyed.bin / "dovecot.running").unlink()
+    keyed.forget_calls()
+    keyed.backup()
+    assert keyed.calls("stop", "start") == []
+    assert json.loads((keyed.backups / "last-run.json").read_text())["downtime_seconds"] == 0
+
+
+def test_services_setting(keyed: Store) -> None:
+    """BACKUP_SERVICES lists them in the order they start; they stop in reverse."""
+    keyed.settings.write_text(keyed.settings.read_text() + "BACKUP_SERVICES=solr dovecot postfix\n")
+    (keyed.bin / "solr.running").touch()
+    keyed.backup()
+    assert keyed.calls("stop", "start") == STOPS + ["solr stop", "solr start"] + STARTS
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_start_is_tried_three_times(keyed: Store, times: int) -> None:
+    """A start that fails once or twice succeeds at last: exit 0."""
+    (keyed.bin / "dovecot.fails-start").write_text(str(times))
+    assert keyed.backup().stderr == ""
+    assert keyed.calls("start").count("dovecot start") == times + 1
+    assert keyed.running() == ["dovecot", "postfix"]
+
+
+def test_one_service_that_does_not_start_keeps_no_other_down(keyed: Store) -> None:
+    """Exit 5 with the service's own words; the backup is made and the other service runs; the next run starts it."""
+    (keyed.bin / "dovecot.fails-start").write_text("3")
+    result = keyed.backup(exit_code=5)
+    assert "dovecot could not be started again" in result.stderr and "dovecot will not start" in result.stderr
+    assert keyed.running() == ["postfix"] and keyed.stopped_list.read_text().split() == ["dovecot"]
+    content = json.loads((keyed.backups / "last-run.json").read_text())
+    assert content["exit_code"] == 5 and "dovecot could not be started again" in content["message"]
+    keyed.assert_restores()
+    assert "left stopped" in keyed.backup().stderr
+    assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
+
+
+def test_service_that_does_not_start_comes_before_any_other_exit_code(keyed: Store) -> None:
+    """duplicity fails and so does a start: both are told, exit 5."""
+    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full) exit 53;; esac\nexec REAL "$@"\n')
+    (keyed.bin / "postfix.fails-start").write_text("9")
+    result = keyed.backup(exit_code=5)
+    assert "the disk is full" in result.stderr and "postfix could not be started again" in result.stderr
+
+
+@pytest.mark.parametrize("service", ["postfix", "dovecot"])
+def test_stop_that_fails(keyed: Store, service: str) -> None:
+    """No backup without a stop: everything is started again, exit 1."""
+    (keyed.bin / f"{service}.fails-stop").write_text("9")
+    result = keyed.backup(exit_code=1)
+    assert f"service {service} stop ended with exit code 7" in result.stderr and f"{service} will not stop" in result.stderr
+    assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == [] and not keyed.stopped_list.exists()
+
+
+def test_stop_that_hangs(keyed: Store) -> None:
+    """A stop that hangs is ended after its time; everything is started again, exit 1. The time is shortened in a copy of the program."""
+    (keyed.bin / "postfix.hangs-stop").touch()
+    copy = keyed.scratch / "program"
+    copy.mkdir()
+    for name in ("backup.py", "utils.py"):
+        source = (PROJECT / name).read_text()
+        (copy / name).write_text(source.replace("SERVICE_SECONDS = 120", "SERVICE_SECONDS = 1"))
+    result = keyed.run("/usr/bin/python3", copy / "backup.py", "--config", keyed.settings, exit_code=1)
+    assert "no answer within 1 seconds" in result.stderr
+    assert keyed.running() == ["dovecot", "postfix"]
+    wait_for(lambda: processes_of(keyed) == [])
+
+
+def test_service_that_does_not_answer_is_not_taken_for_stopped(keyed: Store) -> None:
+    """Whether it runs cannot be told: nothing is stopped, exit 1."""
+    (keyed.bin / "service").write_text("garbage that no kernel executes")
+    result = keyed.backup(exit_code=1)
+    assert "it cannot be told whether dovecot runs" in result.stderr and keyed.manifests() == []
+
+
+def test_sighup_that_was_ignored_stays_ignored(keyed: Store) -> None:
+    """Under nohup the end of the terminal does not end the backup."""
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) touch {keyed.scratch}/reached; sleep 1;; esac
+exec REAL "$@"
+""")
+    process = subprocess.Popen(["nohup", *keyed.command()], env=keyed.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
+    wait_for((keyed.scratch / "reached").exists)
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == 0 and len(keyed.manifests()) == 1
+
+
+def test_downtime_ends_before_pruning(keyed: Store) -> None:
+    """Mail does not wait for remove-older-than and cleanup."""
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in remove-older-than|cleanup) [ -e {keyed.bin}/dovecot.running ] && [ -e {keyed.bin}/postfix.running ] || exit 99;; esac
+exec REAL "$@"
+""")
+    keyed.backup()
+
+
+def test_start_that_exits_well_but_starts_nothing(keyed: Store) -> None:
+    """`service postfix start` of a broken main.cf exits 0 and starts nothing: the status tells, exit 5."""
+    script = (keyed.bin / "service").read_text()
+    (keyed.bin / "service").write_text(script.replace('start) touch "$1.running";;', 'start) [ "$1" = postfix ] || touch "$1.running";;'))
+    result = keyed.backup(exit_code=5)
+    assert "postfix could not be started again" in result.stderr and keyed.running() == ["dovecot"]
+    assert keyed.calls("start").count("postfix start") == 3 and keyed.calls("start").count("dovecot start") == 1
+    assert keyed.stopped_list.read_text().split() == ["postfix"]
+    (keyed.bin / "service").write_text(script)
+    keyed.backup()
+    assert keyed.running() == ["dovecot", "postfix"]
