@@ -1105,6 +1105,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line, say what went wrong in one sentence, and return the exit code. arguments: without the program's name."""
+    utils.open_closed_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(_Prefixed())
     log.addHandler(handler)
@@ -1112,7 +1113,8 @@ def main(arguments: Sequence[str]) -> int:
     utils.end_on_signals()
     try:
         code = run(arguments)
-        sys.stdout.flush()
+        if sys.stdout:  # it may have been closed from the start
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: nothing is left to say

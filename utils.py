@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Optional
@@ -253,19 +253,19 @@ def exclusive_process(path: Path) -> Iterator[int]:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
         raise Failure(f"the lock {path} is not a regular file; remove it", 2) from error
-    with os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace") as lock:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Failure(f"the lock {path} is not a regular file; remove it", 2)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = printable(lock.read(200).strip()) or "which has only just begun"
+            holder = printable(os.fsdecode(os.read(descriptor, 200))) or "which has only just begun"
             raise Failure(f"another run ({holder}) holds the lock {path}; wait for it to end", 4) from None
-        lock.truncate()
-        began = datetime.now(timezone.utc).astimezone().isoformat(" ", "seconds")
-        lock.write(f"process {os.getpid()}, since {began}")
-        lock.flush()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}".encode())
         yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 # Signals
@@ -310,6 +310,15 @@ def signals_deferred() -> Iterator[None]:
 
 
 # Programs
+
+
+def open_closed_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed: a pipe or a lock would take their numbers, and programs use them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 @dataclass(frozen=True)

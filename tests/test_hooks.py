@@ -1,0 +1,184 @@
+"""Hooks: run as STORAGE_USER with all the user's groups, with the settings in their environment, and never a danger to the backup."""
+
+import grp
+import json
+import os
+import pwd
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import backup
+from conftest import USER, Store
+from test_services import processes_of, wait_for
+
+HOOKS = ["before-backup", "after-backup"]
+
+
+def put_hook(store: Store, name: str, text: str, mode: int = 0o755) -> Path:
+    """Put a hook in backup/ and return its path."""
+    path = store.backups / name
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def output_of(store: Store) -> Path:
+    """Return a file that any user may write to."""
+    path = store.scratch / "output"
+    path.touch()
+    path.chmod(0o666)
+    return path
+
+
+def last_run(store: Store) -> dict[str, object]:
+    """Return what last-run.json holds."""
+    content = json.loads((store.backups / "last-run.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_identity_and_environment(keyed: Store, name: str) -> None:
+    """uid, gid and supplementary groups are the user's, whose shell is nologin; the environment is the settings, PATH, HOME and USER."""
+    assert pwd.getpwnam(USER).pw_shell.endswith("nologin")
+    output = output_of(keyed)
+    keyed.settings.write_text(keyed.settings.read_text() + "PRIMARY_HOSTNAME=box.example.com\n")
+    put_hook(keyed, name, f"#!/bin/sh\nexec > {output}\nid -u; id -g; id -G; umask; pwd; env -0 | tr '\\0' '\\n'\n")
+    result = keyed.backup(environment={"SECRET_OF_ROOT": "1"})
+    assert result.stderr == ""
+    uid, gid, groups, umask, directory, *environment = output.read_text().splitlines()
+    user = pwd.getpwnam(USER)
+    assert (int(uid), int(gid)) == (user.pw_uid, user.pw_gid)
+    assert {int(group) for group in groups.split()} == set(os.getgrouplist(USER, user.pw_gid))
+    assert umask == "0022" and directory == "/"
+    values = dict(line.split("=", 1) for line in environment)
+    assert {key for key in values if key not in ("PWD", "OLDPWD", "SHLVL", "_")} == {
+        "STORAGE_ROOT", "STORAGE_USER", "PRIMARY_HOSTNAME", "PATH", "HOME", "USER"}
+    assert (values["HOME"], values["USER"], values["PRIMARY_HOSTNAME"]) == (user.pw_dir, USER, "box.example.com")
+    assert values["STORAGE_ROOT"] == str(keyed.root) and "/usr/sbin" in values["PATH"]
+
+
+def test_supplementary_groups(keyed: Store) -> None:
+    """A user with groups beyond its own has them in the hook. The machine's own /etc/group is not touched: this runs privately."""
+    output = output_of(keyed)
+    put_hook(keyed, "after-backup", f"#!/bin/sh\nid -Gn > {output}\n")
+    group = keyed.scratch / "group"
+    group.write_text("".join(
+        f"{entry.gr_name}:x:{entry.gr_gid}:{','.join([*entry.gr_mem, USER] if entry.gr_name == 'games' else entry.gr_mem)}\n"
+        for entry in grp.getgrall()))
+    script = 'mount --bind "$0" /etc/group && exec "$@"'
+    answer = subprocess.run(["unshare", "--mount", "--propagation", "private", "sh", "-c", script, group, *keyed.command()],
+                            env=keyed.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if "Operation not permitted" in answer.stderr and os.environ.get("CI") != "true":
+        pytest.skip(f"private namespaces are not allowed: {answer.stderr}")
+    assert answer.returncode == 0, answer.stderr
+    assert "games" in output.read_text().split()
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("wrong, told", [
+    ("#!/bin/sh\nfor number in $(seq 40); do echo line $number; done; exit 42\n", "exit code 42"),
+    ("#!/bin/sh\nkill -9 $$\n", "signal 9"),
+    ("#!/no/such/interpreter\n", "No such file or directory"),
+    ("\x7fELF broken", "exit code 126"),
+])
+def test_failing_hook(keyed: Store, name: str, wrong: str, told: str) -> None:
+    """It is reported with its last lines and its exit code, exit 3; the backup is made all the same, mail stopped after before-backup."""
+    put_hook(keyed, name, wrong)
+    result = keyed.backup(exit_code=3)
+    assert f"the hook {keyed.backups / name} failed" in result.stderr and told in result.stderr
+    if "seq" in wrong:
+        assert "line 40" in result.stderr and "line 16\n" in result.stderr and "line 15\n" not in result.stderr
+    assert len(keyed.manifests()) == 1 and keyed.running() == ["dovecot", "postfix"]
+    content = last_run(keyed)
+    assert content["exit_code"] == 3 and f"{name} failed" in str(content["message"])
+
+
+@pytest.mark.parametrize("kind", ["not executable", "directory", "dangling link", "root only"])
+def test_hook_that_cannot_be_run(keyed: Store, kind: str) -> None:
+    """It is said why, exit 3."""
+    path = keyed.backups / "after-backup"
+    if kind == "not executable":
+        put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o644)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to("/nowhere")
+    else:
+        put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o700)
+    told = {"not executable": "chmod +x", "directory": "Is a directory", "dangling link": "No such file", "root only": "Permission denied"}
+    assert told[kind] in keyed.backup(exit_code=3).stderr
+
+
+def test_hook_without_interpreter_line(keyed: Store) -> None:
+    """/bin/sh runs it, as it always was."""
+    output = output_of(keyed)
+    put_hook(keyed, "after-backup", f"echo $0 of $USER > {output}\n")
+    keyed.backup()
+    assert output.read_text() == f"{keyed.backups}/after-backup of {USER}\n"
+
+
+def test_no_shell_reads_the_path(store: Store) -> None:
+    """A STORAGE_ROOT with spaces, quotes and more is no problem for a hook, nor for the rest."""
+    root = store.scratch / "it's a \"root\"; $(touch hacked) ü *"
+    store.root.rename(root)
+    store.root = root
+    store.settings.write_text(f"STORAGE_ROOT={root}\nSTORAGE_USER={USER}\n")
+    store.put_key()
+    output = output_of(store)
+    put_hook(store, "before-backup", f"#!/bin/sh\necho \"$0\" > {output}\n")
+    assert store.backup().stderr == ""
+    assert output.read_text() == f"{root}/backup/before-backup\n"
+    store.assert_restores()
+
+
+def test_what_a_hook_can_read(keyed: Store) -> None:
+    """after-backup reads the encrypted files and last-run.json, and neither the key nor cache/."""
+    output, home = output_of(keyed), backup.paths_of({"STORAGE_ROOT": str(keyed.root)}).gnupg
+    put_hook(keyed, "after-backup", f"""#!/bin/sh
+cat {keyed.encrypted}/* > /dev/null && echo encrypted >> {output}
+grep -q '"exit_code": 0' {keyed.backups}/last-run.json && echo last-run >> {output}
+cat {keyed.backups}/secret_key.txt 2> /dev/null && echo key >> {output}
+ls {keyed.backups}/cache 2> /dev/null && echo cache >> {output}
+ls -d {home} 2> /dev/null >> {output}
+exit 0
+""")
+    keyed.backup()
+    assert output.read_text().split() == ["encrypted", "last-run"]
+
+
+def test_after_backup_runs_only_after_a_backup(keyed: Store) -> None:
+    """A run that failed does not call it; before-backup had its turn."""
+    output = output_of(keyed)
+    for name in HOOKS:
+        put_hook(keyed, name, f"#!/bin/sh\necho {name} >> {output}\n")
+    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full) exit 50;; esac\nexec REAL "$@"\n')
+    keyed.backup(exit_code=1)
+    assert output.read_text() == "before-backup\n"
+
+
+def test_what_a_good_hook_prints_is_silent_unless_verbose(keyed: Store) -> None:
+    """cron mails whatever is printed."""
+    put_hook(keyed, "after-backup", "#!/bin/sh\necho all sent\nprintf 'caf\\303\\251 \\377 \\033[31m'\n")
+    assert keyed.backup().stderr == ""
+    verbose = keyed.backup("-v").stderr
+    assert "backup: all sent\n" in verbose and "backup: café \\xff \\x1b[31m\n" in verbose
+
+
+def test_hook_that_leaves_something_running(keyed: Store) -> None:
+    """The night does not wait for what a hook leaves in the background."""
+    put_hook(keyed, "before-backup", f"#!/bin/sh\nsleep 30.5 & echo $! > {output_of(keyed)}\n")
+    keyed.backup()
+    os.kill(int((keyed.scratch / "output").read_text()), 15)
+    wait_for(lambda: processes_of(keyed) == [])
+
+
+def test_modes_survive(keyed: Store) -> None:
+    """Hooks stay as they are."""
+    path = put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o750)
+    os.chown(path, 0, keyed.root.stat().st_gid)
+    keyed.backup()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750

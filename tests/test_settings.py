@@ -1,0 +1,319 @@
+"""Settings and surroundings: whatever is wrong gives one clear sentence, with nothing touched and mail never stopped."""
+
+import dataclasses
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+import backup
+import utils
+from conftest import PYTHON, SCRIPT, USER, Store, tree_of
+
+
+def refused(store: Store, told: str, exit_code: int = 2, *arguments: str) -> None:
+    """Check that a run is refused with one sentence, and that nothing was touched."""
+    before = tree_of(store.root, without="nothing")
+    result = store.backup(*arguments, exit_code=exit_code)
+    assert told in result.stderr and result.stderr.startswith("backup: ") and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and not result.stderr.endswith(".\n")
+    assert not any(call.split()[1] in ("stop", "start") for call in store.calls())
+    after = tree_of(store.root, without="nothing")
+    for name in ("backup/lock", "backup"):  # a lock is taken, and the time of its directory tells
+        before.pop(name, None)
+        after.pop(name, None)
+    assert before == after
+
+
+@pytest.mark.parametrize("text, told", [
+    ("STORAGE_USER=nobody\n", "STORAGE_ROOT is missing"),
+    ("STORAGE_ROOT=\nSTORAGE_USER=nobody\n", "STORAGE_ROOT is missing"),
+    ("STORAGE_ROOT=relative/path\nSTORAGE_USER=nobody\n", "absolute path"),
+    ("STORAGE_ROOT=/no/such/directory\nSTORAGE_USER=nobody\n", "/no/such/directory is not a directory"),
+    ("STORAGE_ROOT=/etc/passwd\nSTORAGE_USER=nobody\n", "/etc/passwd is not a directory"),
+    ("STORAGE_ROOT=ROOT\n", "STORAGE_USER is missing"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=\n", "STORAGE_USER is missing"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=no-such-user\n", "there is no user no-such-user"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_KEEP_DAYS=0\n", "BACKUP_KEEP_DAYS is 0"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_KEEP_DAYS=three\n", "BACKUP_KEEP_DAYS is three"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_KEEP_DAYS=\n", "BACKUP_KEEP_DAYS is empty"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_SERVICES=dovecot --full\n", "--full is not the name of a service"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER nobody\n", "line 2"),
+    ("STORAGE_ROOT=ROOT\n=nobody\n", "line 2"),
+    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nSTORAGE_USER=root\n", "line 3"),
+])
+def test_wrong_settings(store: Store, text: str, told: str) -> None:
+    """One sentence for each thing that can be wrong in the file."""
+    store.settings.write_text(text.replace("ROOT\n", f"{store.root}\n", 1) if "=ROOT" in text else text)
+    refused(store, told)
+
+
+def test_settings_file_that_cannot_be_read(store: Store) -> None:
+    """A missing file, and a directory in its place, are named."""
+    store.settings.unlink()
+    refused(store, f"cannot read the settings file {store.settings}: No such file or directory")
+    store.settings.mkdir()
+    refused(store, "Is a directory")
+
+
+def test_settings_file_with_all_that_is_allowed(store: Store) -> None:
+    """Blank lines, comments, spaces, CRLF, the same line twice, keys of others, values with = and bytes that are not UTF-8."""
+    store.settings.write_bytes(
+        f"# settings\r\n\r\n  STORAGE_ROOT = {store.root} \r\nSTORAGE_USER={USER}\nSTORAGE_USER={USER}\n  # more\nA=b=c\nEMPTY=\n"
+        .encode() + b"NAME=\xff\n")
+    assert utils.load_environment(store.settings) == {
+        "STORAGE_ROOT": str(store.root), "STORAGE_USER": USER, "A": "b=c", "EMPTY": "", "NAME": "\udcff"}
+    store.put_key()
+    assert store.backup().stderr == ""
+
+
+def test_nul_in_the_settings(store: Store) -> None:
+    """No environment can hold it."""
+    store.settings.write_bytes(store.settings.read_bytes() + b"A=\0\n")
+    refused(store, "line 3")
+
+
+def test_storage_root_needs_no_settings_file(store: Store) -> None:
+    """--storage-root: the owner of the directory is STORAGE_USER; a relative path and a symbolic link will do."""
+    link = store.scratch / "link"
+    link.symlink_to(store.root)
+    result = store.run("sh", "-c", f"cd {store.scratch} && exec {PYTHON} {SCRIPT} --storage-root link")
+    assert "keep a copy" in result.stderr
+    assert store.encrypted.stat().st_gid == store.root.stat().st_gid
+    store.assert_restores()
+
+
+@pytest.mark.parametrize("directory, told", [("/no/such", "cannot read /no/such: No such file"), ("unowned", "is no user of this system")])
+def test_wrong_storage_root(store: Store, directory: str, told: str) -> None:
+    """A directory that is missing, or whose owner has no name."""
+    if directory == "unowned":
+        directory = str(store.scratch / "unowned")
+        os.mkdir(directory)
+        os.chown(directory, 54321, 54321)
+    refused(store, told, 2, "--storage-root", directory)
+
+
+def test_storage_root_that_is_not_utf_8(store: Store) -> None:
+    """duplicity 0.8.22 would write to a directory of another name and exit 0."""
+    root = Path(os.fsdecode(os.fsencode(store.scratch) + b"/\xff"))
+    root.mkdir()
+    refused(store, r"\xff is not UTF-8", 2, "--storage-root", str(root))
+    assert list(root.iterdir()) == []
+
+
+def test_root_alone_makes_backups(store: Store) -> None:
+    """Another user is told so."""
+    store.settings.chmod(0o644)
+    result = store.run("setpriv", "--reuid", USER, "--clear-groups", *store.command(), exit_code=2)
+    assert "run it as root" in result.stderr and not store.backups.exists()
+
+
+@pytest.mark.parametrize("name", ["duplicity", "gpg", "gpgconf", "setpriv", "service"])
+def test_missing_program(keyed: Store, name: str) -> None:
+    """A program that is not installed costs no second of mail. The machine keeps it: PATH ends at links to all others."""
+    programs = keyed.scratch / "programs"
+    programs.mkdir()
+    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "service"):
+        if program != name:
+            (programs / program).symlink_to(shutil.which(program) or keyed.bin / program)
+    settings = utils.load_environment(keyed.settings)
+    night = backup.night_of(settings)
+    night = dataclasses.replace(night, environment={**night.environment, "PATH": str(programs)})
+    with pytest.raises(utils.Failure, match=f"^{name} is not installed") as caught:
+        backup.check_surroundings(night)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("script, told", [
+    ("#!/bin/sh\necho no module named duplicity; exit 1\n", "no module named duplicity"),
+    ("#!/bin/sh\necho duplicity 0.7.19\n", "duplicity 0.7.19 is too old"),
+    ("#!/bin/sh\nexit 0\n", "duplicity does not run"),
+])
+def test_duplicity_that_does_not_run(keyed: Store, script: str, told: str) -> None:
+    """A broken or an old duplicity costs no second of mail."""
+    keyed.stand_in("duplicity", script)
+    result = keyed.backup(exit_code=2)
+    assert told in result.stderr and keyed.calls() == []
+
+
+def test_newer_duplicity_is_never_refused(keyed: Store) -> None:
+    """Nor is one whose version is no number."""
+    for version in ("0.8.21", "3.2.1 September 28, 2026", "99.0.0", "4.dev"):
+        keyed.stand_in("duplicity", f"#!/bin/sh\necho duplicity {version}\n")
+        night = backup.night_of(utils.load_environment(keyed.settings))
+        path = f"{keyed.bin}:{night.environment['PATH']}"
+        night = dataclasses.replace(night, environment={**night.environment, "PATH": path})
+        assert backup.duplicity_version(night) == version.split()[0]
+
+
+@pytest.mark.parametrize("content, mode, told", [
+    (b"", 0o600, "no passphrase of 43 characters"),
+    (b"too short\n", 0o600, "no passphrase of 43 characters"),
+    (b"\n" + b"x" * 64 + b"\n", 0o600, "no passphrase of 43 characters"),
+    (b"x" * 42 + b"\n", 0o600, "no passphrase of 43 characters"),
+    (b"\xff" * 64 + b"\n", 0o600, "is not text"),
+    (b"\0" * 64 + b"\n", 0o600, "no passphrase of 43 characters"),
+    (b"x" * 64 + b"\n", 0o644, "chmod 600"),
+    (b"x" * 64 + b"\n", 0o640, "chmod 600"),
+    (None, 0o600, "Is a directory"),
+])
+def test_wrong_key(keyed: Store, content: bytes, mode: int, told: str) -> None:
+    """A key that is empty, short, binary, a directory or open to others: exit 2, not a second of mail."""
+    key = keyed.backups / "secret_key.txt"
+    key.unlink()
+    key.write_bytes(content) if content is not None else key.mkdir()
+    key.chmod(mode)
+    refused(keyed, told)
+
+
+def test_key_is_its_first_line_stripped(keyed: Store) -> None:
+    """43 characters will do; spaces around them and further lines do not count."""
+    (keyed.backups / "secret_key.txt").write_text("  " + "k" * 43 + "\t\r\nsecond line\n")
+    keyed.backup()
+    assert backup.read_passphrase(keyed.backups / "secret_key.txt") == "k" * 43
+    keyed.assert_restores()
+
+
+@pytest.mark.parametrize("present", [
+    "encrypted/duplicity-full.20260101T030000Z.manifest.gpg", "encrypted/duplicity-full.x.enc", "duplicity/x"])
+def test_missing_key_with_backups_present(store: Store, present: str) -> None:
+    """No new key where backups need the old one."""
+    (store.backups / present).parent.mkdir(parents=True)
+    (store.backups / present).touch()
+    refused(store, "is missing although there are backups")
+
+
+def test_stray_file_is_no_backup(store: Store) -> None:
+    """A note in encrypted/ does not keep the first key from being made."""
+    store.encrypted.mkdir(parents=True)
+    (store.encrypted / "README").touch()
+    assert "keep a copy" in store.backup().stderr
+
+
+@pytest.mark.parametrize("name", ["", "encrypted", "cache", "tmp", "legacy", "duplicity"])
+@pytest.mark.parametrize("wrong, told", [
+    ("link", "is a symbolic link"), ("file", "is not a directory"), ("owner", "is not owned by root"), ("writable", "chmod go-w")])
+def test_hostile_directories(keyed: Store, name: str, wrong: str, told: str) -> None:
+    """A directory of backup/, or itself, that STORAGE_USER has replaced, owns or can write to: refused, nothing followed."""
+    elsewhere = keyed.scratch / "elsewhere"
+    elsewhere.mkdir()
+    path = keyed.backups / name
+    if name == "":
+        keyed.backups.rename(keyed.scratch / "moved")
+    if wrong == "link":
+        path.symlink_to(elsewhere)
+    elif wrong == "file":
+        path.touch()
+    else:
+        path.mkdir()
+    if wrong == "owner":
+        os.chown(path, 12345, 0)
+    elif wrong == "writable":
+        path.chmod(0o770)
+    refused(keyed, told)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_last_run_that_is_a_link_is_replaced(keyed: Store) -> None:
+    """What it points to is not written to."""
+    elsewhere = keyed.scratch / "elsewhere"
+    elsewhere.write_text("precious")
+    (keyed.backups / "last-run.json").symlink_to(elsewhere)
+    keyed.backup()
+    assert elsewhere.read_text() == "precious" and not (keyed.backups / "last-run.json").is_symlink()
+
+
+def test_last_run_that_cannot_be_written(keyed: Store) -> None:
+    """A directory stands there: the backup is made, and what failed is told."""
+    (keyed.backups / "last-run.json").mkdir()
+    result = keyed.backup(exit_code=1)
+    assert "last-run.json" in result.stderr and len(keyed.manifests()) == 1
+
+
+def test_link_to_the_storage_root(store: Store) -> None:
+    """STORAGE_ROOT may be a symbolic link: what it leads to is backed up, not the link."""
+    link = store.scratch / "link"
+    link.symlink_to(store.root)
+    store.settings.write_text(f"STORAGE_ROOT={link}\nSTORAGE_USER={USER}\n")
+    store.put_key()
+    store.backup()
+    store.assert_restores()
+
+
+def test_another_key_than_the_backups(keyed: Store) -> None:
+    """With a key that does not open the newest set nothing is stopped or written: exit 1 and the ways out; the old key mends it."""
+    keyed.backup()
+    key = keyed.backups / "secret_key.txt"
+    old = key.read_text()
+    key.write_text("another" * 10 + "\n")
+    keyed.forget_calls()
+    before = tree_of(keyed.encrypted)
+    result = keyed.backup(exit_code=1)
+    assert "made with another key" in result.stderr and "put the old key back" in result.stderr and keyed.calls() == []
+    assert tree_of(keyed.encrypted) == before
+    key.write_text(old)
+    time.sleep(1.1)
+    keyed.backup()
+    keyed.assert_restores()
+
+
+def test_damaged_manifest(keyed: Store) -> None:
+    """A newest manifest that gpg finds damaged is told apart from a wrong key."""
+    keyed.backup()
+    manifest = keyed.encrypted / keyed.manifests()[0]
+    content = bytearray(manifest.read_bytes())
+    content[-10] ^= 1
+    manifest.write_bytes(content)
+    keyed.forget_calls()
+    assert "is damaged" in keyed.backup(exit_code=1).stderr
+    assert keyed.calls() == []
+
+
+def test_set_of_the_future(keyed: Store) -> None:
+    """A set dated ahead of the clock stops the run before anything is touched: the next increment would be an orphan."""
+    keyed.run("faketime", "+2 hours", *keyed.command(), exit_code=0)
+    keyed.forget_calls()
+    assert "the clock is wrong, or was" in keyed.backup(exit_code=1).stderr
+    assert keyed.calls() == [] and len(keyed.manifests()) == 1
+
+
+def test_clock_that_jumps_a_year_ahead(keyed: Store) -> None:
+    """Nothing is pruned by the first run after more than 31 days; exit 3 says so; the next run prunes."""
+    keyed.backup()
+    result = keyed.run("faketime", "+1 year", *keyed.command(), exit_code=3)
+    assert "no old backups were deleted" in result.stderr and len(keyed.manifests()) == 2
+    assert keyed.run("faketime", "+366 days", *keyed.command()).stderr == ""
+    assert len([name for name in keyed.manifests() if name.startswith("duplicity-full")]) == 1
+
+
+def test_what_a_killed_run_leaves(keyed: Store) -> None:
+    """Temporary files, gpg's home with its agent, partial files and the dead set are found and removed."""
+    keyed.backup()
+    old = set(keyed.encrypted.iterdir())
+    archive = next((keyed.backups / "cache").iterdir())
+    (keyed.backups / "tmp").mkdir(mode=0o700)
+    (keyed.backups / "tmp" / "duplicity-x-tempdir").mkdir()
+    (archive / "duplicity-y-tempdir").mkdir()
+    for name in ("duplicity-full.20990101T000000Z.vol1.difftar.gpg", "duplicity-full-signatures.20990101T000000Z.sigtar.gpg"):
+        (keyed.encrypted / name).touch()
+    for name in ("duplicity-full.20990101T000000Z.manifest.part", "duplicity-full-signatures.20990101T000000Z.sigtar.gz",
+                 "duplicity-full.20000101T000000Z.manifest.part"):
+        (archive / name).touch()
+    paths = backup.paths_of({"STORAGE_ROOT": str(keyed.root)})
+    paths.gnupg.mkdir(mode=0o700)
+    time.sleep(1.1)
+    assert keyed.backup().stderr == ""
+    assert len(keyed.manifests()) == 2 and old < set(keyed.encrypted.iterdir())
+    left = [path.name for path in keyed.backups.rglob("*") if "2099" in path.name or "tempdir" in path.name or path.suffix == ".part"]
+    assert left == [] and not paths.gnupg.exists()
+    keyed.assert_restores()
+
+
+def test_modes_of_what_is_made(store: Store) -> None:
+    """No file of backup/ is open to others, whatever the umask."""
+    store.run("sh", "-c", f"umask 000; exec {PYTHON} {SCRIPT} --config {store.settings}")
+    for path in store.backups.rglob("*"):
+        assert not stat.S_IMODE(path.lstat().st_mode) & 0o027, path
