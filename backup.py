@@ -1113,8 +1113,7 @@ def main(arguments: Sequence[str]) -> int:
     utils.end_on_signals()
     try:
         code = run(arguments)
-        if sys.stdout:  # it may have been closed from the start
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: nothing is left to say

@@ -314,11 +314,10 @@ def signals_deferred() -> Iterator[None]:
 
 def open_closed_streams() -> None:
     """Open /dev/null in place of standard streams that are closed: a pipe or a lock would take their numbers, and programs use them."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
 
 
 @dataclass(frozen=True)
