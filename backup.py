@@ -237,7 +237,7 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
             reason = "it was asked for" if force_full else reason_for_full(sets, night.now)             # 5
             run_hook(night, "before-backup", record)                                                    # 6
             # 7: here a copy's first pass goes, while mail runs; without a copy duplicity reads the tree itself.
-            with failed_set_thrown_away(night, sets), utils.services_stopped(                                 # 8
+            with failed_set_thrown_away(night, sets), utils.services_stopped(                           # 8
                     night.services, night.paths.stopped, night.environment, lock, record.downtime):
                 # 9: the copy's second pass
                 make_set(night, record, "full" if reason else "incremental")                            # 11
@@ -647,7 +647,7 @@ def run_hook(night: Night, name: str, record: Record) -> None:
         record.warn(f"the hook could not be run: {failure_of(error)}")
         return
     environment = {**night.settings, "PATH": night.environment["PATH"], "HOME": night.user.pw_dir, "USER": night.user.pw_name}
-    answer = utils.shell(command, environment, user=night.user, umask=0o022, on_line=show_line(night))
+    answer = utils.shell(command, environment, user=night.user, umask=0o022, on_line=log.info if night.verbose else log.debug)
     if answer.exit_code:
         record.warn(f"the hook {hook} failed; mend it: it ended with {answer}")
 
@@ -684,8 +684,9 @@ def clean_up_command(night: Night) -> list[str]:
 def run_duplicity(night: Night, command: Sequence[str], log_lines: Optional[list[str]] = None) -> Finished:
     """Run a duplicity command with the passphrase, which nothing but duplicity and its gpg ever has, in its environment.
 
-    log_lines: takes the lines of the machine log of a command that has one. Returns how it ended. Raises Failure, and ends it,
-    when the room that is left to mail is about to go.
+    log_lines: takes the lines of the machine log of a command that has one. A record with a name that is not UTF-8 fails to be
+    written there (0.8.22, 3.2.1); Python then prints it as an error of logging, from where it is put back as a WARNING.
+    Returns how it ended. Raises Failure, and ends it, when the room that is left to mail is about to go.
     """
     passphrase = read_passphrase(night.paths.key)
     environment = {**gpg_environment(night), "PASSPHRASE": passphrase, "TMPDIR": str(night.paths.temporary)}
@@ -695,9 +696,19 @@ def run_duplicity(night: Night, command: Sequence[str], log_lines: Optional[list
         if utils.free_bytes(night.paths.backup) < reserve:
             raise Failure(f"duplicity was ended before it took the last room of {night.paths.backup}; make room there")
 
+    lost_records: list[str] = []
+
+    def take_line(line: str) -> None:
+        (log.info if night.verbose else log.debug)(line)
+        if line.startswith("Message: "):
+            lost_records.extend(["WARNING 1", f". {line.removeprefix('Message: ')}"])
+
     log.info("running %s", shlex.join(command))
-    return utils.shell(command, environment, secret=passphrase, umask=0o077, watch=watch_room, on_line=show_line(night),
-                       on_log=None if log_lines is None else log_lines.append)
+    answer = utils.shell(command, environment, secret=passphrase, umask=0o077, watch=watch_room, on_line=take_line,
+                         on_log=None if log_lines is None else log_lines.append)
+    if log_lines is not None:
+        log_lines.extend(lost_records)
+    return answer
 
 
 def explain(action: str, answer: Finished) -> str:
@@ -790,11 +801,6 @@ def grant_group_read(night: Night) -> None:
         if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
             os.chown(path, 0, night.user.pw_gid)
             path.chmod(0o640)
-
-
-def show_line(night: Night) -> utils.TakeLine:
-    """Return what is to be done with a line that a program prints: with --verbose it is shown."""
-    return log.info if night.verbose else log.debug
 
 
 # Step 15: how the run went

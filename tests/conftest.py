@@ -169,7 +169,7 @@ class Store:
         """Put a script of our own before a program on PATH; "REAL" in it is the real program's path."""
         real = utils.find_program(program, {"PATH": utils.system_path("/usr/bin")})
         path = self.bin / program
-        path.write_text(script.replace("REAL", real))
+        path.write_bytes(os.fsencode(script.replace("REAL", real)))
         path.chmod(0o755)
 
 

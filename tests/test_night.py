@@ -206,16 +206,21 @@ exec REAL "$@"
     assert list(keyed.encrypted.iterdir()) == []
 
 
-def test_unread_file_is_named(keyed: Store) -> None:
-    """A file that cannot be read: the backup is kept, the file named, exit 3; next night all is well again."""
-    bad = keyed.root / "ssl/private.pem"
+@pytest.mark.parametrize("name, shown", [("ssl/private.pem", "ssl/private.pem"), ("ssl/\udcff\n\x1b.pem", r"ssl/\udcff\n\x1b.pem")])
+@pytest.mark.parametrize("call", ["openat", "read", "newfstatat"])
+def test_unread_file_is_named(keyed: Store, name: str, shown: str, call: str) -> None:
+    """A file that cannot be opened, read or looked at: the backup is kept, the file named safely, exit 3; a good disk mends it."""
+    bad = keyed.root / name
+    bad.write_text("bad sector")
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) exec strace -qq -o /dev/null -P {bad} -e trace=openat -e inject=openat:error=EIO REAL "$@";; esac
+case $1 in full) exec strace -qq -o /dev/null -P '{bad}' -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
     result = keyed.backup(exit_code=3)
-    assert "ssl/private.pem" in result.stderr and len(keyed.manifests()) == 1
-    assert last_run(keyed)["exit_code"] == 3 and "ssl/private.pem" in str(last_run(keyed)["message"])
+    assert len(keyed.manifests()) == 1
+    for text in (result.stderr, str(last_run(keyed)["message"])):
+        assert "could not read all" in text and shown in text
+    assert last_run(keyed)["exit_code"] == 3
     (keyed.bin / "duplicity").unlink()
     keyed.backup("--full")
     keyed.assert_restores()
