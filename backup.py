@@ -297,6 +297,8 @@ def check_surroundings(night: Night) -> str:
     disk = paths.backup if paths.backup.exists() else paths.root  # before the first run, if it is dry
     needed = TEMPORARY_BYTES + reserve_bytes(disk)
     free = utils.free_bytes(disk) + sum(utils.tree_size(path) for path in [paths.temporary, *dead_files(paths, complete_sets(paths))])
+    free += sum(size for name, size in utils.regular_files(paths.encrypted).items() if name.endswith(".enc") and any(
+        (directory / name.removesuffix(".enc")).is_file() for directory in (paths.plain, paths.migrated)))
     if free < needed:
         raise Failure(f"{paths.backup} has {human_size(free)} free and a backup needs {human_size(needed)} at least; make room there")
     return version
@@ -390,7 +392,7 @@ def remove_gpg_home(night: Night) -> None:
         answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night))
         if answer.exit_code:
             log.info("gpgconf --kill all ended with %s", answer)  # an agent whose home is gone ends by itself
-        shutil.rmtree(night.paths.gnupg)
+        utils.remove_tree(night.paths.gnupg)
 
 
 # Step 3: what a run that died has left
@@ -470,14 +472,18 @@ def migrate_legacy_layout(paths: Paths) -> None:
 
     Each change leaves a state from which the next run goes on. Raises Failure if there is no room to move them to another disk.
     """
+    if os.path.lexists(paths.migrated):
+        utils.make_owned_directory(paths.migrated, 0o700, 0)
+        for half in paths.migrated.glob(".*.copy"):  # see utils.move_file
+            half.unlink()
     if os.path.lexists(paths.plain):
         paths.plain.chmod(0o700)  # it is plain mail
         try:
             os.rename(paths.plain, paths.migrated)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            if error.errno == errno.EXDEV and (
+            if error.errno in (errno.EXDEV, errno.EBUSY) and (
                     utils.tree_size(paths.plain) + reserve_bytes(paths.root) > utils.free_bytes(paths.root)):
                 raise Failure(f"{paths.root} has no room for the old backups in {paths.plain}; make room there") from error
             move_directory(paths.plain, paths.migrated)
@@ -487,10 +493,10 @@ def migrate_legacy_layout(paths: Paths) -> None:
                and not delete_copy(paths.encrypted / name, paths.migrated / name.removesuffix(".enc"))]
     if orphans:
         utils.make_owned_directory(paths.legacy, 0o700, 0)
-        for name in orphans:
-            os.rename(paths.encrypted / name, free_name(paths.legacy / name))
-        log.warning("%d old copies had no plain original of their size: they are in %s now; see there whether you need them",
+        log.warning("%d old copies have no plain original of their size: they are moved to %s; see there whether you need them",
                     len(orphans), paths.legacy)
+        for name in orphans:
+            move_aside(paths.encrypted / name, paths.legacy / name)
 
 
 def move_directory(source: Path, target: Path) -> None:
@@ -499,27 +505,29 @@ def move_directory(source: Path, target: Path) -> None:
     A file is gone from source only when it is in target on the disk; two different ones of one name are both kept.
     """
     target.mkdir(mode=0o700, exist_ok=True)
+    utils.sync_directory(target.parent)
     for path in sorted(source.iterdir()):
         goal = target / path.name
         if path.is_dir() and not path.is_symlink():
-            move_directory(path, goal if goal.is_dir() and not goal.is_symlink() else free_name(goal))
-            continue
-        if os.path.lexists(goal):
-            if goal.is_file() and path.is_file() and filecmp.cmp(path, goal, shallow=False):
-                path.unlink()
-                continue
-            goal = free_name(goal)
-        utils.move_file(path, goal)
-    source.rmdir()
+            taken = os.path.lexists(goal) and (goal.is_symlink() or not goal.is_dir())
+            move_directory(path, goal.with_name(f"{path.name}.directory") if taken else goal)
+        else:
+            move_aside(path, goal)
+    if not source.is_mount():
+        source.rmdir()
 
 
-def free_name(path: Path) -> Path:
-    """Return path, or the first of path.1, path.2 and so on at which nothing stands."""
-    number, free = 0, path
-    while os.path.lexists(free):
+def move_aside(path: Path, goal: Path) -> None:
+    """Move a file to goal, or to the first of goal.1, goal.2 and so on at which nothing stands; where its equal stands that serves."""
+    number, place = 0, goal
+    while os.path.lexists(place):
+        if all(stat.S_ISREG(file.lstat().st_mode) for file in (path, place)) and filecmp.cmp(path, place, shallow=False):
+            utils.sync_file(place)
+            path.unlink()
+            return
         number += 1
-        free = path.with_name(f"{path.name}.{number}")
-    return free
+        place = goal.with_name(f"{goal.name}.{number}")
+    utils.move_file(path, place)
 
 
 def delete_copy(copy: Path, original: Path) -> bool:

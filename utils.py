@@ -148,6 +148,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Force a file and its name to the disk; of a symbolic link only the name."""
+    if not path.is_symlink():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_directory(path.parent)
+
+
 def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -1) -> None:
     """Write a file so that at any instant the old or the new content is there, whole; a symbolic link at path is replaced.
 
@@ -217,12 +225,18 @@ def move_file(source: Path, target: Path) -> None:
             raise
     copy = target.with_name(f".{target.name}.copy")
     shutil.copy2(source, copy, follow_symlinks=False)
-    if not copy.is_symlink():
-        with open(copy, "rb") as stream:
-            os.fsync(stream.fileno())
+    sync_file(copy)
     os.rename(copy, target)
     sync_directory(target.parent)
     source.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all that is in it; what somebody else removes meanwhile, as an agent its sockets, is fine."""
+    def pass_over(_function: object, _path: object, info: Any) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            raise info[1]
+    shutil.rmtree(path, onerror=pass_over)
 
 
 def free_bytes(path: Path) -> int:
