@@ -24,7 +24,7 @@ import shlex
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -51,7 +51,7 @@ CLOCK_SECONDS = 60
 OLDEST_DUPLICITY = (0, 8, 21)
 
 # Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part and .gz only in the archive directory.
-STAMP = r"\d{8}T\d{6}Z"
+STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
 SET_FILE = re.compile(rf"duplicity-(full|inc)\.(?:({STAMP})\.to\.)?({STAMP})\.(manifest|vol\d+\.difftar|jsonstat)\.gpg")
 SIGNATURES = re.compile(rf"duplicity-(full|new)-signatures\.(?:({STAMP})\.to\.)?({STAMP})\.sigtar\.gpg")
 ARCHIVE_FILE = re.compile(
@@ -564,19 +564,24 @@ def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
         elif key := key_of(SET_FILE.fullmatch(name)):
             members.setdefault(key, set()).add(name)
     complete = {key for key, names in members.items() if any(".manifest." in name for name in names)}
-    signed = complete & set(signatures.values())
-    for name, key in signatures.items():
-        near = [other for other in complete - signed if (key[0] is None) == (other[0] is None)
-                and abs(stamp_date(other[1]) - stamp_date(key[1])) <= timedelta(seconds=SIGNATURE_SECONDS)]
-        if key not in complete and near:
-            key = min(near, key=lambda other: abs(stamp_date(other[1]) - stamp_date(signatures[name][1])))
-            signed.add(key)
-        if key in complete:
-            members[key].add(name)
+    for name, key in pair_signatures(signatures, complete).items():
+        members[key].add(name)
     sets = [BackupSet(stamp, previous, (previous, stamp) in complete, frozenset(names), sum(sizes[name] for name in names))
             for (previous, stamp), names in members.items()]
     sets.sort(key=lambda backup_set: (backup_set.stamp, backup_set.previous or ""))
     return sets, sum(sizes.values()) - sum(backup_set.size for backup_set in sets if backup_set.complete)
+
+
+def pair_signatures(signatures: Mapping[str, SetKey], complete: Set[SetKey]) -> dict[str, SetKey]:
+    """Return to which complete set each signature file belongs, by its name, see read_sets; the nearest go first."""
+    paired = {name: key for name, key in signatures.items() if key in complete}
+    unsigned = complete - set(paired.values())
+    off = sorted((abs(stamp_date(key[1]) - stamp_date(other[1])), name, other) for name, key in signatures.items() if name not in paired
+                 for other in unsigned if (key[0] is None) == (other[0] is None))
+    for distance, name, other in off:
+        if distance <= timedelta(seconds=SIGNATURE_SECONDS) and name not in paired and other not in paired.values():
+            paired[name] = other
+    return paired
 
 
 def key_of(match: Optional[re.Match[str]]) -> Optional[SetKey]:
@@ -754,7 +759,8 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
     """Read duplicity's machine log: records of `LEVEL code`, then lines that begin with a full stop.
 
     A file that could not be read is a WARNING with the general code 1, or 9 if its status could not be had, and exit code 0; the
-    statistics count it as an error or not (all seen: 0.8.22, 3.2.1). Returns the number of source entries, and the warnings.
+    statistics count it as an error or not (all seen: 0.8.22, 3.2.1). Returns the number of source entries, and the warnings but
+    those with codes 2 to 6, which are about files of other sets in the target (duplicity's log.py).
     """
     entries: Optional[int] = None
     warnings: list[str] = []
@@ -762,7 +768,7 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
     for line in lines:
         text = line.removeprefix(".").strip()
         if line and not line.startswith("."):
-            level = line.split()[0]
+            level = "" if re.match("WARNING [2-6]\\b", line) else line.split()[0]
         elif match := re.fullmatch(r"SourceFiles (\d+)", text):
             entries = int(match[1])
         elif level == "WARNING" and text and text not in warnings[-1:]:
@@ -805,10 +811,11 @@ def grant_group_read(night: Night) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
     for name in utils.regular_files(night.paths.encrypted):
         path = night.paths.encrypted / name
-        status = path.lstat()
-        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
-            os.chown(path, 0, night.user.pw_gid)
-            path.chmod(0o640)
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
+                os.chown(path, 0, night.user.pw_gid)
+                path.chmod(0o640)
 
 
 # Step 15: how the run went
@@ -876,7 +883,7 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
         return content if isinstance(content, dict) else {"exit_code": 1, "message": f"{path} does not hold a run; remove it"}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {"exit_code": 1, "message": f"cannot read {path}: {error}; remove it"}
 
 
@@ -899,7 +906,7 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
     return {
         "directory": str(paths.encrypted), "encpwfile": str(paths.key), "tz": now.tzname(),
         "backups": [{
-            "date": backup_set.stamp, "date_str": backup_set.date.astimezone(now.tzinfo).isoformat(),
+            "date": backup_set.stamp, "date_str": backup_set.date.astimezone().isoformat(),
             "date_delta": span(backup_set.date, now), "full": backup_set.full, "previous": backup_set.previous,
             "size": backup_set.size, **({"deleted_in": deleted_in[backup_set]} if backup_set in deleted_in else {}),
         } for backup_set in reversed(sets)],
@@ -929,7 +936,7 @@ def tell_deletions(sets: Sequence[BackupSet], keep: timedelta, now: datetime) ->
     for full, *increments in chains[-1:]:
         next_full = full.date + timedelta(days=FULL_DAYS)
         if grown := sum(increment.size for increment in increments):
-            next_full = min(next_full, full.date + timedelta(days=full.size / 2 / (grown / len(increments))))
+            next_full = full.date + timedelta(days=min(FULL_DAYS, full.size / 2 / (grown / len(increments))))
         days = max(0, -((now - next_full - keep) // timedelta(days=1)))
         told.update(dict.fromkeys((full, *increments), f"approx. {days} day{'' if days == 1 else 's'}"))
     return told

@@ -179,12 +179,13 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
 
 def regular_files(directory: Path) -> dict[str, int]:
     """Return the sizes in bytes of the regular files in a directory by name; none if it is missing. Links are not followed."""
-    try:
-        with os.scandir(directory) as entries:
-            files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
-            return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in files}
-    except FileNotFoundError:
-        return {}
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+    return sizes
 
 
 def tree_size(path: Path) -> int:

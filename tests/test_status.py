@@ -1,0 +1,927 @@
+"""Goal: the status tells what there is, when it goes and how the last run went, from names and sizes alone, whatever lies there."""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional, Union
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import backup
+from conftest import PYTHON, SCRIPT, Store
+from test_nights import QUICK_GPG
+from utils import Failure
+
+Status = dict[str, Any]
+RowKey = tuple[Optional[str], str]
+
+NOW = datetime(2026, 6, 15, 3, tzinfo=timezone.utc)
+DAY = timedelta(days=1)
+SECOND = timedelta(seconds=1)
+SOON = "on next daily backup"
+NONE_YET = "No backups have been made yet."
+GROUP = "nogroup"  # of STORAGE_USER
+MEMBER = ["setpriv", "--reuid", "games", "--regid", GROUP, "--clear-groups"]
+STRANGER = ["setpriv", "--reuid", "games", "--regid", "games", "--clear-groups"]
+
+
+def stamp(date: datetime) -> str:
+    """Return a date as duplicity writes it in file names."""
+    return date.strftime("%Y%m%dT%H%M%SZ")
+
+
+def set_names(date: datetime, previous: Optional[datetime] = None) -> tuple[str, str, str]:
+    """Return the names of the files of a set: a volume, the signatures, and the manifest. previous: of an increment."""
+    dates = stamp(date) if previous is None else f"{stamp(previous)}.to.{stamp(date)}"
+    kind, signatures = ("full", "full-signatures") if previous is None else ("inc", "new-signatures")
+    return (f"duplicity-{kind}.{dates}.vol1.difftar.gpg", f"duplicity-{signatures}.{dates}.sigtar.gpg",
+            f"duplicity-{kind}.{dates}.manifest.gpg")
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A STORAGE_ROOT whose backup/encrypted/ is filled by hand."""
+
+    root: Path
+
+    @property
+    def encrypted(self) -> Path:
+        """STORAGE_ROOT/backup/encrypted."""
+        return self.root / "backup/encrypted"
+
+    @property
+    def last_run(self) -> Path:
+        """STORAGE_ROOT/backup/last-run.json."""
+        return self.root / "backup/last-run.json"
+
+    def put(self, name: Union[str, bytes], size_bytes: int = 10) -> Path:
+        """Make a file in encrypted/."""
+        path = self.encrypted / os.fsdecode(name)
+        path.touch()
+        os.truncate(path, size_bytes)
+        return path
+
+    def put_set(self, date: datetime, previous: Optional[datetime] = None, size_bytes: int = 100) -> None:
+        """Make the three files of a set, which have this size together. previous: of an increment."""
+        volume, signatures, manifest = set_names(date, previous)
+        self.put(volume, size_bytes - 15)
+        self.put(signatures, 10)
+        self.put(manifest, 5)
+
+    def put_chain(self, begin: datetime, increments: int = 0, size_bytes: int = 1000, increment_bytes: int = 100) -> list[datetime]:
+        """Make a full and an increment on each of the days after it. Returns their dates."""
+        dates = [begin + DAY * number for number in range(increments + 1)]
+        self.put_set(begin, None, size_bytes)
+        for previous, date in zip(dates, dates[1:]):
+            self.put_set(date, previous, increment_bytes)
+        return dates
+
+    def status(self, now: datetime = NOW, **env: str) -> Status:
+        """Return the status, which must survive JSON."""
+        status = backup.backup_status({"STORAGE_ROOT": str(self.root), **env}, now)
+        assert json.loads(json.dumps(status)) == status
+        return status
+
+    def rows(self, now: datetime = NOW, **env: str) -> list[Status]:
+        """Return the rows of the status, newest first."""
+        rows: list[Status] = self.status(now, **env)["backups"]
+        return rows
+
+    def deleted_in(self, now: datetime = NOW, **env: str) -> list[str]:
+        """Return when each set is told to go, newest first."""
+        return [row["deleted_in"] for row in self.rows(now, **env)]
+
+    def full_is_next(self, now: datetime = NOW) -> bool:
+        """Return whether the next backup is told to be a full one."""
+        return backup.should_force_full({"STORAGE_ROOT": str(self.root)}, now)
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> ByHand:
+    """An empty encrypted/."""
+    made = ByHand(tmp_path / "user-data")
+    made.encrypted.mkdir(parents=True)
+    return made
+
+
+@pytest.fixture
+def kept(keyed: Store) -> ByHand:
+    """An empty encrypted/ in a store, with the modes that a run gives, for the command line."""
+    made = ByHand(keyed.root)
+    made.encrypted.mkdir(mode=0o750)
+    shutil.chown(made.encrypted, group=GROUP)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Make the local time UTC, and that of another zone when this is called with its name."""
+    def set_zone(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+    set_zone("UTC")
+    yield set_zone
+    monkeypatch.undo()
+    time.tzset()
+
+
+# What it returns
+
+
+def test_keys(by_hand: ByHand) -> None:
+    """The answer and its rows have exactly the keys of the design, for an env that holds nothing but STORAGE_ROOT."""
+    full, increment = by_hand.put_chain(NOW - 2 * DAY, increments=1, size_bytes=2000, increment_bytes=300)
+    by_hand.put("stray", 7)
+    status = by_hand.status()
+    assert set(status) == {"directory", "encpwfile", "tz", "backups", "unmatched_file_size", "last_run"}
+    assert (status["directory"], status["encpwfile"]) == (str(by_hand.encrypted), str(by_hand.root / "backup/secret_key.txt"))
+    assert (status["unmatched_file_size"], status["last_run"]) == (7, None)
+    newer, older = status["backups"]
+    assert set(newer) == set(older) == {"date", "date_str", "date_delta", "full", "previous", "size", "deleted_in"}
+    assert (newer["date"], newer["full"], newer["previous"], newer["size"]) == (stamp(increment), False, stamp(full), 300)
+    assert (older["date"], older["full"], older["previous"], older["size"]) == (stamp(full), True, None, 2000)
+    assert (newer["date_delta"], older["date_delta"]) == ("1 day, 0 hours", "2 days, 0 hours")
+
+
+def test_newest_first(by_hand: ByHand) -> None:
+    """The newest set comes first, across chains, years and kinds."""
+    for begin in (datetime(2024, 12, 30, tzinfo=timezone.utc), NOW - 20 * DAY, NOW - 5 * DAY):
+        by_hand.put_chain(begin, increments=4)
+    dates = [row["date"] for row in by_hand.rows()]
+    assert len(dates) == 15 and dates == sorted(dates, reverse=True)
+
+
+def test_default_time_is_the_clocks(by_hand: ByHand) -> None:
+    """Without a time of its own both functions take the clock's."""
+    by_hand.put_set(datetime.now(timezone.utc) - timedelta(hours=2, seconds=30))
+    env = {"STORAGE_ROOT": str(by_hand.root)}
+    assert backup.backup_status(env)["backups"][0]["date_delta"] == "2 hours, 0 minutes"
+    assert not backup.should_force_full(env)
+
+
+@pytest.mark.parametrize("env", [{}, {"STORAGE_ROOT": "relative"}, {"STORAGE_ROOT": "/", "BACKUP_KEEP_DAYS": "three"}])
+def test_wrong_settings(env: dict[str, str]) -> None:
+    """A setting that is missing or wrong is a failure with exit code 2, no crash."""
+    with pytest.raises(Failure) as caught:
+        backup.backup_status(env, NOW)
+    assert caught.value.exit_code == 2
+
+
+def test_storage_root_that_is_a_link(by_hand: ByHand, tmp_path: Path) -> None:
+    """A STORAGE_ROOT that is a symbolic link is followed."""
+    by_hand.put_set(NOW - DAY)
+    (tmp_path / "link").symlink_to(by_hand.root)
+    assert backup.backup_status({"STORAGE_ROOT": str(tmp_path / "link")}, NOW) == by_hand.status()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_no_backups(by_hand: ByHand, missing: bool) -> None:
+    """An empty encrypted/ and a missing one are no backups yet, and the first will be a full one."""
+    if missing:
+        by_hand.encrypted.rmdir()
+    status = by_hand.status()
+    assert (status["backups"], status["unmatched_file_size"], status["last_run"]) == ([], 0, None)
+    assert backup.status_text(status).splitlines()[-1] == NONE_YET
+    assert by_hand.full_is_next()
+
+
+# Local time
+
+
+def test_rows_bear_local_time(by_hand: ByHand, zone: Callable[[str], None]) -> None:
+    """Dates are told in local time, with its offset from UTC."""
+    zone("Europe/Berlin")
+    by_hand.put_set(NOW - DAY)
+    status = by_hand.status()
+    assert (status["tz"], status["backups"][0]["date_str"]) == ("CEST", "2026-06-14T05:00:00+02:00")
+
+
+@pytest.mark.parametrize("now, tz, told", [
+    (datetime(2026, 3, 29, 12, tzinfo=timezone.utc), "CEST", "2026-03-28T03:30:00+01:00"),
+    (datetime(2026, 10, 25, 12, tzinfo=timezone.utc), "CET", "2026-10-24T03:30:00+02:00"),
+])
+def test_rows_bear_the_local_time_of_their_own_day(
+    by_hand: ByHand, zone: Callable[[str], None], now: datetime, tz: str, told: str
+) -> None:
+    """A set made before the clocks changed bears the time that they showed then: the hour in cron's table."""
+    zone("Europe/Berlin")
+    date = datetime.fromisoformat(told)
+    by_hand.put_set(date.astimezone(timezone.utc))
+    status = by_hand.status(now)
+    assert (status["tz"], status["backups"][0]["date_str"]) == (tz, told)
+
+
+def test_ages_and_promises_are_in_real_hours(by_hand: ByHand, zone: Callable[[str], None]) -> None:
+    """Across a change of the clocks an age and a promise count the hours that pass, as duplicity does."""
+    zone("Europe/Berlin")
+    date = datetime(2026, 3, 28, 2, 30, tzinfo=timezone.utc)
+    by_hand.put_set(date)
+    by_hand.put_set(date + timedelta(hours=12))
+    newer, older = by_hand.rows(date + timedelta(hours=47))
+    assert (older["date_delta"], older["deleted_in"]) == ("1 day, 23 hours", "1 day, 1 hour")
+    assert newer["date_delta"] == "1 day, 11 hours"
+
+
+@pytest.mark.parametrize("seconds, told", [
+    (0, "0 minutes"), (59, "0 minutes"), (60, "1 minute"), (119, "1 minute"), (120, "2 minutes"), (3599, "59 minutes"),
+    (3600, "1 hour, 0 minutes"), (3660, "1 hour, 1 minute"), (2 * 3600 + 5 * 60, "2 hours, 5 minutes"), (86399, "23 hours, 59 minutes"),
+    (86400, "1 day, 0 hours"), (86400 + 3600, "1 day, 1 hour"), (2 * 86400 + 3 * 3600 + 59 * 60, "2 days, 3 hours"),
+    (31 * 86400, "1 month, 0 days"), (32 * 86400, "1 month, 1 day"), (365 * 86400, "1 year, 0 months"), (-1, "0 minutes"),
+    (-400 * 86400, "0 minutes"),
+])
+def test_span(seconds: int, told: str) -> None:
+    """A span is told in its two largest units, each in the singular if it is one; one that is over is 0 minutes."""
+    begin = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    assert backup.span(begin, begin + timedelta(seconds=seconds)) == told
+
+
+# What counts as a set
+
+
+def test_half_sets(by_hand: ByHand) -> None:
+    """Volumes and signatures without a manifest are no set; a manifest alone is one; those of an archive directory are none."""
+    volume, signatures, _ = set_names(NOW - 3 * DAY)
+    by_hand.put(volume, 1000)
+    by_hand.put(signatures, 200)
+    _, _, manifest = set_names(NOW - 2 * DAY)
+    by_hand.put(manifest, 30)
+    _, _, bare = set_names(NOW - DAY)
+    for suffix in ("", ".part", ".gz"):
+        by_hand.put(bare.removesuffix(".gpg") + suffix, 4)
+    status = by_hand.status()
+    assert [(row["date"], row["size"]) for row in status["backups"]] == [(stamp(NOW - 2 * DAY), 30)]
+    assert status["unmatched_file_size"] == 1212
+
+
+def test_openssl_copies(by_hand: ByHand) -> None:
+    """The copies of the layout of old are no sets, and count as unmatched."""
+    for name in set_names(NOW - DAY):
+        by_hand.put(name.replace(".gpg", ".enc"), 100)
+        by_hand.put(f"{name}.enc", 1000)
+        by_hand.put(name.replace(".gpg", ".gz.enc"), 10_000)
+    status = by_hand.status()
+    assert (status["backups"], status["unmatched_file_size"]) == ([], 33_300)
+
+
+def test_many_volumes(by_hand: ByHand) -> None:
+    """All volumes of a set add to its size."""
+    by_hand.put_set(NOW - DAY, size_bytes=100)
+    for number in range(2, 1502):
+        by_hand.put(set_names(NOW - DAY)[0].replace("vol1", f"vol{number}"), 1)
+    assert [row["size"] for row in by_hand.rows()] == [1600]
+    assert by_hand.status()["unmatched_file_size"] == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "increment"])
+@pytest.mark.parametrize("seconds, belongs", [(0, True), (1, True), (-5, True), (60, True), (-60, True), (61, False), (-61, False)])
+def test_signatures_dated_off_their_set(by_hand: ByHand, kind: str, seconds: int, belongs: bool) -> None:
+    """A signature file dated up to 60 seconds off a complete set without one belongs to it; one dated further off is unmatched."""
+    previous = None
+    if kind == "increment":
+        previous = NOW - 2 * DAY
+        by_hand.put_set(previous, size_bytes=5000)
+    volume, _, manifest = set_names(NOW - DAY, previous)
+    _, signatures, _ = set_names(NOW - DAY + SECOND * seconds, previous)
+    for name, size_bytes in ((volume, 1000), (manifest, 30), (signatures, 200)):
+        by_hand.put(name, size_bytes)
+    status = by_hand.status()
+    assert (status["backups"][0]["size"], status["unmatched_file_size"]) == ((1230, 0) if belongs else (1030, 200))
+    assert len(status["backups"]) == (1 if previous is None else 2)
+
+
+def test_signatures_beside_a_set_that_has_its_own(by_hand: ByHand) -> None:
+    """A set with signatures of its own takes no others, nor does a set that is not complete; a full takes no increment's."""
+    by_hand.put_set(NOW - DAY, size_bytes=100)
+    by_hand.put(set_names(NOW - DAY + 2 * SECOND)[1], 1000)
+    by_hand.put(set_names(NOW - 5 * DAY)[0], 20)
+    by_hand.put(set_names(NOW - 5 * DAY + 2 * SECOND)[1], 2000)
+    by_hand.put(set_names(NOW - 9 * DAY)[2], 5)
+    by_hand.put(set_names(NOW - 9 * DAY, NOW - 10 * DAY)[1], 4000)
+    status = by_hand.status()
+    assert [row["size"] for row in status["backups"]] == [100, 5]
+    assert status["unmatched_file_size"] == 7020
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_nearest_signatures_belong_to_a_set(by_hand: ByHand, monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
+    """Of two signature files near a set without one the nearer belongs to it, in whatever order the directory lists them."""
+    by_hand.put(set_names(NOW - DAY)[2], 5)
+    sizes = {set_names(NOW - DAY + 3 * SECOND)[1]: 100, set_names(NOW - DAY + 50 * SECOND)[1]: 1000, set_names(NOW - DAY)[2]: 5}
+    listed = dict(sorted(sizes.items(), reverse=backwards))
+    monkeypatch.setattr("utils.regular_files", lambda directory: listed)
+    status = by_hand.status()
+    assert ([row["size"] for row in status["backups"]], status["unmatched_file_size"]) == ([105], 1000)
+
+
+def test_two_sets_within_a_minute(by_hand: ByHand) -> None:
+    """Two sets made within a minute, both with signatures dated off, have one signature file each."""
+    for seconds, size_bytes in ((0, 100), (30, 1000)):
+        by_hand.put(set_names(NOW - DAY + SECOND * seconds)[2], size_bytes)
+        by_hand.put(set_names(NOW - DAY + SECOND * (seconds + 2))[1], size_bytes * 2)
+    status = by_hand.status()
+    assert ([row["size"] for row in status["backups"]], status["unmatched_file_size"]) == ([3000, 300], 0)
+
+
+def test_only_regular_files_count(by_hand: ByHand) -> None:
+    """Directories, links, fifos and what lies in subdirectories are neither sets nor sizes, whatever their names."""
+    by_hand.put_set(NOW - DAY, size_bytes=100)
+    by_hand.put("stray", 11)
+    directory, link, fifo = (by_hand.encrypted / set_names(NOW - number * DAY)[2] for number in (2, 3, 4))
+    directory.mkdir()
+    for name in set_names(NOW - 5 * DAY):
+        (directory / name).write_text("deep")
+    link.symlink_to(by_hand.encrypted / "stray")
+    (by_hand.encrypted / "dangling").symlink_to("nowhere")
+    os.mkfifo(fifo)
+    status = by_hand.status()
+    assert [(row["date"], row["size"]) for row in status["backups"]] == [(stamp(NOW - DAY), 100)]
+    assert status["unmatched_file_size"] == 11
+
+
+@pytest.mark.parametrize("name", [
+    *[f"duplicity-full.{date}.manifest.gpg" for date in (
+        "20261301T030000Z", "20260230T030000Z", "20260101T250000Z", "20260101T036100Z", "20260101T030061Z", "00000101T030000Z",
+        "20260101T030000", "2026010१T030000Z", "２０２６0101T030000Z", "20260101T030000Z.to.20260102T030000Z")],
+    *[f"duplicity-inc.{dates}.manifest.gpg" for dates in (
+        "20261301T030000Z.to.20260102T030000Z", "20260101T030000Z.to.20260100T030000Z", "20260102T030000Z")],
+    *[f"duplicity-full.20260101T030000Z{end}" for end in (
+        ".manifest.gpg\n", ".manifest.gpg ", ".manifestxgpg", ".manifest", ".MANIFEST.gpg", ".manifest.gpg.gpg", ".vol.difftar.gpg")],
+    "\nduplicity-full.20260101T030000Z.manifest.gpg", "xduplicity-full.20260101T030000Z.manifest.gpg",
+    "duplicity-new-signatures.20260101T030000Z.sigtar.gpg", "duplicity-full-signatures.20260101T030000Z.to.20260102T030000Z.sigtar.gpg",
+    "duplicity-full-signatures.20261301T030000Z.sigtar.gpg", "-", "\x1b[2J", b"\xff\xfe\n",
+    b"duplicity-full.20260101T030000Z.manifest.gpg\xff",
+])
+def test_names_that_are_no_sets(by_hand: ByHand, name: Union[str, bytes]) -> None:
+    """A stray name, however near to one of duplicity's, is no set: it adds to what is unmatched."""
+    by_hand.put(name, 17)
+    assert (by_hand.rows(), by_hand.status()["unmatched_file_size"]) == ([], 17)
+    by_hand.put_set(NOW - DAY, size_bytes=100)
+    status = by_hand.status()
+    assert [(row["date"], row["size"]) for row in status["backups"]] == [(stamp(NOW - DAY), 100)]
+    assert status["unmatched_file_size"] == 17
+    assert not by_hand.full_is_next()
+
+
+@pytest.mark.parametrize("year", ["0001", "1969", "2500", "9999"])
+@pytest.mark.parametrize("zone_name", ["UTC", "America/Los_Angeles", "Pacific/Auckland"])
+def test_dates_far_off(by_hand: ByHand, zone: Callable[[str], None], year: str, zone_name: str) -> None:
+    """A set dated in a far year, as a clock without battery makes them or a hand, is no crash, wherever the server stands."""
+    zone(zone_name)
+    by_hand.put_set(NOW - DAY)
+    for month_and_day in ("0101T000000Z", "1231T235959Z"):
+        by_hand.put(f"duplicity-full.{year}{month_and_day}.manifest.gpg")
+    status = by_hand.status()
+    assert stamp(NOW - DAY) in [row["date"] for row in status["backups"]]
+    backup.status_text(status)
+    by_hand.full_is_next()
+
+
+class VanishingFile(AbstractContextManager["VanishingFile"]):
+    """What os.scandir returns, but at the end of the list a file named "vanishing" is deleted, by somebody else as it were.
+
+    With the variable VANISHES_AT that happens only the so manieth time that such a file is listed.
+    """
+
+    scandir = staticmethod(os.scandir)
+    times = 0
+
+    def __init__(self, directory: Union[str, Path]) -> None:
+        self.entries = list(self.scandir(directory))
+        self.victims = [entry.path for entry in self.entries if entry.name == "vanishing"]
+        VanishingFile.times += len(self.victims)
+        if VanishingFile.times != int(os.environ.get("VANISHES_AT", VanishingFile.times)):
+            self.victims = []
+
+    def __iter__(self) -> "VanishingFile":
+        return self
+
+    def __next__(self) -> "os.DirEntry[str]":
+        if self.entries:
+            return self.entries.pop()
+        for path in self.victims:
+            Path(path).unlink(missing_ok=True)
+        raise StopIteration
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        """There is nothing to close."""
+
+
+def test_file_that_vanishes_meanwhile(by_hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is deleted while the directory is read is not there; the other sets are."""
+    by_hand.put_chain(NOW - DAY, increments=1)
+    by_hand.put("vanishing", 10)
+    monkeypatch.setattr("utils.os.scandir", VanishingFile)
+    status = by_hand.status()
+    assert [row["date"] for row in status["backups"]] == [stamp(NOW), stamp(NOW - DAY)]
+    assert status["unmatched_file_size"] in (0, 10)
+    assert not by_hand.full_is_next()
+
+
+# Any set of names
+
+POOL = [NOW - DAY * days + SECOND * seconds for days in (1, 2, 40) for seconds in (0, 5, 60, 61)]
+PATTERNS = [*set_names(NOW), *set_names(NOW, NOW)] + [
+    f"duplicity-{kind}.FIRST{second}.{rest}.gpg" for kind, rest in (
+        ("full", "vol2.difftar"), ("full", "manifest"), ("inc", "manifest"), ("inc", "vol12.difftar"), ("full-signatures", "sigtar"),
+        ("new-signatures", "sigtar"), ("full", "jsonstat"), ("signatures", "sigtar"))
+    for second in ("", ".to.SECOND")]
+PATTERNS = [pattern.replace(stamp(NOW), "FIRST", 1).replace(stamp(NOW), "SECOND") for pattern in PATTERNS]
+STAMPS = some.sampled_from([stamp(date) for date in POOL] * 3 + ["20261301T000000Z", "20260101T240000Z"])
+LIKE_DUPLICITY = some.builds(
+    lambda pattern, first, second, end: os.fsencode(pattern.replace("FIRST", first).replace("SECOND", second) + end),
+    some.sampled_from(PATTERNS), STAMPS, STAMPS, some.sampled_from([""] * 12 + [".enc", ".part", "\n", "\udcff"]))
+STRAY = some.binary(min_size=1, max_size=30).map(lambda name: name.replace(b"/", b"_").replace(b"\0", b"_")).filter(
+    lambda name: name not in (b".", b".."))
+KINDS = some.sampled_from(["file"] * 12 + ["directory", "link", "fifo"])
+LISTINGS = some.dictionaries(LIKE_DUPLICITY | STRAY, some.tuples(KINDS, some.integers(0, 5000)), max_size=25)
+
+
+def expected_key(name: bytes) -> Optional[tuple[bool, RowKey]]:
+    """Return, of a name of duplicity's, whether it is a signature file's, and the stamps of the set that it builds on and of its own."""
+    match = re.fullmatch(
+        rb"duplicity-(full|inc|full-signatures|new-signatures)\.(?:([0-9]{8}T[0-9]{6}Z)\.to\.)?([0-9]{8}T[0-9]{6}Z)\.(.+)\.gpg", name)
+    if not match or (match[2] is None) != match[1].startswith(b"full"):
+        return None
+    is_signature = match[1].endswith(b"signatures")
+    if not re.fullmatch(rb"sigtar" if is_signature else rb"manifest|jsonstat|vol[0-9]+\.difftar", match[4]):
+        return None
+    known = {stamp(date).encode() for date in POOL} | {stamp(NOW).encode()}
+    if any(part not in known for part in match.group(2, 3) if part is not None):
+        return None
+    return is_signature, (match[2].decode() if match[2] else None, match[3].decode())
+
+
+def is_near(signatures: RowKey, row: RowKey) -> bool:
+    """Return whether signatures are dated near enough to a set, and of its kind, to belong to it."""
+    return (signatures[0] is None) == (row[0] is None) and abs(read(signatures[1]) - read(row[1])) <= 60 * SECOND
+
+
+def read(text: str) -> datetime:
+    """Return the date of a stamp."""
+    return datetime.strptime(text, "%Y%m%dT%H%M%S%z")
+
+
+def expected_full(sizes: dict[RowKey, int]) -> Optional[bool]:
+    """Return whether a full must come next, None where two sets of one date, or on one set, leave it open which chain is meant."""
+    if len({key[1] for key in sizes}) < len(sizes) or len({key[0] for key in sizes if key[0]}) < len([key for key in sizes if key[0]]):
+        return None
+    grown, goal = 0, max((key[1] for key in sizes), default="")
+    while goal:
+        key = next((key for key in sizes if key[1] == goal), None)
+        if key is None or (key[0] or "") >= key[1]:
+            return True
+        if key[0] is None:
+            return grown * 2 > sizes[key] or NOW - read(goal) > 31 * DAY
+        grown, goal = grown + sizes[key], key[0]
+    return True
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(listing=LISTINGS)
+def test_any_names(tmp_path_factory: pytest.TempPathFactory, listing: dict[bytes, tuple[str, int]]) -> None:
+    """Whatever lies in encrypted/: a row for each manifest, every byte of a regular file counted once, and no crash."""
+    by_hand = ByHand(tmp_path_factory.mktemp("any"))
+    by_hand.encrypted.mkdir(parents=True)
+    for name, (kind, size_bytes) in listing.items():
+        path = by_hand.encrypted / os.fsdecode(name)
+        if kind == "file":
+            by_hand.put(name, size_bytes)
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to("/etc/passwd")
+        else:
+            os.mkfifo(path)
+    sizes = {name: size_bytes for name, (kind, size_bytes) in listing.items() if kind == "file"}
+    keys = {name: key for name in sizes if (key := expected_key(name))}
+    rows = {key for name, (_, key) in keys.items() if b".manifest." in name}
+    own = {row: sum(sizes[name] for name, (_, key) in keys.items() if key == row) for row in rows}
+    perhaps = [sizes[name] for name, (is_signature, key) in keys.items()
+               if is_signature and key not in rows and any(is_near(key, row) for row in rows)]
+
+    status = by_hand.status()
+
+    found = {(row["previous"], row["date"]): row["size"] for row in status["backups"]}
+    dates = [row["date"] for row in status["backups"]]
+    assert len(found) == len(dates) and dates == sorted(dates, reverse=True)
+    assert found.keys() == rows
+    assert all(row["full"] == (row["previous"] is None) for row in status["backups"])
+    assert all(found[row] >= own[row] for row in rows)
+    assert sum(found.values()) + status["unmatched_file_size"] == sum(sizes.values())
+    assert sum(found.values()) <= sum(own.values()) + sum(perhaps)
+    assert all(re.fullmatch(rf"{SOON}|approx\. \d+ days?|\d+ \w+(, \d+ \w+)?", row["deleted_in"]) for row in status["backups"])
+    assert expected_full(found) in (by_hand.full_is_next(), None)
+    assert len(backup.status_text(status).splitlines()) == (6 + len(dates) if dates else 4)
+    shutil.rmtree(by_hand.root)
+
+
+# When a set goes
+
+
+def test_chain_before_the_last_full_goes_when_its_newest_set_is_old(by_hand: ByHand) -> None:
+    """All sets of a chain go together, when its newest is three days old: to the minute before, then with the next backup."""
+    dates = by_hand.put_chain(NOW - 10 * DAY, increments=4)
+    by_hand.put_set(NOW - 5 * DAY)
+    due = dates[-1] + 3 * DAY
+    for now, told in ((due - 2 * DAY, "2 days, 0 hours"), (due - DAY - SECOND * 3660, "1 day, 1 hour"), (due - SECOND * 60, "1 minute"),
+                      (due - SECOND, "0 minutes"), (due, SOON), (due + 100 * DAY, SOON)):
+        assert by_hand.deleted_in(now)[1:] == [told] * 5, now
+
+
+def test_only_the_last_chain_is_estimated(by_hand: ByHand) -> None:
+    """With three chains, those before the last have exact times of their own and the last an estimate."""
+    by_hand.put_chain(NOW - 5 * DAY, increments=1)
+    by_hand.put_chain(NOW - 3 * DAY, increments=1)
+    by_hand.put_chain(NOW - DAY, increments=0)
+    assert by_hand.deleted_in() == ["approx. 33 days", "1 day, 0 hours", "1 day, 0 hours", SOON, SOON]
+
+
+def test_keep_days_of_the_settings(by_hand: ByHand) -> None:
+    """BACKUP_KEEP_DAYS takes the place of the three days, exact and estimated."""
+    by_hand.put_set(NOW - 8 * DAY)
+    by_hand.put_set(NOW - DAY)
+    assert by_hand.deleted_in() == ["approx. 33 days", SOON]
+    assert by_hand.deleted_in(BACKUP_KEEP_DAYS="3") == ["approx. 33 days", SOON]
+    assert by_hand.deleted_in(BACKUP_KEEP_DAYS="10") == ["approx. 40 days", "2 days, 0 hours"]
+    assert by_hand.deleted_in(BACKUP_KEEP_DAYS="8") == ["approx. 38 days", SOON]
+    assert by_hand.deleted_in(BACKUP_KEEP_DAYS="1") == ["approx. 31 days", SOON]
+
+
+@pytest.mark.parametrize("increments, increment_bytes, age, told", [
+    (0, 0, timedelta(), "approx. 34 days"), (0, 0, DAY, "approx. 33 days"), (0, 0, SECOND, "approx. 34 days"),
+    (2, 100, 2 * DAY, "approx. 6 days"),  # half a full is five increments, three of them to come
+    (4, 100, 4 * DAY, "approx. 4 days"), (4, 100, 4 * DAY + timedelta(hours=1), "approx. 4 days"),
+    (2, 50, 2 * DAY, "approx. 11 days"), (1, 15, DAY, "approx. 33 days"), (3, 16, 3 * DAY, "approx. 31 days"),
+])
+def test_estimate(by_hand: ByHand, increments: int, increment_bytes: int, age: timedelta, told: str) -> None:
+    """The current chain's estimate: half the full's size by the mean increment in days, at most 31, and three."""
+    by_hand.put_chain(NOW - age, increments, 1000, increment_bytes)
+    assert by_hand.deleted_in() == [told] * (increments + 1)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(full_bytes=some.integers(0, 10**9), increment_sizes=some.lists(some.integers(400, 10**9), max_size=40),
+       age_days=some.integers(0, 4000), keep_days=some.integers(1, 9999))
+def test_estimates_are_never_negative(full_bytes: int, increment_sizes: list[int], age_days: int, keep_days: int) -> None:
+    """Whatever the sizes and however long ago the last backup was, an estimate is a number of days, and no more than the limit."""
+    dates = [NOW - DAY * (age_days + len(increment_sizes) - number) for number in range(len(increment_sizes) + 1)]
+    names = [None, *map(stamp, dates)]
+    sets = [backup.BackupSet(stamp(date), previous if number else None, True, frozenset(), size_bytes)
+            for number, (date, previous, size_bytes) in enumerate(zip(dates, names, [full_bytes, *increment_sizes]))]
+    told = set(backup.tell_deletions(sets, DAY * keep_days, NOW).values())
+    assert len(told) == 1
+    match = re.fullmatch(r"approx\. (?:(1) day|(0|[2-9]|[1-9][0-9]+) days)", told.pop())
+    assert match and 0 <= int(match[1] or match[2]) <= 31 + keep_days
+
+
+def test_large_full_with_tiny_increments(by_hand: ByHand) -> None:
+    """A full of 50 GB on an idle server, whose increments have a kilobyte each, is no crash: the 31 days come first."""
+    by_hand.put_chain(NOW - 2 * DAY, 2, 50_000_000_000, 1000)
+    assert by_hand.deleted_in() == ["approx. 32 days"] * 3
+
+
+def test_full_of_no_bytes(by_hand: ByHand) -> None:
+    """Empty files, as a full disk leaves them, are no division by zero."""
+    for name in (*set_names(NOW - 2 * DAY), *set_names(NOW - DAY, NOW - 2 * DAY)):
+        by_hand.put(name, 0)
+    assert [row["size"] for row in by_hand.rows()] == [0, 0]
+    assert not by_hand.full_is_next()
+
+
+@pytest.mark.parametrize("lost, orphans", [(0, [True, True, True]), (1, [True, True, False]), (2, [True, False, False])])
+def test_orphans(by_hand: ByHand, lost: int, orphans: list[bool]) -> None:
+    """Increments that do not lead back to a full, because of any set between, go with the next backup, which is a full one."""
+    dates = by_hand.put_chain(NOW - 3 * DAY, increments=3)
+    for name in set_names(dates[lost], dates[lost - 1] if lost else None):
+        (by_hand.encrypted / name).unlink()
+    assert [told == SOON for told in by_hand.deleted_in()] == orphans
+    assert by_hand.full_is_next()
+
+
+def test_older_orphan_does_not_force_a_full(by_hand: ByHand) -> None:
+    """An orphan from before the last full goes with the next backup, which is an increment."""
+    by_hand.put_set(NOW - 3 * DAY, NOW - 4 * DAY)
+    by_hand.put_chain(NOW - 2 * DAY, increments=1)
+    assert by_hand.deleted_in()[2] == SOON and SOON not in by_hand.deleted_in()[:2]
+    assert not by_hand.full_is_next()
+
+
+# Full or incremental
+
+
+def test_half_of_the_full(by_hand: ByHand) -> None:
+    """Increments of exactly half of the full's size are followed by another, one byte more by a full."""
+    full, *_, last = by_hand.put_chain(NOW - 3 * DAY, 2, 1000, 250)
+    assert not by_hand.full_is_next()
+    by_hand.put(set_names(last, last - DAY)[0].replace("vol1", "vol2"), 1)
+    assert by_hand.full_is_next()
+
+
+def test_half_of_an_odd_full(by_hand: ByHand) -> None:
+    """Half of 1001 bytes is 500.5: 500 are not more, 501 are."""
+    by_hand.put_chain(NOW - 2 * DAY, 1, 1001, 500)
+    assert not by_hand.full_is_next()
+    by_hand.put_chain(NOW - 2 * DAY, 1, 1001, 501)
+    assert by_hand.full_is_next()
+
+
+def test_only_the_last_chain_and_its_own_files_count(by_hand: ByHand) -> None:
+    """Increments of an older chain, stray files and dead sets do not add to the half."""
+    by_hand.put_chain(NOW - 9 * DAY, 4, 1000, 900)
+    by_hand.put_chain(NOW - 2 * DAY, 1, 1000, 400)
+    by_hand.put("stray", 10_000)
+    by_hand.put(set_names(NOW, NOW - DAY)[0], 10_000)
+    assert not by_hand.full_is_next()
+
+
+def test_31_days(by_hand: ByHand) -> None:
+    """A full that is exactly 31 days old is still built on, one second later no more, however new its increments are."""
+    by_hand.put_chain(NOW - 31 * DAY, 30, 100_000, 100)
+    assert not by_hand.full_is_next(NOW)
+    assert by_hand.full_is_next(NOW + SECOND)
+
+
+def test_full_alone(by_hand: ByHand) -> None:
+    """A full without increments is built on."""
+    by_hand.put_set(NOW - DAY)
+    assert not by_hand.full_is_next()
+
+
+def test_newest_set_counts(by_hand: ByHand) -> None:
+    """Were the newest set an orphan, an increment on it could not be restored: a full comes next, good chain or not."""
+    by_hand.put_chain(NOW - 3 * DAY, increments=1)
+    by_hand.put_set(NOW - DAY, NOW - 20 * DAY)
+    assert by_hand.full_is_next()
+
+
+# The command
+
+
+def recent(hours: float = 1) -> datetime:
+    """Return a time some hours ago."""
+    return datetime.now(timezone.utc).replace(microsecond=0) - timedelta(hours=hours)
+
+
+def test_status_of_no_backups(store: Store) -> None:
+    """Before the first run the status says so and exits 3; it makes no directory."""
+    result = store.backup("--status", exit_code=3)
+    assert NONE_YET in result.stdout.splitlines()
+    assert result.stderr.startswith("backup: ")
+    assert not store.backups.exists()
+    answer = json.loads(store.backup("--status", "--json", exit_code=3).stdout)
+    assert (answer["backups"], answer["last_run"]) == ([], None)
+
+
+def test_json_is_what_backup_status_returns(keyed: Store, kept: ByHand) -> None:
+    """The JSON is the answer of `backup_status`, alone on the standard output, also when the exit code is 3."""
+    kept.put_chain(recent(hours=50), increments=1)
+    kept.put("stray\n", 3)
+    kept.put(b"not UTF-8: \xff", 100)
+    kept.put("\x1b[2J", 100)
+    result = keyed.backup("--status", "--json")
+    status = backup.backup_status({"STORAGE_ROOT": str(keyed.root)})
+    assert json.loads(result.stdout) == status and result.stderr == ""
+    assert status["unmatched_file_size"] == 203
+    by_root = keyed.run(PYTHON, SCRIPT, "--storage-root", keyed.root, "--status", "--json")
+    assert json.loads(by_root.stdout) == status
+
+
+@pytest.mark.parametrize("hours, exit_code", [(0.0, 0), (35.95, 0), (36.05, 3), (1000.0, 3)])
+def test_overdue(keyed: Store, kept: ByHand, hours: float, exit_code: int) -> None:
+    """A newest set that is over 36 hours old is exit code 3, and the reason is told."""
+    kept.put_set(recent(hours))
+    kept.put_set(recent(2000))
+    result = keyed.backup("--status", exit_code=exit_code)
+    assert ("36 hours" in result.stderr) == bool(exit_code)
+
+
+def test_incomplete_set_is_no_backup(keyed: Store, kept: ByHand) -> None:
+    """Volumes of today do not make up for a missing manifest."""
+    kept.put(set_names(recent())[0])
+    result = keyed.backup("--status", exit_code=3)
+    assert NONE_YET in result.stdout
+
+
+@pytest.mark.parametrize("content, exit_code", [
+    ({"exit_code": 0}, 0), ({"exit_code": 3, "message": "a hook failed"}, 0), ({"exit_code": 1, "message": "disk full"}, 3),
+    ({"exit_code": 5}, 3), ({"exit_code": 143}, 3), ({"exit_code": 4}, 3),
+])
+def test_last_run(keyed: Store, kept: ByHand, content: Status, exit_code: int) -> None:
+    """A last run that failed is exit code 3, although the newest set is new; one that needs attention is shown, no more."""
+    kept.put_set(recent())
+    kept.last_run.write_text(json.dumps(content))
+    result = keyed.backup("--status", exit_code=exit_code)
+    assert f"exit code {content['exit_code']}" in result.stdout
+    assert content.get("message", "") in result.stdout
+    assert content.get("message", "") in result.stderr or not exit_code
+    assert json.loads(keyed.backup("--status", "--json", exit_code=exit_code).stdout)["last_run"] == content
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"[{}]", b"null", b"17", b'"text"', b"\xff", b"\0" * 1000, b'{"exit_code": 0', b"{}", b'{"exit_code": "0"}',
+    b'{"exit_code": [0]}', b'{"exit_code": null, "downtime_seconds": "x", "end": [1], "message": {"a": 1}, "source": 5}',
+    b'{"exit_code": 1, "message": "\\u001b[2J\\ud800\\n"}', pytest.param(b"1" * 10_000, id="many digits"),
+    pytest.param(b"[" * 100_000, id="deeply nested"),
+])
+def test_broken_last_run(keyed: Store, kept: ByHand, content: bytes) -> None:
+    """A last-run.json that tells of no run counts as one that failed: exit code 3, the sets are shown, no crash."""
+    kept.put_set(recent())
+    kept.last_run.write_bytes(content)
+    result = keyed.backup("--status", exit_code=3)
+    assert stamp(recent())[:4] in result.stdout and "\x1b" not in result.stdout + result.stderr
+    assert "last run" in result.stderr
+    assert len(json.loads(keyed.backup("--status", "--json", exit_code=3).stdout)["backups"]) == 1
+
+
+def test_last_run_that_is_a_directory(keyed: Store, kept: ByHand) -> None:
+    """Something else in the place of last-run.json is named, and exit code 3."""
+    kept.put_set(recent())
+    kept.last_run.mkdir()
+    assert str(kept.last_run) in keyed.backup("--status", exit_code=3).stderr
+
+
+@pytest.mark.parametrize("make", ["file", "loop"])
+def test_encrypted_that_is_no_directory(keyed: Store, make: str) -> None:
+    """Something else in the place of encrypted/ is one sentence that names it, and exit code 1."""
+    if make == "file":
+        keyed.encrypted.touch()
+    else:
+        keyed.encrypted.symlink_to(keyed.encrypted)
+    assert str(keyed.encrypted) in keyed.backup("--status", exit_code=1).stderr
+
+
+def test_text(keyed: Store, kept: ByHand) -> None:
+    """The text has a line for each set, the totals, the key to keep, and how the last run went."""
+    full = recent(hours=49)
+    kept.put_set(full, size_bytes=5_300_000_000)
+    kept.put_set(full + DAY, full, size_bytes=1_234_567)
+    kept.put("stray", 2_000_000)
+    kept.last_run.write_text(json.dumps({
+        "end": "2026-01-01T03:01:00+00:00", "kind": "incremental", "source": "copy", "downtime_seconds": 1.5, "exit_code": 3,
+        "message": "a hook failed"}))
+    text = keyed.backup("--status").stdout
+    lines = text.splitlines()
+    assert any(str(keyed.encrypted) in line for line in lines) and any(str(keyed.backups / "secret_key.txt") in line for line in lines)
+    for told in ("2026-01-01T03:01:00+00:00", "incremental", "1.5 seconds", "exit code 3", "a hook failed"):
+        assert any(told in line for line in lines if line.startswith("Last run")), told
+    rows = [line for line in lines if line.startswith(("20", "19"))]
+    assert len(rows) == 2
+    assert re.search(rf"{re.escape((full + DAY).isoformat())} +1 day, 1 hour +increment +1\.2 MB +approx\. \d+ days", rows[0]), text
+    assert re.search(rf"{re.escape(full.isoformat())} +2 days, 1 hour +full +5\.3 GB +approx\. \d+ days", rows[1]), text
+    assert "5.3 GB" in lines[-1] and "2.0 MB" in lines[-1]
+
+
+def test_local_time_of_the_command(keyed: Store, kept: ByHand) -> None:
+    """The command tells dates in the local time of its caller."""
+    kept.put_set(recent())
+    for zone in ("Europe/Berlin", "America/St_Johns", "Asia/Kathmandu"):
+        row = json.loads(keyed.backup("--status", "--json", environment={"TZ": zone}).stdout)["backups"][0]
+        told = datetime.fromisoformat(row["date_str"])
+        assert stamp(told.astimezone(timezone.utc)) == row["date"]
+        assert told.utcoffset() != timedelta()
+
+
+def test_unusual_storage_root(keyed: Store, kept: ByHand) -> None:
+    """A STORAGE_ROOT with a line break and a byte that is not UTF-8 is shown escaped."""
+    odd = os.fsencode(keyed.scratch) + b"/odd\n\x1b\xff"
+    os.rename(keyed.root, odd)
+    result = keyed.run(PYTHON, SCRIPT, "--storage-root", os.fsdecode(odd), "--status", exit_code=3)
+    assert r"/odd\n\x1b\xff/backup" in result.stdout and NONE_YET in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+# Who can ask, and what it reads
+
+
+def opened_paths(trace: str) -> list[tuple[str, str]]:
+    """Return the absolute path and the flags of each open in the output of `strace -y`."""
+    found = []
+    for line in trace.splitlines():
+        match = re.search(r'\b(open|openat|openat2|creat)\((?:[A-Z_]+|\d+)?(?:<(.*?)>)?(?:, )?"(.*?)"(.*)', line)
+        if match:
+            found.append((os.path.join(match[2] or "/", match[3]), match[4]))
+    return found
+
+
+@pytest.mark.parametrize("arguments", [["--status"], ["--status", "--json"]])
+def test_group_can_ask_and_no_backup_file_is_opened(keyed: Store, kept: ByHand, arguments: list[str]) -> None:
+    """Somebody of STORAGE_USER's group can ask; of encrypted/ only the directory is opened, of its files none, nor is the key."""
+    dates = kept.put_chain(recent(hours=49), increments=1)
+    kept.put("stray", 3)
+    for path in kept.encrypted.iterdir():
+        path.chmod(0o640)
+        shutil.chown(path, group=GROUP)
+    kept.last_run.write_text(json.dumps({"exit_code": 0, "end": "of the last run"}))
+    kept.last_run.chmod(0o640)
+    shutil.chown(kept.last_run, group=GROUP)
+    trace = keyed.scratch / "trace"
+    trace.touch()
+    trace.chmod(0o666)
+    result = keyed.run("strace", "-f", "-y", "-s", "4096", "-o", trace, "-e", "trace=open,openat,openat2,creat,execve",
+                       *MEMBER, *keyed.command(*arguments))
+    assert "of the last run" in result.stdout and result.stderr == ""
+    assert all(date.strftime("%Y-%m-%dT%H:%M:%S") in result.stdout for date in dates)
+    opened = opened_paths(trace.read_text())
+    below = [(path, flags) for path, flags in opened if path.startswith(str(keyed.backups))]
+    assert {path for path, _ in below} == {str(kept.encrypted), str(kept.last_run)}
+    assert all("O_DIRECTORY" in flags for path, flags in below if path == str(kept.encrypted))
+    assert not any("duplicity" in line or "gpg" in line for line in trace.read_text().splitlines() if "execve(" in line)
+
+
+def test_trace_shows_what_is_opened(keyed: Store, kept: ByHand) -> None:
+    """The proof above can fail: a program that reads a file in encrypted/ is seen to do it, by whatever path."""
+    path = kept.put("stray", 3)
+    trace = keyed.scratch / "trace"
+    for command in (["cat", str(path)], ["sh", "-c", f"cd {kept.encrypted} && cat stray"],
+                    [PYTHON, "-c", f"import os; os.open('stray', 0, dir_fd=os.open({str(kept.encrypted)!r}, 0))"]):
+        keyed.run("strace", "-f", "-y", "-s", "4096", "-o", trace, "-e", "trace=open,openat,openat2,creat", *command)
+        assert str(path) in [opened for opened, _ in opened_paths(trace.read_text())], command
+
+
+def test_stranger_is_refused(keyed: Store, kept: ByHand) -> None:
+    """Somebody outside of the group is told in one sentence what cannot be read."""
+    kept.put_set(recent())
+    result = keyed.run(*STRANGER, *keyed.command("--status"), exit_code=1)
+    assert "Permission denied" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_last_run_that_cannot_be_read(keyed: Store, kept: ByHand) -> None:
+    """A last-run.json that the caller may not read is told of; the sets are shown."""
+    kept.put_set(recent())
+    kept.last_run.write_text(json.dumps({"exit_code": 0}))
+    kept.last_run.chmod(0o600)
+    result = keyed.run(*MEMBER, *keyed.command("--status"), exit_code=3)
+    assert "Permission denied" in result.stderr and "Traceback" not in result.stderr
+    assert recent().strftime("%Y-%m-%d") in result.stdout
+
+
+def test_status_touches_nothing(keyed: Store, kept: ByHand) -> None:
+    """Neither names, sizes, times nor modes below STORAGE_ROOT change, and no lock is made."""
+    def all_below() -> dict[str, tuple[int, ...]]:
+        found = {str(path): path.lstat() for path in [keyed.root, *keyed.root.rglob("*")]}
+        return {path: (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found.items()}
+
+    kept.put_chain(recent(hours=49), increments=1)
+    kept.put(set_names(recent())[0])
+    before = all_below()
+    keyed.backup("--status")
+    assert all_below() == before
+
+
+# Real backups
+
+
+def test_a_file_that_vanishes_makes_no_backup_dead(keyed: Store) -> None:
+    """Another program that deletes a file of its own in encrypted/ while a run reads the directory costs no backup."""
+    keyed.stand_in("gpg", QUICK_GPG)
+    keyed.backup()
+    program = (f"import sys; sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(Path(__file__).parent)!r}]; import backup, os; "
+               "from test_status import VanishingFile; os.scandir = VanishingFile; sys.exit(backup.main(sys.argv[1:]))")
+    for times in range(1, 20):
+        before = set(keyed.manifests())
+        (keyed.encrypted / "vanishing").touch()
+        time.sleep(1.1)  # duplicity dates sets in whole seconds
+        result = keyed.run(PYTHON, "-c", program, "--config", keyed.settings, environment={"VANISHES_AT": str(times)}, exit_code=None)
+        assert before < set(keyed.manifests()), (times, before, keyed.manifests(), result.stderr)
+        assert result.returncode == 0, (times, result.stderr)
+        if (keyed.encrypted / "vanishing").exists():
+            assert times > 3, "it never vanished"
+            break
+
+
+def test_after_real_backups(keyed: Store) -> None:
+    """After a full and an increment the status has both, with the bytes of all files, and the run that made the second."""
+    keyed.backup()
+    (keyed.root / "mail/mailboxes/example.com/alice/new/170020.M1P1.host").write_bytes(os.urandom(100))
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    keyed.backup()
+    now = recent(hours=0)
+    status = json.loads(keyed.backup("--status", "--json").stdout)
+    newer, older = status["backups"]
+    assert (newer["full"], older["full"], newer["previous"]) == (False, True, older["date"])
+    assert timedelta() <= now - read(newer["date"]) < timedelta(minutes=5)
+    for row, kind in ((newer, "inc"), (older, "full")):
+        paths = [path for path in keyed.encrypted.iterdir() if re.search(rf"\.{row['date']}\.(?!to)", path.name)]
+        assert len(paths) == 3 and row["size"] == sum(path.stat().st_size for path in paths), kind
+        assert re.fullmatch(r"approx\. \d+ days", row["deleted_in"])
+    assert status["unmatched_file_size"] == 0
+    assert (status["last_run"]["exit_code"], status["last_run"]["kind"]) == (0, "incremental")
+    assert not backup.should_force_full({"STORAGE_ROOT": str(keyed.root)})
+    result = keyed.backup("--status")
+    assert len([line for line in result.stdout.splitlines() if " full " in line or " increment " in line]) == 2
+    by_group = keyed.run(*MEMBER, *keyed.command("--status", "--json"))
+    assert [row["size"] for row in json.loads(by_group.stdout)["backups"]] == [newer["size"], older["size"]]
+    assert by_group.stderr == ""
