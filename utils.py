@@ -18,7 +18,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -161,7 +160,8 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
 
     content: the new text. mode: its permissions. group: its group id, -1 for the caller's.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.new")  # always the same, so that a killed run leaves one at most
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             os.fchown(stream.fileno(), -1, group)
@@ -171,8 +171,7 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 

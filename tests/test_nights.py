@@ -1,0 +1,346 @@
+"""Goal: over two months of nights with real duplicity, what the status promises each evening is what the nights do."""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+import backup
+import utils
+from conftest import SERVICE, USER, Entry, Store, tree_of, write_messages
+
+Status = dict[str, Any]
+Tree = dict[str, Entry]
+
+ZONE = "America/New_York"  # of the server; its clocks change on 8 March, during these nights
+FIRST_DAY = datetime(2026, 1, 1, 3, tzinfo=timezone.utc)
+BUSY, QUIET = 14_000, 20  # bytes of the message that comes before a night
+ARCHIVE_BYTES = 60_000  # so that increments are more than half of a full after three busy days, and less after 31 quiet ones
+OFF_DAYS = frozenset([*range(11, 16), 18, 19])  # the machine is off: first when a full is due, then amid a chain
+QUIET_DAYS = range(22, 58)
+LAST_DAY = 68
+NOON_DAYS = frozenset([4, 17, 63])  # an admin makes another backup at noon
+RESTORED_RUNS = frozenset([15, 30, 45, 60])
+SOON = "on next daily backup"
+
+# Real gpg, but it does not take a second or two each night to measure how often it can afford to hash the passphrase.
+QUICK_GPG = '#!/bin/sh\nexec REAL --s2k-count 65536 "$@"\n'
+
+# Real duplicity, but one file vanishes from the tree, its last argument but one, before it reads that.
+DUPLICITY_WITH_VANISHING_FILE = """#!/bin/sh
+for argument; do source=$target; target=$argument; done
+case $1 in full|incremental) rm "$source/archive";; esac
+exec REAL "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of backup.py on its simulated night, with the status and the forecast right before it and the status right after it."""
+
+    start: datetime
+    end: datetime
+    full_forecast: bool
+    before: Status
+    after: Status
+    exit_code: int
+    printed: str
+    running: list[str]
+
+    @property
+    def made(self) -> list[Status]:
+        """The sets that came with this run."""
+        return [row for row in self.after["backups"] if row["date"] not in stamps(self.before)]
+
+    @property
+    def gone(self) -> set[str]:
+        """The stamps of the sets that went with this run."""
+        return stamps(self.before) - stamps(self.after)
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A set that was restored after a run, and the tree that it was made from."""
+
+    run: int
+    stamp: str
+    restored: Tree
+    original: Tree
+
+
+@dataclass(frozen=True)
+class History:
+    """All that happened."""
+
+    runs: list[Run]
+    restores: list[Restore]
+
+
+def stamps(status: Status) -> set[str]:
+    """Return the dates of the sets of a status."""
+    return {row["date"] for row in status["backups"]}
+
+
+def date_of(row: Status) -> datetime:
+    """Return the date of a set."""
+    return datetime.strptime(row["date"], "%Y%m%dT%H%M%S%z")
+
+
+def chains(status: Status) -> list[list[Status]]:
+    """Return the rows of a status as chains, oldest first: each full begins one."""
+    grouped: list[list[Status]] = []
+    for row in reversed(status["backups"]):
+        if row["full"]:
+            grouped.append([])
+        grouped[-1].append(row)
+    return grouped
+
+
+def is_exact(told: str) -> bool:
+    """Return whether a deletion is told in days and hours."""
+    return told != SOON and not told.startswith("approx.")
+
+
+def promised_time(text: str, now: datetime) -> tuple[datetime, datetime]:
+    """Return between which two moments it is when a text such as "2 days, 5 hours" has passed, counted from now."""
+    units = {"day": timedelta(days=1), "hour": timedelta(hours=1), "minute": timedelta(minutes=1)}
+    parts = [re.fullmatch(r"(\d+) (day|hour|minute)s?", part) for part in text.split(", ")]
+    assert parts and all(parts), text
+    earliest = now + sum((int(part[1]) * units[part[2]] for part in parts if part), timedelta())
+    smallest = parts[-1]
+    assert smallest
+    return earliest, earliest + units[smallest[2]]
+
+
+def change_mail(store: Store, number: int, size_bytes: int) -> None:
+    """Have a message come and that of the night before go."""
+    mailbox = store.root / "mail/mailboxes/example.com/alice/cur"
+    (mailbox / f"18{number:04}.M1P1.host:2,").write_bytes(secrets.token_bytes(size_bytes))
+    (mailbox / f"18{number - 1:04}.M1P1.host:2,").unlink(missing_ok=True)
+
+
+def starting_times() -> Iterator[tuple[datetime, int]]:
+    """Yield when each run starts, and how many bytes of mail came before it.
+
+    No run starts within 20 minutes of the time of day at which the one three days before it did, so that no chain becomes three days
+    old while a run is under way, when it would be anybody's guess whether it is deleted.
+    """
+    for day in range(LAST_DAY + 1):
+        if day in OFF_DAYS:
+            continue
+        size_bytes = QUIET if day in QUIET_DAYS else BUSY
+        yield FIRST_DAY + timedelta(days=day, minutes=day * 7 % 60), size_bytes
+        if day in NOON_DAYS:
+            yield FIRST_DAY + timedelta(days=day, hours=9), size_bytes
+
+
+def back_up(store: Store, start: datetime, *arguments: str) -> Run:
+    """Run backup.py with the clock moved to start, and look at the status right before it and right after."""
+    env = utils.load_environment(store.settings)
+    before, full_forecast = backup.backup_status(env, start), backup.should_force_full(env, start)
+    result = store.run("faketime", start.astimezone(ZoneInfo(ZONE)).strftime("%Y-%m-%d %H:%M:%S"), *store.command(*arguments),
+                       exit_code=None, environment={"TZ": ZONE})
+    assert "Traceback" not in result.stderr, result.stderr
+    end = datetime.fromisoformat(json.loads((store.backups / "last-run.json").read_text())["end"])
+    assert start <= end < start + timedelta(minutes=15), f"the clock was not moved: {start}, {end}"
+    return Run(start, end, full_forecast, before, backup.backup_status(env, end), result.returncode, result.stdout + result.stderr,
+               store.running())
+
+
+def prepare(store: Store) -> None:
+    """Make a store quick, and its full backups large beside quiet increments."""
+    store.stand_in("gpg", QUICK_GPG)
+    (store.root / "archive").write_bytes(secrets.token_bytes(ARCHIVE_BYTES))
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> History:
+    """Two months of backups of a small mail store. Busy days force fulls by size, quiet ones leave that to the 31 days; some are missed."""
+    scratch = tmp_path_factory.mktemp("nights")
+    store = Store(scratch / "user-data", scratch / "mailinabox.conf", scratch / "bin", scratch)
+    for directory in (store.root, store.bin):
+        directory.mkdir()
+    store.environment.update({**os.environ, "PATH": f"{store.bin}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"})
+    store.settings.write_text(f"STORAGE_ROOT={store.root}\nSTORAGE_USER={USER}\nBACKUP_KEEP_DAYS=3\n")
+    store.stand_in("service", SERVICE)
+    for name in ("dovecot", "postfix"):
+        (store.bin / f"{name}.running").touch()
+    write_messages(store.root)
+    store.put_key()
+    prepare(store)
+    runs: list[Run] = []
+    restores: list[Restore] = []
+    originals: dict[str, Tree] = {}
+    for number, (start, size_bytes) in enumerate(starting_times(), 1):
+        change_mail(store, number, size_bytes)
+        runs.append(back_up(store, start))
+        rows = runs[-1].after["backups"]
+        originals[rows[0]["date"]] = tree_of(store.root)
+        for row in [rows[0], rows[-1]] if number in RESTORED_RUNS else []:
+            restored = store.restore(f"restored-{number}-{row['date']}", "--time", f"{date_of(row).timestamp():.0f}")
+            restores.append(Restore(number, row["date"], tree_of(restored), originals[row["date"]]))
+    return History(runs, restores)
+
+
+def test_every_run_makes_one_set_and_prints_nothing(history: History) -> None:
+    """Each run is silent, has services running again, and adds one set that bears its time; no file belongs to no set."""
+    assert len(history.runs) >= 60
+    for run in history.runs:
+        assert (run.exit_code, run.printed, run.running) == (0, "", ["dovecot", "postfix"]), run.start
+        assert len(run.made) == 1 and run.after["backups"][0] == run.made[0], run
+        assert run.start <= date_of(run.made[0]) <= run.end
+        assert run.after["unmatched_file_size"] == 0
+        assert run.after["last_run"]["kind"] == ("full" if run.made[0]["full"] else "incremental")
+
+
+def test_full_is_made_when_it_was_forecast(history: History) -> None:
+    """`should_force_full` right before each run says what the run makes; the size, the age, and neither of them occur as reasons."""
+    assert history.runs[0].full_forecast and history.runs[0].made[0]["full"]
+    reasons = []
+    for run in history.runs[1:]:
+        full, *increments = chains(run.before)[-1]
+        large = sum(row["size"] for row in increments) * 2 > full["size"]
+        old = run.start - date_of(full) > timedelta(days=31)
+        assert run.full_forecast == run.made[0]["full"] == (large or old), run.start
+        reasons.append((large, old))
+    assert set(reasons) == {(False, False), (True, False), (False, True)}
+
+
+def test_increments_build_on_the_newest_set(history: History) -> None:
+    """Each increment names the set before it as the one that it builds on, a full none."""
+    for run in history.runs[1:]:
+        assert run.made[0]["previous"] == (None if run.made[0]["full"] else run.before["backups"][0]["date"])
+
+
+def test_what_is_due_goes_and_nothing_else_does(history: History) -> None:
+    """A set that is to go "on next daily backup" goes with the next run; each other one of a chain before the last full stays."""
+    kept = gone = 0
+    for run in history.runs:
+        for row in [row for chain in chains(run.before)[:-1] for row in chain]:
+            due = row["deleted_in"] == SOON
+            assert (row["date"] in run.gone) == due, (run.start, row)
+            gone, kept = gone + due, kept + (not due)
+    assert gone >= 20 and kept >= 20, (gone, kept)
+
+
+def test_the_current_chain_stays_until_it_is_three_days_old(history: History) -> None:
+    """Sets of the chain of the last full go with no run, but for one that makes a new full when they are over three days old."""
+    cases = 0
+    for run in history.runs[1:]:
+        current = chains(run.before)[-1]
+        if gone := [row for row in current if row["date"] in run.gone]:
+            assert gone == current and run.made[0]["full"], run.start
+            assert run.end - date_of(current[-1]) > timedelta(days=3), run.start
+            cases += 1
+    assert cases == 1, "the machine was meant to be off for some days right before a full, once"
+
+
+def test_exact_promise_is_kept_to_the_night(history: History) -> None:
+    """Once a set's deletion is told in days and hours, the time told stays the same, and the set goes with the first run after it."""
+    promises: dict[str, tuple[datetime, datetime]] = {}
+    kept = 0
+    for run in history.runs:
+        for now, status, is_before in ((run.start, run.before, True), (run.end, run.after, False)):
+            for row in status["backups"]:
+                if is_exact(row["deleted_in"]):
+                    earliest, latest = promised_time(row["deleted_in"], now)
+                    known_earliest, known_latest = promises.get(row["date"], (earliest, latest))
+                    promises[row["date"]] = max(earliest, known_earliest), min(latest, known_latest)
+                    assert promises[row["date"]][0] < promises[row["date"]][1], (row, now, known_earliest, "was promised for another time")
+                elif row["date"] in promises:
+                    assert row["deleted_in"] == SOON and promises[row["date"]][0] <= now, (row, now, "is told otherwise than before")
+            if is_before:
+                for stamp in stamps(run.before) & promises.keys():
+                    earliest, latest = promises[stamp]
+                    assert run.end >= earliest if stamp in run.gone else run.start < latest, (stamp, run.start, earliest, latest)
+                    kept += stamp in run.gone
+    assert kept >= 20, kept
+
+
+def test_estimates_are_never_negative_and_not_far_off(history: History) -> None:
+    """The last chain has an estimate, in whole days. It is right to two days where all goes on as before."""
+    went = {stamp: run.start for run in history.runs for stamp in run.gone}
+    quiet_errors: list[float] = []
+    errors: list[float] = []
+    for run in history.runs:
+        full, *increments = chains(run.after)[-1]
+        match = re.fullmatch(r"approx\. (?:(1) day|(0|[2-9]|[1-9]\d+) days)", full["deleted_in"])
+        assert match and {row["deleted_in"] for row in increments} <= {full["deleted_in"]}, full
+        if full["date"] in went:
+            told = run.end + timedelta(days=int(match[1] or match[2]))
+            error_days = (told - went[full["date"]]) / timedelta(days=1)
+            is_quiet = all((date - FIRST_DAY).days in QUIET_DAYS for date in (run.start, went[full["date"]]))
+            (quiet_errors if is_quiet else errors).append(error_days)
+    for kind, values in (("quiet", sorted(quiet_errors)), ("all other", sorted(errors))):
+        print(f"{kind} nights: {len(values)} estimates, off by {values[0]:+.1f} to {values[-1]:+.1f} days,",
+              f"half of them by {values[len(values) // 2]:+.1f} or less")
+    assert len(quiet_errors) >= 30 and max(abs(error) for error in quiet_errors) <= 2
+    assert min(errors) > -5
+
+
+def test_newest_and_oldest_set_restore(history: History) -> None:
+    """Every fifteen runs or so, the newest set and the oldest that is left restore to the tree that each was made from."""
+    assert len({restore.stamp for restore in history.restores}) >= 2 * len(RESTORED_RUNS) - 1
+    for restore in history.restores:
+        assert restore.restored == restore.original, (restore.run, restore.stamp)
+
+
+def test_nothing_goes_right_after_a_long_absence(keyed: Store) -> None:
+    """The one exception: after more than 31 days without a backup a run says so and deletes nothing; the next one does."""
+    prepare(keyed)
+    back_up(keyed, FIRST_DAY)
+    old = stamps(back_up(keyed, FIRST_DAY + timedelta(days=1), "--full").after)
+    first, second = (back_up(keyed, FIRST_DAY + timedelta(days=day)) for day in (40, 41))
+    assert first.exit_code == 3 and "31 days" in first.printed
+    assert first.made[0]["full"] and not first.gone
+    assert {row["deleted_in"] for row in second.before["backups"] if row["date"] in old} == {SOON}
+    assert (second.exit_code, second.printed, second.gone) == (0, "", old)
+
+
+def make_orphans(store: Store, lost: int) -> set[str]:
+    """Make a full and two increments, then delete one of the three by hand. Returns the stamps of those that lead back to no full now."""
+    prepare(store)
+    runs = [back_up(store, FIRST_DAY + timedelta(days=day)) for day in range(3)]
+    made = [run.made[0]["date"] for run in runs]
+    for path in store.encrypted.iterdir():
+        if f".{made[lost]}." in path.name and f".{made[lost]}.to." not in path.name:
+            path.unlink()
+    return set(made[lost + 1:])
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_orphans_go_with_the_next_run(keyed: Store, lost: int) -> None:
+    """Increments whose full, or a set between, was deleted by hand go with the next run, as told; that makes a full, which restores."""
+    orphans = make_orphans(keyed, lost)
+    run = back_up(keyed, FIRST_DAY + timedelta(days=3, hours=-1))
+    assert {row["date"] for row in run.before["backups"] if row["deleted_in"] == SOON} == orphans == run.gone
+    assert run.full_forecast and run.made[0]["full"]
+    assert run.after["unmatched_file_size"] == 0
+    assert run.running == ["dovecot", "postfix"]
+    keyed.assert_restores()
+
+
+def test_orphans_are_not_taken_for_files_that_cannot_be_read(keyed: Store) -> None:
+    """duplicity warns of orphans in its log; a run does not tell the admin that mail could not be read because of that."""
+    make_orphans(keyed, 0)
+    run = back_up(keyed, FIRST_DAY + timedelta(days=3))
+    assert "could not read" not in run.printed, run.printed
+
+
+@pytest.mark.parametrize("with_orphans", [False, True])
+def test_missing_entries_are_seen(keyed: Store, with_orphans: bool) -> None:
+    """A full that lacks a file because it vanished under duplicity's hands is thrown away, whatever else duplicity warns of."""
+    if with_orphans:
+        make_orphans(keyed, 0)
+    else:
+        prepare(keyed)
+    keyed.stand_in("duplicity", DUPLICITY_WITH_VANISHING_FILE)
+    run = back_up(keyed, FIRST_DAY + timedelta(days=3))
+    assert (run.exit_code, run.made) == (1, []), run.printed
