@@ -1,0 +1,375 @@
+"""Goal: what README.md says is so: its commands are run as they stand there, its tables are compared with the program."""
+
+import contextlib
+import email
+import email.policy
+import os
+import pwd
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import backup
+from conftest import PROJECT, PYTHON, SCRIPT, USER, Result, Store, tree_of
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+SAMPLE = PROJECT / "tests" / "sample-mail-store"
+RESTORE = "Restore on a new machine"
+UNTESTED = {"tests/run\n": "it runs this very test; .ci/run calls it"}
+SYSTEM_PATHS = re.compile(r"/(?:root|home|media|opt|etc|var)/[\w./-]*")
+
+Table = dict[str, str]
+
+
+# What the README holds
+
+
+def section(heading: str) -> str:
+    """Return the text of the README between a heading of the second level and the next."""
+    return re.split(r"^## ", README.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
+
+
+def sh_blocks(text: str = README) -> list[str]:
+    """Return what stands in the fenced blocks of shell commands, indented or not."""
+    return [textwrap.dedent(match[2]) for match in re.finditer(r"^( *)```sh\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)]
+
+
+def sh_block(words: str) -> str:
+    """Return the one block of shell commands that holds these words."""
+    found = [block for block in sh_blocks() if words in block]
+    assert len(found) == 1, f"{len(found)} blocks of the README hold {words}"
+    return found[0]
+
+
+def table(first_heading: str) -> Table:
+    """Return the first and the last column of the table with this heading, less the marks of code, in the order of its rows."""
+    rows = re.search(rf"^\| {first_heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert rows, f"no table in the README begins with {first_heading}"
+    cells = [line.strip("| ").split(" | ") for line in rows[1].replace("`", "").splitlines()]
+    return {row[0]: row[-1] for row in cells}
+
+
+def in_test(block: str, paths: Mapping[str, Path]) -> str:
+    """Return shell commands with every path of a real system replaced by one of the test's; one that is not named fails the test."""
+    def replace(match: re.Match[str]) -> str:
+        for old, new in paths.items():
+            if match[0] == old or match[0].startswith(f"{old}/"):
+                return f"{new}{match[0].removeprefix(old)}"
+        raise AssertionError(f"{match[0]} must not be touched by a test")
+    return SYSTEM_PATHS.sub(replace, block)
+
+
+# What the program says
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    """What --help prints where no line needs to be wrapped."""
+    return subprocess.run([PYTHON, str(SCRIPT), "--help"], env={**os.environ, "COLUMNS": "1000"}, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def help_section(help_text: str, name: str) -> Table:
+    """Return the entries of a section of --help: what is explained, and its explanation on one line."""
+    entries: Table = {}
+    term = ""
+    for line in help_text.partition(f"\n{name}:\n")[2].partition("\n\n")[0].splitlines():
+        if re.match(r"  \S", line):
+            term, _, meaning = (part.strip() for part in re.split(r"( {2,}|$)", line.strip(), maxsplit=1))
+            entries[term] = meaning
+        else:
+            entries[term] = f"{entries[term]} {line.strip()}".strip()
+    assert entries, f"no {name} in --help"
+    return entries
+
+
+def test_table_of_commands_is_that_of_help(help_text: str) -> None:
+    """Each row is an example or an option of --help, to the letter; no example is missing, and no option in all of the rows."""
+    examples, options = help_section(help_text, "examples"), help_section(help_text, "options")
+    rows = table("Command")
+    assert rows == {term: meaning for term, meaning in {**examples, **options}.items() if term in rows}
+    assert list(examples) == list(rows)[:len(examples)]
+    words = " ".join(rows).replace(",", "").split()
+    assert [option for option in options if option.split()[-1] not in rows and not set(option.replace(",", "").split()) & set(words)] == []
+
+
+def test_table_of_exit_codes_is_that_of_help(help_text: str) -> None:
+    """The same codes with the same words in the same order."""
+    assert list(table("Exit code").items()) == list(help_section(help_text, "exit codes").items())
+
+
+def test_table_of_settings_is_that_of_the_program() -> None:
+    """The names are those that the program knows, the defaults its own."""
+    rows = re.findall(r"^\| `((?:STORAGE|BACKUP)_[A-Z_]+)` \| (.*?) \|", README, re.MULTILINE)
+    assert {name for name, _ in rows} == set(re.findall(r'"((?:STORAGE|BACKUP)_[A-Z_]+)"', SCRIPT.read_text()))
+    assert {name: default.strip("`") for name, default in rows if default.startswith("`")} == {
+        "BACKUP_KEEP_DAYS": backup.KEEP_DAYS, "BACKUP_SERVICES": backup.SERVICES}
+
+
+def test_table_of_files_names_all_that_a_backup_makes(keyed: Store, help_text: str) -> None:
+    """What is in backup/ during a run and after it is in the table, and so are the files that --help names."""
+    known = {name.rstrip("/") for row in table("File") for name in row.split(", ")}
+    listing = keyed.scratch / "listing"
+    listing.touch()
+    listing.chmod(0o666)
+    put_hook(keyed, "before-backup", f'#!/bin/sh\nls -A "$STORAGE_ROOT/backup" > {listing}\n')
+    keyed.backup()
+    seen = {*listing.read_text().splitlines(), *os.listdir(keyed.backups)}
+    assert "encrypted" in seen
+    assert {name for name in seen if f"STORAGE_ROOT/backup/{name}" not in known} == set()
+    told = {name.rstrip("/") for row in help_section(help_text, "files") for name in row.split(", ")}
+    assert told - known == set()
+
+
+def test_code_layout_lists_what_git_tracks() -> None:
+    """A line for each file at the top level and in tests/, one for each other directory, and no line more."""
+    listing = subprocess.run(
+        ["git", "-c", f"safe.directory={PROJECT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=PROJECT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
+    paths = [path for path in listing.split("\0") if path and os.path.lexists(PROJECT / path)]
+    depth = {path: 2 if path.startswith("tests/") else 1 for path in paths}
+    expected = {"/".join(path.split("/")[:depth[path]]) + "/" * (path.count("/") >= depth[path]) for path in paths}
+    layout = re.search(r"^```text\n(.*?)^```$", section("Code layout"), re.MULTILINE | re.DOTALL)
+    assert layout
+    lines = layout[1].splitlines()
+    assert all(re.fullmatch(r"\S+  +\S.*", line) for line in lines)
+    assert sorted(line.split()[0] for line in lines) == sorted(expected)
+
+
+# Its commands
+
+
+def test_every_block_of_commands_is_run_or_excused() -> None:
+    """A block of shell commands belongs to the restore steps, is asked for by one of these tests, or is listed above with the reason."""
+    asked_for = re.findall(r'sh_block\("(.+?)"\)', Path(__file__).read_text(encoding="utf-8"))
+    restore = sh_blocks(section(RESTORE))
+    assert restore
+    assert [block for block in sh_blocks()
+            if block not in restore and block not in UNTESTED and not any(words in block for words in asked_for)] == []
+
+
+def test_test_command_is_what_ci_runs() -> None:
+    """The README's second command is the script that .ci/run ends with."""
+    assert [block for block in sh_blocks(section("Try it"))][1:] == list(UNTESTED)
+    assert (PROJECT / ".ci" / "run").read_text().splitlines()[-2:] == ["tests/run || failed=1", 'exit "$failed"']
+
+
+def test_first_command_backs_up_a_copy_of_the_sample(store: Store) -> None:
+    """With a stand-in for apt-get: a complete set, a status that shows it, mail running again and the clone as it was; twice."""
+    store.stand_in("apt-get", "#!/bin/sh\n")
+    scratch = store.scratch / "sample"
+    command = in_test(sh_block("--storage-root"), {"/var/tmp/sample-mail": scratch})
+    before = tree_of(SAMPLE)
+    for nights in (1, 2):
+        result = run_in_clone(store, command)
+        assert re.search(r"^\S+T\S+ .* full +[\d.]+ kB", result.stdout, re.MULTILINE), result.stdout
+        assert len(list((scratch / "backup" / "encrypted").glob("*.manifest.gpg"))) == nights
+        assert set(tree_of(scratch)) == set(before)
+        assert store.running() == ["dovecot", "postfix"]
+        time.sleep(1.1)  # duplicity dates sets in whole seconds
+    assert tree_of(SAMPLE) == before
+
+
+def test_cron_line(store: Store) -> None:
+    """The file's name is one that cron reads, and its only line is a time, root, and the program in the place of the clone."""
+    file = "/etc/cron.d/backup"
+    assert re.fullmatch(r"/etc/cron\.d/[A-Za-z0-9_-]+", file)
+    run_in_clone(store, in_test(sh_block("cron.d"), {file: store.scratch / "cron-file", "/opt/backup": Path("/opt/backup")}))
+    assert re.fullmatch(r"[0-5]?\d (1?\d|2[0-3]) \* \* \* root /opt/backup/backup\.py\n", (store.scratch / "cron-file").read_text())
+    assert "Put the clone in `/opt/backup`" in README
+
+
+def test_restore_steps(keyed: Store, home: Path) -> None:
+    """A restore as the README tells it, by plain duplicity, equals the tree, and the next night adds to the backups that were put back."""
+    keyed.run("faketime", "4 days ago", *keyed.command())
+    mailbox = keyed.root / "mail/mailboxes/example.com/alice"
+    old_mailbox = tree_of(mailbox)
+    (mailbox / "new/170010.M1P1.host").rename(mailbox / "cur/170010.M1P1.host:2,S")
+    keyed.backup()
+    rescue, machine = keyed.scratch / "rescue", keyed.scratch / "new-machine"
+    shutil.copytree(keyed.encrypted, rescue / "encrypted")
+    shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "secret_key.txt")  # readable by others, like one typed from paper
+    keyed.stand_in("apt-get", f"#!/bin/sh\necho $* >> {keyed.scratch}/installed\n")
+    keyed.forget_calls()
+
+    paths = {"/root/rescue": rescue, "/home/user-data": machine, "/root/alice": keyed.scratch / "alice"}
+    told = {block: keyed.run("sh", "-c", in_test(block, paths), environment={"HOME": str(home)}).stdout
+            for block in sh_blocks(section(RESTORE))}
+
+    assert tree_of(machine) == tree_of(keyed.root)
+    assert tree_of(keyed.scratch / "alice") == old_mailbox
+    assert [text for block, text in told.items() if block.startswith("find ")] == [""]
+    assert [True for text in told.values() if " mail/mailboxes/example.com/alice/cur/170010.M1P1.host:2,S\n" in text] == [True]
+    assert " duplicity " in (keyed.scratch / "installed").read_text()
+    assert keyed.calls() == ["dovecot start", "postfix start"]
+
+    settings = keyed.scratch / "new-settings"
+    settings.write_text(f"STORAGE_ROOT={machine}\nSTORAGE_USER={USER}\n")
+    restored = Store(machine, settings, keyed.bin, keyed.scratch, keyed.environment)
+    (machine / "later").touch()
+    result = restored.backup()
+    assert (result.stdout, result.stderr) == ("", "")
+    assert [name.split(".")[0] for name in restored.manifests()] == ["duplicity-full", "duplicity-inc", "duplicity-inc"]
+    restored.assert_restores("from-new-machine")
+
+
+def test_rsync_hook(keyed: Store) -> None:
+    """The hook leaves on the other machine just what is in encrypted/, after a full and after an increment."""
+    copy = make_directory_of_user(keyed, "copy")
+    (copy / "stray").touch()
+    target = " backup@backup.example.org:mail-server/\n"
+    assert target in sh_block("rsync")
+    put_hook(keyed, "after-backup", sh_block("rsync").replace(target, f" {copy}/\n"))
+    for _ in range(2):
+        result = keyed.backup()
+        assert (result.stdout, result.stderr) == ("", "")
+        assert contents(copy) == contents(keyed.encrypted)
+        time.sleep(1.1)  # duplicity dates sets in whole seconds
+
+
+def test_disk_hook(keyed: Store) -> None:
+    """The hook copies what is in encrypted/ to the disk, keeps what is there already, and fails when the disk is not there."""
+    disk = make_directory_of_user(keyed, "disk")
+    (disk / "mail-server").mkdir()
+    os.chown(disk / "mail-server", pwd.getpwnam(USER).pw_uid, -1)
+    put_hook(keyed, "after-backup", in_test(sh_block("usb-disk"), {"/media/usb-disk": disk}))
+    result = keyed.backup()
+    assert (result.stdout, result.stderr) == ("", "")
+    assert contents(disk / "mail-server" / "encrypted") == contents(keyed.encrypted)
+    (disk / "mail-server" / "encrypted" / "older").touch()
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    keyed.backup()
+    assert contents(disk / "mail-server" / "encrypted") == {**contents(keyed.encrypted), "older": b""}
+    shutil.rmtree(disk)
+    time.sleep(1.1)
+    assert "after-backup" in keyed.backup(exit_code=3).stderr
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="downloads a Debian and takes minutes: only with CI=true")
+def test_first_command_on_a_fresh_debian(fresh_debian: Path) -> None:
+    """The README's first command, and the restore of what it made, to the letter on a Debian 12 that has nothing installed."""
+    shutil.copytree(PROJECT, fresh_debian / "clone", symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
+    result = run_in_system(fresh_debian, f"cd /clone && {sh_block('--storage-root')}")
+    print(result.stdout, result.stderr)  # pytest shows it if a check fails
+    assert result.returncode == 0
+    assert re.search(r"^\S+T\S+ .* full +[\d.]+ kB", result.stdout, re.MULTILINE)
+    encrypted = fresh_debian / "var/tmp/sample-mail/backup/encrypted"
+    assert [path.name.split(".")[0] for path in encrypted.glob("*.manifest.gpg")] == ["duplicity-full"]
+    assert processes_in(fresh_debian) == {}, "the run has left processes"
+    assert tree_of(fresh_debian / "clone" / "tests" / "sample-mail-store") == tree_of(SAMPLE)
+
+    (fresh_debian / "root" / "rescue").mkdir()
+    shutil.copytree(encrypted, fresh_debian / "root" / "rescue" / "encrypted")
+    shutil.copy(encrypted.parent / "secret_key.txt", fresh_debian / "root" / "rescue")
+    result = run_in_system(fresh_debian, sh_block("restore file:"))
+    assert result.returncode == 0, result.stderr
+    assert tree_of(fresh_debian / "home" / "user-data") == tree_of(fresh_debian / "var" / "tmp" / "sample-mail")
+
+
+def test_sample_mail_store_is_sound_and_invented() -> None:
+    """Messages parse and have the sizes that their names tell, index and directories fit, and every address is an example's."""
+    text = {path: path.read_text(encoding="utf-8") for path in SAMPLE.rglob("*") if path.is_file()}
+    assert 40 <= len(text) <= 70 and sum(map(len, text.values())) < 300_000
+    assert {address.lower() for content in text.values() for address in re.findall(r"[\w.-]+@([\w.-]+\w)", content)} == {
+        "example.com", "example.org"}
+    assert not [path for path, content in text.items() if "PRIVATE KEY-" in content]
+    attachments = 0
+    for index in SAMPLE.rglob("dovecot-uidlist"):
+        folder = index.parent
+        paths = sorted(path for path in [*folder.glob("cur/[0-9]*"), *folder.glob("new/[0-9]*")])
+        assert {path.name.partition(":")[0] for path in paths} == set(re.findall(r"^\d+ :(.*)$", text[index], re.MULTILINE))
+        assert all((folder / name).is_dir() for name in ("cur", "new", "tmp"))
+        for path in paths:
+            assert f",S={path.stat().st_size},W={path.stat().st_size + text[path].count(chr(10))}" in path.name
+            message = email.message_from_string(text[path], policy=email.policy.default)
+            assert isinstance(message, email.message.EmailMessage) and not message.defects
+            assert message["From"] and message["To"] and message["Subject"] and message["Date"].datetime and message["Message-ID"]
+            attachments += len([part for part in message.iter_attachments() if part.get_payload(decode=True)])
+    assert attachments == 2
+
+
+# What the tests share
+
+
+def run_in_clone(store: Store, command: str) -> Result:
+    """Run a command of the README in the directory of the clone, with the store's environment, and check that it succeeds."""
+    return store.run("sh", "-c", f"cd {shlex.quote(str(PROJECT))} && {command}")
+
+
+def put_hook(store: Store, name: str, script: str) -> None:
+    """Put an executable hook in its place."""
+    (store.backups / name).write_text(script)
+    (store.backups / name).chmod(0o755)
+
+
+def make_directory_of_user(store: Store, name: str) -> Path:
+    """Make a directory that the hooks can write to."""
+    path = store.scratch / name
+    path.mkdir()
+    os.chown(path, pwd.getpwnam(USER).pw_uid, -1)
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return what is in the files of a directory, by name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A home directory for a root of the test's own, under a short path: gpg-agent's socket needs one."""
+    path = Path("/run", f"test-home-{os.getpid()}")
+    path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        subprocess.run(["gpgconf", "--kill", "all"], env={**os.environ, "HOME": str(path)}, stdin=subprocess.DEVNULL, check=True)
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def fresh_debian(tmp_path: Path) -> Iterator[Path]:
+    """A Debian 12 with nothing but what every Debian has, from where this machine's apt has its packages; gone after the test."""
+    system = tmp_path / "debian"
+    mirrors = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian", "Codename: bookworm"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    assert mirrors, "apt has no source of Debian 12 here"
+    try:
+        result = subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(system), mirrors[0]], stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout
+        yield system
+    finally:
+        for process in processes_in(system):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted((mount for mount in mounts if mount.startswith(f"{system}/")), reverse=True):
+            subprocess.run(["umount", mount], stdin=subprocess.DEVNULL, check=True)
+        shutil.rmtree(system, ignore_errors=True)
+
+
+def run_in_system(system: Path, command: str) -> Result:
+    """Run a command of the README as root of another system, with hardly an environment."""
+    environment = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "DEBIAN_FRONTEND=noninteractive"]
+    return subprocess.run(["chroot", str(system), "env", "-i", *environment, "sh", "-c", command], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def processes_in(system: Path) -> dict[int, str]:
+    """Return the names, by process id, of the processes that run in another system."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "root") == str(system):
+                found[int(process.name)] = (process / "comm").read_text().strip()
+    return found
