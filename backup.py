@@ -474,8 +474,10 @@ def migrate_legacy_layout(paths: Paths) -> None:
     """
     if os.path.lexists(paths.migrated):
         utils.make_owned_directory(paths.migrated, 0o700, 0)
-        for half in paths.migrated.glob(".*.copy"):  # see utils.move_file
-            half.unlink()
+        for half in paths.migrated.rglob(".*.copy"):  # of a killed run, see utils.move_file: the original is still there
+            name, place = half.name[1:].removesuffix(".copy"), paths.plain / half.parent.relative_to(paths.migrated)
+            if not half.is_dir() and any(os.path.lexists(place / original) for original in (name, re.sub(r"\.\d+$", "", name))):
+                half.unlink()
     if os.path.lexists(paths.plain):
         paths.plain.chmod(0o700)  # it is plain mail
         try:
@@ -493,8 +495,8 @@ def migrate_legacy_layout(paths: Paths) -> None:
                and not delete_copy(paths.encrypted / name, paths.migrated / name.removesuffix(".enc"))]
     if orphans:
         utils.make_owned_directory(paths.legacy, 0o700, 0)
-        log.warning("%d old copies have no plain original of their size: they are moved to %s; see there whether you need them",
-                    len(orphans), paths.legacy)
+        log.warning("old copies without a plain original of their size are moved to %s, %d in number; see there whether you need them",
+                    paths.legacy, len(orphans))
         for name in orphans:
             move_aside(paths.encrypted / name, paths.legacy / name)
 
@@ -955,7 +957,8 @@ def status_text(status: Mapping[str, Any]) -> str:
     lines = [f"Backups:  {printable(status['directory'])}", f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)"]
     if last := status["last_run"]:
         seconds = last.get("downtime_seconds")
-        told = [f"exit code {last.get('exit_code')}", last.get("kind"), last.get("source") and f"read by way of {last['source']}",
+        told = [f"exit code {last.get('exit_code')}", last.get("kind"),
+                {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source"))),
                 seconds is not None and f"mail down {seconds} seconds", last.get("message")]
         lines.append(printable(f"Last run: {last.get('end', 'unknown')}: {', '.join(str(part) for part in told if part)}"))
     lines.append("")

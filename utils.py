@@ -224,6 +224,7 @@ def move_file(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
     copy = target.with_name(f".{target.name}.copy")
+    copy.unlink(missing_ok=True)
     shutil.copy2(source, copy, follow_symlinks=False)
     sync_file(copy)
     os.rename(copy, target)

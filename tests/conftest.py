@@ -6,7 +6,7 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
@@ -144,6 +144,16 @@ class Store:
         """Check that a restore equals the tree, in every thing that a backup keeps."""
         assert tree_of(self.restore(name)) == tree_of(self.root)
 
+    def clean(self) -> None:
+        """End the agents that tests or killed runs have left, and remove from /run what they made there."""
+        import backup
+        homes = [self.gnupg(), backup.paths_of({"STORAGE_ROOT": str(self.root)}).gnupg]
+        for home in homes:
+            if home.exists():
+                self.run("gpgconf", "--kill", "all", environment={"GNUPGHOME": str(home)})
+                utils.remove_tree(home)
+        self.stopped_list.unlink(missing_ok=True)
+
     def manifests(self) -> list[str]:
         """Return the names of the complete sets' manifests, oldest first."""
         names = [path.name for path in self.encrypted.glob("*.manifest.gpg")]
@@ -199,8 +209,15 @@ def write_messages(root: Path) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> Iterator[Store]:
     """A small mail store with a settings file, dovecot and postfix running (stand-ins), and no backup yet."""
+    made = make_store(tmp_path)
+    yield made
+    made.clean()
+
+
+def make_store(tmp_path: Path) -> Store:
+    """Make such a store in an empty directory."""
     root, programs = tmp_path / "user-data", tmp_path / "bin"
     root.mkdir()
     programs.mkdir()
