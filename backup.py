@@ -8,6 +8,7 @@ command line. A mail server's admin needs nothing but duplicity and the first li
 """
 
 import argparse
+import ast
 import base64
 import contextlib
 import errno
@@ -24,7 +25,8 @@ import shlex
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -210,9 +212,12 @@ def night_of(settings: Mapping[str, str], verbose: bool = False, now: Optional[d
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
     if wrong := [name for name in services if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name)]:
         raise Failure(f"{printable(wrong[0])} is not the name of a service; correct BACKUP_SERVICES in the settings", 2)
-    environment = {**os.environ, "PATH": utils.system_path(os.environ.get("PATH", "")), "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
-    now = now or datetime.now(timezone.utc)
-    return Night(settings, paths, user, keep_days_of(settings), services, environment, now, verbose)
+    return Night(settings, paths, user, keep_days_of(settings), services, program_environment(), now or datetime.now(timezone.utc), verbose)
+
+
+def program_environment() -> dict[str, str]:
+    """Return the environment for programs: the caller's, with the system directories on PATH and messages that are not translated."""
+    return {**os.environ, "PATH": utils.system_path(os.environ.get("PATH", "")), "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
 
 
 # The night
@@ -243,8 +248,9 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
                 make_set(night, record, "full" if reason else "incremental")                            # 11
                 # 10: mail is back when this block ends; with a copy step 11 comes after it
             delete_migrated_backups(night, record)
-            remove_old_sets(night, record, sets)                                                        # 12
-            run_after_set(night, record, clean_up_command(night))                                       # 13
+            with deletion_allowed(night.paths) as allowed:
+                remove_old_sets(night, record, sets, allowed)                                           # 12
+                clean_up(night, record, allowed)                                                        # 13
             grant_group_read(night)                                                                     # 14
         write_last_run(night, record)                                                                   # 15
         run_hook(night, "after-backup", record)
@@ -304,10 +310,11 @@ def check_surroundings(night: Night) -> str:
     return version
 
 
-def read_passphrase(path: Path) -> str:
+def read_passphrase(path: Path, lenient: bool = False) -> str:
     """Return the passphrase, the first line of the key file, stripped.
 
-    Raises Failure (exit code 2) if the file cannot be read, can be read by others, or holds no passphrase worth the name.
+    lenient: only warn of a key that is open to others or short; a rescue is no time for manners. Raises Failure (exit code 2) if
+    the file cannot be read, can be read by others, or holds no passphrase worth the name.
     """
     try:
         mode = path.stat().st_mode
@@ -316,10 +323,15 @@ def read_passphrase(path: Path) -> str:
         raise Failure(f"the first line of {path} is not text; put your copy of the key back", 2) from error
     except OSError as error:
         raise Failure(f"cannot read the key {path}: {error.strerror}; put your copy of the key back", 2) from error
+    wrong = None
     if mode & 0o077:
-        raise Failure(f"the key {path} is open to others than its owner; run: chmod 600 {shlex.quote(str(path))}", 2)
-    if len(first_line) < KEY_CHARACTERS or not first_line.isprintable():
-        raise Failure(f"the first line of {path} is no passphrase of {KEY_CHARACTERS} characters or more; put your copy of the key back", 2)
+        wrong = f"the key {path} is open to others than its owner; run: chmod 600 {shlex.quote(str(path))}"
+    elif len(first_line) < KEY_CHARACTERS or not first_line.isprintable():
+        wrong = f"the first line of {path} is no passphrase of {KEY_CHARACTERS} characters or more; put your copy of the key back"
+    if wrong and not (lenient and first_line.isprintable()):
+        raise Failure(wrong, 2)
+    if wrong:
+        log.warning(wrong)
     return first_line
 
 
@@ -355,18 +367,29 @@ def check_newest_set(night: Night) -> None:
                       f"mend the clock, or {way_out}")
     manifest = next(night.paths.encrypted / name for name in sets[-1].files if ".manifest." in name)
     passphrase = read_passphrase(night.paths.key)
-    answer = utils.shell(gpg_command(manifest), gpg_environment(night), secret=passphrase, standard_input=passphrase)
-    if answer.exit_code and any("BAD_PASSPHRASE" in line for line in answer.last_lines):
+    answer = run_gpg(manifest, passphrase, gpg_environment(night))
+    if is_wrong_key(answer):
         raise Failure(f"the backups in {night.paths.encrypted} were made with another key than that in {night.paths.key}; "
                       f"put the old key back, or {way_out}")
     if answer.exit_code:
         raise Failure(f"the newest backup's {manifest} is damaged; {way_out}, and check the disk: gpg ended with {answer}")
 
 
-def gpg_command(path: Path) -> list[str]:
-    """Return the command that checks whether the passphrase on its standard input opens a file."""
+def run_gpg(path: Path, passphrase: str, environment: Mapping[str, str], take_text: Optional[utils.TakeLine] = None) -> Finished:
+    """Have gpg open a file and check its integrity. take_text: gets its text by lines, and gpg's status lines. Returns how it ended."""
+    command = gpg_command(path, "-" if take_text else "/dev/null")
+    return utils.shell(command, environment, secret=passphrase, standard_input=passphrase, on_line=take_text or log.debug)
+
+
+def is_wrong_key(answer: Finished) -> bool:
+    """Tell, of how gpg ended, whether the passphrase is another than that of the file (seen: gpg 2.2.40, 600 wrong ones of 600)."""
+    return answer.exit_code != 0 and any("BAD_PASSPHRASE" in line for line in answer.last_lines)
+
+
+def gpg_command(path: Path, output: str = "/dev/null") -> list[str]:
+    """Return the command that opens a file with the passphrase on its standard input. output: where its text goes, - for a pipe."""
     return ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback", "--passphrase-fd", "0", "--status-fd", "1",
-            "--output", "/dev/null", "--yes", "--decrypt", str(path)]
+            "--output", output, "--yes", "--decrypt", str(path)]
 
 
 def gpg_environment(night: Night) -> dict[str, str]:
@@ -408,6 +431,7 @@ def recover_from_dead_run(night: Night, record: Record) -> None:
         log.warning("starting %s, left stopped by a run that died", " and ".join(names))
         record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment).not_started
     delete_dead_files(night.paths, complete_sets(night.paths))
+    delete_dead_readers(night.paths)
 
 
 def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
@@ -415,11 +439,13 @@ def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
     dead = dead_files(paths, sets)
     if dead:
         log.info("deleting %d files of a backup that was not finished", len(dead))
-    for path in [*dead, paths.temporary]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        with deletion_allowed(paths) as allowed:
+            if not allowed:
+                raise Failure(f"{paths.encrypted} holds a backup that was not finished, and a --verify, --list or --restore reads there; "
+                              "wait for it to end", 4)
+            for path in dead:
+                utils.remove(path)
+    utils.remove(paths.temporary)
 
 
 def dead_files(paths: Paths, sets: Sequence[BackupSet]) -> list[Path]:
@@ -449,7 +475,7 @@ def failed_set_thrown_away(night: Night, sets: Sequence[BackupSet]) -> Iterator[
     except BaseException:
         try:
             delete_dead_files(night.paths, sets)
-        except OSError as error:
+        except (OSError, Failure) as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
         raise
 
@@ -670,60 +696,66 @@ def run_hook(night: Night, name: str, record: Record) -> None:
 # Steps 11 to 14: duplicity
 
 
-def duplicity_command(night: Night, action: str, *arguments: str) -> list[str]:
+def duplicity_command(paths: Paths, archive: Path, action: str, *arguments: str) -> list[str]:
     """Return a duplicity command in the order that all versions take: action, options, then the rest, the target last.
 
-    The kernel kills it when this process dies, so that no orphan goes on writing.
+    archive: the archive directory. The kernel kills it when this process dies, so that no orphan goes on writing.
     """
-    return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--archive-dir", str(night.paths.cache), *arguments,
-            night.paths.encrypted.as_uri()]
+    return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--archive-dir", str(archive), *arguments, paths.encrypted.as_uri()]
 
 
 def set_command(night: Night, action: str) -> list[str]:
     """Return the command that makes a set. action: full or incremental."""
     return duplicity_command(
-        night, action, "--exclude", glob.escape(str(night.paths.backup)), "--volsize", str(VOLUME_MEGABYTES),
+        night.paths, night.paths.cache, action, "--exclude", glob.escape(str(night.paths.backup)), "--volsize", str(VOLUME_MEGABYTES),
         "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG", str(night.paths.root))
 
 
 def remove_old_command(night: Night) -> list[str]:
     """Return the command that deletes the chains whose newest set is older than BACKUP_KEEP_DAYS."""
-    return duplicity_command(night, "remove-older-than", "--force", "--verbosity", "error", f"{night.keep_days}D")
+    return duplicity_command(night.paths, night.paths.cache, "remove-older-than", "--force", "--verbosity", "error", f"{night.keep_days}D")
 
 
 def clean_up_command(night: Night) -> list[str]:
     """Return the command that deletes files of no complete set."""
-    return duplicity_command(night, "cleanup", "--force", "--verbosity", "error")
+    return duplicity_command(night.paths, night.paths.cache, "cleanup", "--force", "--verbosity", "error")
 
 
-def run_duplicity(night: Night, command: Sequence[str], log_lines: Optional[list[str]] = None) -> Finished:
+def run_duplicity(
+    command: Sequence[str], environment: Mapping[str, str], verbose: bool = False, log_lines: Optional[list[str]] = None,
+    watch: Callable[[], None] = lambda: None,
+) -> Finished:
     """Run a duplicity command with the passphrase, which nothing but duplicity and its gpg ever has, in its environment.
 
-    log_lines: takes the lines of the machine log of a command that has one. A record with a name that is not UTF-8 fails to be
-    written there (0.8.22, 3.2.1); Python then prints it as an error of logging, from where it is put back as a WARNING.
-    Returns how it ended. Raises Failure, and ends it, when the room that is left to mail is about to go.
+    verbose: show what it says. log_lines: takes the lines of the machine log of a command that has one. A record with a name that is
+    not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then prints it as an error of logging, from where it is put back as a
+    WARNING. watch: see utils.shell. Returns how it ended.
     """
-    passphrase = read_passphrase(night.paths.key)
-    environment = {**gpg_environment(night), "PASSPHRASE": passphrase, "TMPDIR": str(night.paths.temporary)}
+    lost_records: list[str] = []
+
+    def take_line(line: str) -> None:
+        (log.info if verbose else log.debug)(line)
+        if line.startswith("Message: "):
+            lost_records.extend(["WARNING 1", f". {line.removeprefix('Message: ')}"])
+
+    log.info("running %s", shlex.join(command))
+    answer = utils.shell(command, environment, secret=environment["PASSPHRASE"], umask=0o077, watch=watch, on_line=take_line,
+                         on_log=None if log_lines is None else log_lines.append)
+    if log_lines is not None:
+        log_lines.extend(lost_records)
+    return answer
+
+
+def run_nightly_duplicity(night: Night, command: Sequence[str], log_lines: Optional[list[str]] = None) -> Finished:
+    """Run a duplicity command of the night, see run_duplicity. Raises Failure, and ends it, when mail's last room is about to go."""
     reserve = reserve_bytes(night.paths.backup)
 
     def watch_room() -> None:
         if utils.free_bytes(night.paths.backup) < reserve:
             raise Failure(f"duplicity was ended before it took the last room of {night.paths.backup}; make room there")
 
-    lost_records: list[str] = []
-
-    def take_line(line: str) -> None:
-        (log.info if night.verbose else log.debug)(line)
-        if line.startswith("Message: "):
-            lost_records.extend(["WARNING 1", f". {line.removeprefix('Message: ')}"])
-
-    log.info("running %s", shlex.join(command))
-    answer = utils.shell(command, environment, secret=passphrase, umask=0o077, watch=watch_room, on_line=take_line,
-                         on_log=None if log_lines is None else log_lines.append)
-    if log_lines is not None:
-        log_lines.extend(lost_records)
-    return answer
+    environment = {**gpg_environment(night), "PASSPHRASE": read_passphrase(night.paths.key), "TMPDIR": str(night.paths.temporary)}
+    return run_duplicity(command, environment, night.verbose, log_lines, watch_room)
 
 
 def explain(action: str, answer: Finished) -> str:
@@ -741,7 +773,7 @@ def make_set(night: Night, record: Record, action: str) -> None:
     before = complete_sets(night.paths)
     entries = utils.count_entries(night.paths.root, night.paths.backup)
     log_lines: list[str] = []
-    answer = run_duplicity(night, set_command(night, action), log_lines)
+    answer = run_nightly_duplicity(night, set_command(night, action), log_lines)
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(night.paths)
@@ -792,16 +824,32 @@ def delete_migrated_backups(night: Night, record: Record) -> None:
 
 def run_after_set(night: Night, record: Record, command: Sequence[str]) -> None:
     """Run a duplicity command after a set was made: its failure needs attention, no more."""
-    answer = run_duplicity(night, command)
+    answer = run_nightly_duplicity(night, command)
     if answer.exit_code:
         record.warn(explain(command[4], answer))
 
 
-def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet]) -> None:
+@contextlib.contextmanager
+def deletion_allowed(paths: Paths) -> Iterator[bool]:
+    """Keep commands that read away from encrypted/ while the block runs. Yields whether that can be had: not while one reads."""
+    with utils.directory_locked(paths.encrypted, exclusive=True) as allowed:
+        yield allowed
+
+
+def clean_up(night: Night, record: Record, allowed: bool) -> None:
+    """Have duplicity delete files of no complete set. allowed: whether nobody reads."""
+    if allowed:
+        run_after_set(night, record, clean_up_command(night))
+
+
+def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], allowed: bool) -> None:
     """Delete the chains that are old enough, unless the clock may have jumped ahead: it would delete all of them.
 
-    sets: the complete ones from before this run.
+    sets: the complete ones from before this run. allowed: whether nobody reads.
     """
+    if not allowed:
+        record.warn("no old backups were deleted because a --verify, --list or --restore reads them; the next run will delete them")
+        return
     if sets and night.now - sets[-1].date > timedelta(days=FULL_DAYS):
         record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days old: check the clock; "
                     "if it is right the next run will delete them")
@@ -991,6 +1039,226 @@ def show_status(env: Mapping[str, str], as_json: bool) -> int:
     return 3 if overdue or failed else 0
 
 
+# Reading: verify, list, restore
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a command that reads knows. archive: an archive directory of its own. environment: for the programs it runs."""
+
+    paths: Paths
+    archive: Path
+    environment: Mapping[str, str]
+    verbose: bool
+
+    def run(self, action: str, *options: str, directory: Optional[Path] = None, log_lines: Optional[list[str]] = None) -> Finished:
+        """Run a duplicity command on the backups, see run_duplicity. directory: to restore to or compare with. Returns how it ended."""
+        command = duplicity_command(self.paths, self.archive, action, *options) + ([str(directory)] if directory else [])
+        return run_duplicity(command, self.environment, self.verbose, log_lines)
+
+
+@contextlib.contextmanager
+def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Reader]:
+    """Put together what a command that reads needs: directories of its own, so that it neither waits for a backup nor disturbs one.
+
+    No backup deletes a set while the block runs. The archive directory begins as hard links to the finished files of cache/ where
+    those can be had; duplicity makes the rest. Raises Failure if there is no backup or no key.
+    """
+    paths = paths_of(settings)
+    if not complete_sets(paths):
+        raise Failure(f"there is no complete backup in {paths.encrypted}; put your copy of the backups there")
+    for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
+        utils.find_program(program, program_environment())
+    passphrase = read_passphrase(paths.key, lenient=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(utils.directory_locked(paths.encrypted, exclusive=False))
+        place = paths.backup if os.access(paths.backup, os.W_OK) else None  # on the same disk as cache/, for the links
+        own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reader-", dir=place)))
+        stack.enter_context(utils.directory_locked(own, exclusive=False))
+        gnupg = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="backup-reader-", dir=RUN_DIRECTORY)))
+        environment = {**program_environment(), "GNUPGHOME": str(gnupg), "TMPDIR": str(own), "PASSPHRASE": passphrase}
+        stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""})
+        archive = own / "archive"
+        archive.mkdir()
+        link_finished_files(paths.cache, archive)
+        yield Reader(paths, archive, environment, verbose)
+
+
+def link_finished_files(cache: Path, archive: Path) -> None:
+    """Fill an archive directory with hard links to the files of another that duplicity has finished, as far as they can be had."""
+    for directory, _, names in os.walk(cache):
+        target = archive / os.path.relpath(directory, cache)
+        target.mkdir(exist_ok=True)
+        for name in names:
+            if ARCHIVE_FILE.fullmatch(name) and not name.endswith(".part"):
+                with contextlib.suppress(OSError):  # another disk, or a backup has just renamed it
+                    os.link(Path(directory, name), target / name)
+
+
+def delete_dead_readers(paths: Paths) -> None:
+    """Delete the directories of commands that read and were killed."""
+    for directory in paths.backup.glob("reader-*"):
+        with utils.directory_locked(directory, exclusive=True) as dead:
+            if dead:
+                shutil.rmtree(directory)
+
+
+def verify(reader: Reader) -> list[str]:
+    """Check every file of every backup: volumes against the checksums in their manifest, manifests and signatures by gpg's own check.
+
+    Prints how many sets, files and bytes were checked. Returns what is damaged or missing, a sentence each. Raises Failure if the
+    key is another than the backups'.
+    """
+    sets = read_sets(reader.paths.encrypted)[0]
+    complete = [backup_set for backup_set in sets if backup_set.complete]
+    chained = {backup_set for chain in chains_of(complete) for backup_set in chain}
+    running = utils.is_locked(reader.paths.lock)
+    wrong = []
+    for backup_set in sets:
+        if backup_set.complete:
+            wrong += verify_set(reader, backup_set)
+            if backup_set not in chained:
+                wrong.append(f"the increment of {backup_set.stamp} leads back to no full backup: sets before it are missing")
+        elif not running or backup_set.stamp < complete[-1].stamp:
+            wrong.append(f"the manifest of {backup_set.stamp} is missing from {reader.paths.encrypted}")
+    known = {backup_set.stamp for backup_set in sets}
+    for path in sorted(reader.archive.rglob("*.manifest")):
+        match = ARCHIVE_FILE.fullmatch(path.name)
+        if match and match[1] not in known:
+            wrong.append(f"the set of {match[1]} is missing from {reader.paths.encrypted}, all of it")
+    files = sum(len(backup_set.files) for backup_set in complete)
+    print(f"checked {len(complete)} backup sets: {files} files, {human_size(sum(backup_set.size for backup_set in complete))}")
+    return wrong
+
+
+def verify_set(reader: Reader, backup_set: BackupSet) -> list[str]:
+    """Check the files of a complete set, see verify. Returns what is damaged or missing."""
+    wrong = []
+    checksums: dict[str, str] = {}
+    number = ""
+
+    def take_manifest_line(line: str) -> None:
+        nonlocal number
+        if match := re.fullmatch(r"Volume (\d+):", line):
+            number = match[1]
+            checksums[number] = ""
+        elif match := re.fullmatch(r"    Hash SHA1 ([0-9a-f]{40})", line):
+            checksums[number] = match[1]
+
+    for name in sorted(name for name in backup_set.files if ".difftar." not in name):
+        take = take_manifest_line if ".manifest." in name else None
+        log.info("checking %s", name)
+        answer = run_gpg(reader.paths.encrypted / name, reader.environment["PASSPHRASE"], {**reader.environment, "PASSPHRASE": ""}, take)
+        if answer.exit_code:
+            why = "another key than this made it, or it is damaged" if is_wrong_key(answer) else "it is damaged"
+            wrong.append(f"{reader.paths.encrypted / name}: {why}")
+    if not any(".sigtar." in name for name in backup_set.files):
+        wrong.append(f"the signatures of {backup_set.stamp} are missing from {reader.paths.encrypted}")
+    stem = next(name for name in backup_set.files if ".manifest." in name).split(".manifest.")[0]
+    for number, checksum in checksums.items():
+        name = f"{stem}.vol{number}.difftar.gpg"
+        log.info("checking %s", name)
+        if name not in backup_set.files:
+            wrong.append(f"{reader.paths.encrypted / name} is missing")
+        elif utils.sha1_of(reader.paths.encrypted / name) != checksum:
+            wrong.append(f"{reader.paths.encrypted / name} is damaged: its checksum is not that in the manifest")
+    return wrong
+
+
+def compare(reader: Reader) -> list[str]:
+    """Compare the newest backup with the live files, contents included. Returns the differences, a sentence each. Raises Failure."""
+    lines: list[str] = []
+    answer = reader.run("verify", "--compare-data", "--exclude", glob.escape(str(reader.paths.backup)), "--allow-source-mismatch",
+                        "--log-fd=LOG", directory=reader.paths.root, log_lines=lines)
+    if answer.exit_code not in (0, 1):
+        raise Failure(explain("verify", answer))
+    return [line.removeprefix(". ") for line in lines if line.startswith(". ") and "ifference found: " in line]
+
+
+def list_files(reader: Reader, time: Optional[str]) -> list[str]:
+    """Return the paths in a backup, in order, escaped. time: see check_time. Raises Failure."""
+    lines: list[str] = []
+    answer = reader.run("list-current-files", *check_time(reader, time), "--log-fd=LOG", log_lines=lines)
+    if answer.exit_code:
+        raise Failure(explain("list-current-files", answer))
+    names = [match[1] for line in lines if (match := re.fullmatch(r"INFO 10 \S+ '(.*)' \S+", line))]
+    # Records that were lost, for names that are not UTF-8, are the date in 24 characters and the name, as Python shows a string.
+    names += [printable(str(ast.literal_eval(line[2:]))[25:]) for line in lines if re.match(r"\. [\"']\w{3} \w{3} [ \d]\d ", line)]
+    return sorted(names)
+
+
+def check_time(reader: Reader, time: Optional[str], now: Optional[datetime] = None) -> list[str]:
+    """Return duplicity's options for a time: none for the newest backup.
+
+    time: as duplicity takes it, such as 3D, 2026-11-20 or 2026-11-20T03:00:00. Raises Failure if it is not of such a form, or
+    before the first backup, of which duplicity (0.8.22, 3.2.1) would say nothing and take that one.
+    """
+    if time is None:
+        return []
+    now = (now or datetime.now(timezone.utc)).astimezone()
+    asked: Optional[datetime] = now if time == "now" else None
+    units = {"s": 1, "m": 60, "h": 3600, "D": 86400, "W": 604800, "M": 30 * 86400, "Y": 365 * 86400}  # duplicity's dup_time.py
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.fullmatch(r"(\d+[smhDWMY])+", time):
+            asked = now - timedelta(seconds=sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhDWMY])", time)))
+        elif re.fullmatch(r"\d+", time):
+            asked = datetime.fromtimestamp(int(time), timezone.utc)
+        elif re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d([+-]\d\d:\d\d)?)?", time):
+            asked = datetime.fromisoformat(time).astimezone() if "+" in time[10:] or "-" in time[10:] else datetime.fromisoformat(
+                time).replace(tzinfo=now.tzinfo)
+    if asked is None:
+        raise Failure(f"{printable(time)} is not a time; give one such as 3D, 2026-11-20 or 2026-11-20T03:00:00", 2)
+    sets = complete_sets(reader.paths)
+    if asked < sets[0].date:
+        dates = ", ".join(backup_set.date.astimezone().isoformat() for backup_set in sets)
+        raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, or a later one: {dates}")
+    return ["-t", time]
+
+
+def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional[str]) -> None:
+    """Restore a backup, or one directory or file of it, into a directory that does not exist yet or is empty.
+
+    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file goes there by its name. time: see check_time.
+    Raises Failure.
+    """
+    options = check_time(reader, time)
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
+        raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
+    wanted = os.path.normpath(path) if path else "."
+    if wanted.startswith(("/", "..")):
+        raise Failure(f"{printable(wanted)} is not a path below STORAGE_ROOT; give it relative to that", 2)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    directory.chmod(0o700)
+    fresh = directory / f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
+    answer = reader.run("restore", *options, *(["-r", wanted] if wanted != "." else []), directory=fresh)
+    if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(fresh):
+        directory.rmdir()
+        raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
+    if answer.exit_code:
+        raise Failure(f"{explain('restore', answer)}\nwhat could be restored is in {fresh}")
+    if not fresh.is_dir() or fresh.is_symlink():
+        fresh.rename(directory / os.path.basename(wanted))
+        return
+    status = fresh.lstat()
+    for child in fresh.iterdir():
+        child.rename(directory / child.name)
+    fresh.rmdir()
+    os.chown(directory, status.st_uid, status.st_gid)
+    directory.chmod(stat.S_IMODE(status.st_mode))
+    os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def near_paths(reader: Reader, wanted: str, time: Optional[str]) -> list[str]:
+    """Return what there is in the backup where a path was looked for: the entries of the directory nearest to it, 20 at most."""
+    names = list_files(reader, time)
+    parent = os.path.dirname(wanted)
+    while parent and parent not in names:
+        parent = os.path.dirname(parent)
+    found = [name for name in names if name != "." and os.path.dirname(name) == parent]
+    return found[:20] + (["…"] if len(found) > 20 else [])
+
+
 # Dry run
 
 
@@ -1034,6 +1302,10 @@ examples:
   backup.py --dry-run             show what would be done
   backup.py --status              what there is and when it will be deleted
   backup.py --status --json       the same for programs
+  backup.py --verify              check every backup file
+  backup.py --list --time 3D      the files in the backup of three days ago
+  backup.py --restore /root/old --path mail/mailboxes/example.com/alice
+                                  one mailbox, as it was in the newest backup
   backup.py --storage-root /srv/mail   without a settings file
 
 exit codes:
@@ -1042,7 +1314,7 @@ exit codes:
   2      wrong usage or settings; nothing was touched
   3      the backup was made but something needs attention; for --status: there
          is no complete backup, or the newest is over 36 hours old, or the last
-         run failed
+         run failed; for --verify: damage or (with --compare) differences
   4      another run holds the lock; nothing was touched
   5      a mail service could not be started again (comes before any other)
   128+n  ended by signal n, services started again
@@ -1072,15 +1344,23 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="show the steps and commands, touch nothing")
     parser.add_argument("--status", action="store_true", help="show what backups there are")
     parser.add_argument("--json", action="store_true", help="with --status: for programs")
+    parser.add_argument("--verify", action="store_true", help="check every backup file")
+    parser.add_argument("--compare", action="store_true", help="with --verify: also against the live files")
+    parser.add_argument("--list", action="store_true", help="list the files in a backup")
+    parser.add_argument("--restore", metavar="DIR", type=Path, help="restore into DIR, which does not exist yet or is empty")
+    parser.add_argument("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
+    parser.add_argument("--time", metavar="TIME", help="with --list, --restore: as of TIME, such as 3D or 2026-11-20")
     parser.add_argument("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
     parser.add_argument("--storage-root", metavar="DIR", help="back up DIR, without a settings file; its owner is STORAGE_USER")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the steps and what duplicity says")
     parser.add_argument("--version", action="version", version=f"backup.py {VERSION}")
     options = parser.parse_args(arguments)
-    if options.json and not options.status:
-        parser.error("--json goes with --status")
-    if options.status and (options.full or options.dry_run):
-        parser.error("--status goes with neither --full nor --dry-run")
+    commands = [name for name in ("status", "verify", "list", "restore") if getattr(options, name) not in (None, False)]
+    if len(commands) > 1 or commands and (options.full or options.dry_run):
+        parser.error(f"--{commands[0]} goes with no other command")
+    for option, wanted in {"json": ["status"], "compare": ["verify"], "path": ["restore"], "time": ["list", "restore"]}.items():
+        if getattr(options, option) not in (None, False) and not set(wanted) & set(commands):
+            parser.error(f"--{option} goes with --{' or --'.join(wanted)}")
     return options
 
 
@@ -1106,8 +1386,10 @@ class _Prefixed(logging.Formatter):
         return "\n".join(f"backup: {printable(line)}" for line in super().format(record).split("\n"))
 
 
-def failure_of(error: OSError) -> Failure:
-    """Return what the operating system refused as a sentence."""
+def failure_of(error: Exception) -> Failure:
+    """Return what the operating system refused as a sentence; a failure as it is."""
+    if not isinstance(error, OSError):
+        return error if isinstance(error, Failure) else Failure(str(error))
     what = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
     return Failure(f"{what}{error.strerror or error}; see to that and run this again")
 
@@ -1120,11 +1402,28 @@ def run(arguments: Sequence[str]) -> int:
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json)
+    if options.verify or options.list or options.restore is not None:
+        return read(options, settings)
     night = night_of(settings, options.verbose)
     if options.dry_run:
         show_plan(night, options.full)
         return 0
     return perform_backup(night, options.full)
+
+
+def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
+    """Verify, list or restore. Returns the exit code: 3 for damage or differences. Raises Failure or OSError."""
+    with reader_of(settings, options.verbose) as reader:
+        if options.list:
+            print("\n".join(list_files(reader, options.time)))
+        elif options.restore is not None:
+            restore(reader, options.restore.absolute(), options.path, options.time)
+        else:
+            wrong = verify(reader) + (compare(reader) if options.compare else [])
+            for sentence in wrong:
+                log.error(sentence)
+            return 3 if wrong else 0
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:

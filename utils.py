@@ -7,6 +7,7 @@ back whatever happens. Run as a program this file is the keeper: the small proce
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -240,6 +241,23 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, onerror=pass_over)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha1_of(path: Path) -> str:
+    """Return the SHA-1 of a file in hexadecimal."""
+    digest = hashlib.sha1()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def free_bytes(path: Path) -> int:
     """Return the bytes free for everybody, not only for root, on the file system of path."""
     status = os.statvfs(path)
@@ -271,16 +289,55 @@ def exclusive_process(path: Path) -> Iterator[int]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Failure(f"the lock {path} is not a regular file; remove it", 2)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock_soon(descriptor):
             holder = printable(os.fsdecode(os.read(descriptor, 200))) or "which has only just begun"
-            raise Failure(f"another run ({holder}) holds the lock {path}; wait for it to end", 4) from None
+            raise Failure(f"another run ({holder}) holds the lock {path}; wait for it to end", 4)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}".encode())
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock_soon(descriptor: int) -> bool:
+    """Lock a file exclusively, in a second try 50 ms later if need be: is_locked may hold it for an instant. Returns whether it did."""
+    for wait in (0.05, 0):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(wait)
+    return False
+
+
+@contextlib.contextmanager
+def directory_locked(path: Path, exclusive: bool) -> Iterator[bool]:
+    """Hold a lock on a directory while the block runs: shared, waiting for it, or exclusive, if it can be had at once.
+
+    Yields whether it is held.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process holds the lock file exclusively."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
 
 
 # Signals

@@ -177,7 +177,7 @@ class Store:
 
     def stand_in(self, program: str, script: str) -> None:
         """Put a script of our own before a program on PATH; "REAL" in it is the real program's path."""
-        real = utils.find_program(program, {"PATH": utils.system_path("/usr/bin")})
+        real = utils.find_program(program, {"PATH": utils.system_path(os.environ["PATH"])})
         path = self.bin / program
         path.write_bytes(os.fsencode(script.replace("REAL", real)))
         path.chmod(0o755)

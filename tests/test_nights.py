@@ -1,7 +1,6 @@
 """Goal: over two months of nights with real duplicity, what the status promises each evening is what the nights do."""
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 
 import backup
 import utils
-from conftest import SERVICE, USER, Entry, Store, tree_of, write_messages
+from conftest import Entry, Store, make_store, tree_of
 
 Status = dict[str, Any]
 Tree = dict[str, Entry]
@@ -161,18 +160,11 @@ def prepare(store: Store) -> None:
 
 
 @pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> History:
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     """Two months of backups of a small mail store. Busy days force fulls by size, quiet ones leave that to the 31 days; some are missed."""
-    scratch = tmp_path_factory.mktemp("nights")
-    store = Store(scratch / "user-data", scratch / "mailinabox.conf", scratch / "bin", scratch)
-    for directory in (store.root, store.bin):
-        directory.mkdir()
-    store.environment.update({**os.environ, "PATH": f"{store.bin}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"})
-    store.settings.write_text(f"STORAGE_ROOT={store.root}\nSTORAGE_USER={USER}\nBACKUP_KEEP_DAYS=3\n")
-    store.stand_in("service", SERVICE)
-    for name in ("dovecot", "postfix"):
-        (store.bin / f"{name}.running").touch()
-    write_messages(store.root)
+    store = make_store(tmp_path_factory.mktemp("nights"))
+    with store.settings.open("a") as stream:
+        stream.write("BACKUP_KEEP_DAYS=3\n")
     store.put_key()
     prepare(store)
     runs: list[Run] = []
@@ -186,7 +178,8 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
         for row in [rows[0], rows[-1]] if number in RESTORED_RUNS else []:
             restored = store.restore(f"restored-{number}-{row['date']}", "--time", f"{date_of(row).timestamp():.0f}")
             restores.append(Restore(number, row["date"], tree_of(restored), originals[row["date"]]))
-    return History(runs, restores)
+    yield History(runs, restores)
+    store.clean()
 
 
 def test_every_run_makes_one_set_and_prints_nothing(history: History) -> None:

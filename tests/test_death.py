@@ -1,0 +1,138 @@
+"""A sweep of death: killed or signalled at every change of the file system and every start of a program, the next night is a good one.
+
+The night is a whole one on a small store with a real layout of old to migrate. fault_hook counts its instants, in the script, its
+keeper and duplicity alike, and strikes at one of them, one run each. SWEEP_STEP=1 tries all instants, without it a sample is tried.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import backup
+from conftest import Result, Store, make_store, tree_of
+from test_migration import MIGRATED, Legacy, legacy
+from test_services import processes_of, wait_for
+
+__all__ = ["legacy"]
+STEP = int(os.environ.get("SWEEP_STEP", "19"))
+ALLOWED = {"cache", "encrypted", "last-run.json", "lock", "secret_key.txt"}
+
+
+def store_at(place: Path, legacy: Legacy) -> Store:
+    """Make a store with the layout of old in a new directory."""
+    place.mkdir()
+    store = make_store(place)
+    legacy.put(store.root)
+    return store
+
+
+def run_hooked(store: Store, instant: int, kind: str) -> Result:
+    """Run a night in which fault_hook strikes at an instant (0: never)."""
+    directory = store.scratch / "faults"
+    directory.mkdir()
+    prefixes = f"{store.root}:/run/backup-"
+    return store.run(*store.command(), exit_code=None, environment={
+        "PYTHONPATH": str(Path(__file__).parent / "fault_hook"), "FAULT_DIRECTORY": str(directory), "FAULT_PREFIXES": prefixes,
+        "FAULT_AT": str(instant), "FAULT_KIND": kind, "TMPDIR": str(store.scratch)})
+
+
+def instants_of(store: Store) -> list[str]:
+    """Return what happened at each instant of a hooked night."""
+    return (store.scratch / "faults" / "count").read_text().splitlines()
+
+
+def assert_good_next_night(store: Store, legacy: Legacy) -> None:
+    """Run once more without a fault: services run, the restore equals the tree, the old backups are inside, nothing else is left."""
+    store.backup()
+    assert store.running() == ["dovecot", "postfix"] and not store.stopped_list.exists()
+    assert {path.name for path in store.backups.iterdir()} == ALLOWED
+    assert all(path.name.endswith(".gpg") for path in store.encrypted.iterdir())
+    assert [path for path in (store.backups / "cache").rglob("*") if path.name.endswith((".part", "-tempdir"))] == []
+    left = backup.read_sets(store.encrypted)
+    assert all(found.complete for found in left[0]) and left[1] == 0
+    restored = store.restore()
+    shutil.rmtree(restored / MIGRATED, ignore_errors=True)
+    now, then = tree_of(store.root), tree_of(restored)
+    assert now == then
+    assert not (store.root / MIGRATED).exists()
+    first = backup.stamp_date(store.manifests()[0].split(".")[1])
+    inside = store.restore("old", "-t", str(int(first.timestamp())), "-r", MIGRATED)
+    assert {path.name: path.read_bytes() for path in inside.iterdir()} == legacy.plain
+    wait_for(lambda: processes_of(store) == [])
+
+
+def survive(place: Path, legacy: Legacy, instant: int, kind: str) -> None:
+    """Live through one instant of death, and check what the kind of death promises."""
+    store = store_at(place, legacy)
+    result = run_hooked(store, instant, kind)
+    if kind in ("script", "keeper"):
+        assert result.returncode == -signal.SIGKILL, result
+    else:
+        assert result.returncode == 128 + int(kind) and "Traceback" not in result.stderr, result
+        assert store.running() == ["dovecot", "postfix"] and not store.stopped_list.exists()
+    if kind != "keeper":
+        wait_for(lambda: store.running() == ["dovecot", "postfix"], seconds=5)
+    wait_for(lambda: [line for line in processes_of(store) if "gpg-agent" not in line] == [])
+    assert_good_next_night(store, legacy)
+    shutil.rmtree(place)
+
+
+def sweep(tmp_path: Path, legacy: Legacy, kinds: list[str], name: str, only: str = "") -> None:
+    """Try all instants, or a sample, of a night; kinds take turns. only: the program in whose life the instants must lie."""
+    whole = store_at(tmp_path / "whole", legacy)
+    result = run_hooked(whole, 0, "none")
+    assert result.returncode == 0, result.stderr
+    happened = instants_of(whole)
+    numbers = range(1, len(happened) + 1)
+    if only:
+        inside = [number for number in numbers if happened[number - 1].startswith(only)]
+        numbers = range(inside[0], inside[-1] + 1)
+    chosen = numbers[::STEP]
+    failures: list[str] = []
+
+    def try_instant(number: int) -> None:
+        try:
+            survive(tmp_path / f"instant-{number}", legacy, number, kinds[number % len(kinds)])
+        except Exception as error:  # every instant is to be heard of, not only the first that fails
+            failures.append(f"instant {number}, before {happened[number - 1]}: {error!r}")
+
+    with ThreadPoolExecutor(max_workers=2) as workers:
+        list(workers.map(try_instant, chosen))
+    print(f"{name}: {len(chosen)} of {len(happened)} instants tried")
+    assert not failures, "\n".join(failures)
+
+
+def test_script_and_children_killed(tmp_path: Path, legacy: Legacy, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL for all but the keeper: services run within 5 seconds, and the next night is good."""
+    sweep(tmp_path, legacy, ["script"], "script killed")
+    with capsys.disabled():
+        print(capsys.readouterr().out.splitlines()[-1:])
+
+
+def test_keeper_killed_too(tmp_path: Path, legacy: Legacy) -> None:
+    """SIGKILL for all, while the keeper lives: services run after the next night, which is good."""
+    sweep(tmp_path, legacy, ["keeper"], "keeper killed too", only="utils.py")
+
+
+def test_signals(tmp_path: Path, legacy: Legacy) -> None:
+    """SIGTERM, SIGINT and SIGHUP in turn: exit 128+n with services up and duplicity gone, and the next night is good."""
+    sweep(tmp_path, legacy, [str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)], "signals")
+
+
+def test_hook_counts_all_that_strace_sees(tmp_path: Path, legacy: Legacy) -> None:
+    """The instants are no fewer than the renames, removals and new directories below the root that strace sees in the script."""
+    store = store_at(tmp_path / "traced", legacy)
+    log = tmp_path / "strace"
+    subprocess.run(["strace", "-qq", "-o", log, "-e", "trace=rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat",
+                    *store.command()], env=store.environment, stdin=subprocess.DEVNULL, check=True)
+    seen = [line for line in log.read_text().splitlines() if str(store.root) in line]
+    other = store_at(tmp_path / "counted", legacy)
+    run_hooked(other, 0, "none")
+    counted = [line for line in instants_of(other) if line.startswith("backup.py os.") and line.split()[1] in (
+        "os.rename", "os.remove", "os.rmdir", "os.mkdir")]
+    assert 5 < len(seen) <= len(counted)

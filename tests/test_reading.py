@@ -1,0 +1,269 @@
+"""--verify, --list and --restore: they find every damage, need neither cache/ nor a settings file, and disturb no backup."""
+
+import os
+import shutil
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import Result, Store, tree_of
+
+MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with two chains: a full and two increments, and a full. One message is only in the first set. Never written to."""
+    import conftest
+    place = tmp_path_factory.mktemp("made")
+    store: Store = conftest.make_store(place)
+    store.put_key()
+    store.backup()
+    (store.root / MESSAGE).unlink()
+    for number in range(2):
+        time.sleep(1.1)
+        (store.root / f"file{number}").write_bytes(os.urandom(100 * number))
+        store.backup()
+    time.sleep(1.1)
+    store.backup("--full")
+    return store
+
+
+@pytest.fixture
+def copy(made: Store, tmp_path: Path) -> Store:
+    """A copy of that store, to be damaged."""
+    root = tmp_path / "user-data"
+    subprocess.run(["cp", "-a", made.root, root], check=True)
+    settings = tmp_path / "settings"
+    settings.write_text(made.settings.read_text().replace(str(made.root), str(root)))
+    return Store(root, settings, made.bin, tmp_path, made.environment)
+
+
+def reads(store: Store, *arguments: str, exit_code: int = 0) -> Result:
+    """Run a command that reads, without a settings file, and check that it leaves nothing behind."""
+    before = sorted(os.listdir(store.backups))
+    result = store.run("/usr/bin/python3", store.command()[1], "--storage-root", store.root, *arguments, exit_code=exit_code)
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir(store.backups)) == before
+    return result
+
+
+def names_of(store: Store) -> list[str]:
+    """Return the names in encrypted/."""
+    return sorted(path.name for path in store.encrypted.iterdir())
+
+
+def test_verify_of_sound_backups(made: Store) -> None:
+    """It says how many sets, files and bytes were checked, on standard output; exit 0."""
+    result = reads(made, "--verify")
+    size = sum(path.stat().st_size for path in made.encrypted.iterdir())
+    assert result.stdout.startswith("checked 4 backup sets: 12 files, ") and result.stderr == ""
+    assert f"{size / 1000:.1f} kB" in result.stdout
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("wrong", ["flipped", "missing", "short"])
+def test_verify_finds_every_damage(copy: Store, wrong: str, cached: bool) -> None:
+    """One byte flipped in each file, each file missing, each file cut short, one after the other: it finds and names every one."""
+    if not cached:
+        shutil.rmtree(copy.backups / "cache")
+    for name in names_of(copy):
+        path = copy.encrypted / name
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[len(content) // 2] ^= 1
+        if wrong == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(damaged if wrong == "flipped" else content[:-1])
+        result = reads(copy, "--verify", exit_code=3)
+        stamp = name.split(".sigtar")[0].split(".manifest")[0].split(".vol")[0].rsplit(".", 1)[1]
+        assert (name if wrong != "missing" or ".vol" in name else stamp) in result.stderr, (name, result.stderr)
+        path.write_bytes(content)
+    reads(copy, "--verify")
+
+
+def test_verify_finds_a_whole_set_that_is_missing(copy: Store) -> None:
+    """An increment in the middle of a chain: the next one leads back to nothing. The newest: cache/ knows of it."""
+    increment = [name for name in copy.manifests() if name.startswith("duplicity-inc")][0]
+    for stamps, told in ((increment.split(".manifest")[0][-36:], "leads back to no full backup"),
+                         (copy.manifests()[-1].split(".")[1], "all of it")):
+        saved = {path: path.read_bytes() for path in copy.encrypted.glob(f"*.{stamps}.*")}
+        assert len(saved) == 3
+        for path in saved:
+            path.unlink()
+        assert told in reads(copy, "--verify", exit_code=3).stderr
+        for path, content in saved.items():
+            path.write_bytes(content)
+
+
+def test_verify_with_another_key(copy: Store) -> None:
+    """It is named as a possible cause."""
+    (copy.backups / "secret_key.txt").write_text("k" * 64 + "\n")
+    assert "another key" in reads(copy, "--verify", exit_code=3).stderr
+
+
+def test_compare(copy: Store) -> None:
+    """--compare lists what differs between the newest backup and the live files."""
+    assert reads(copy, "--verify", "--compare").stderr == ""
+    (copy.root / "ssl/private.pem").write_text("changed")
+    (copy.root / "ssl/added\udcff").write_text("new")
+    (copy.root / "file1").unlink()
+    result = reads(copy, "--verify", "--compare", exit_code=3)
+    for name in ("ssl/private.pem", r"ssl/added\udcff", "file1"):
+        assert name in result.stderr
+    assert len([line for line in result.stderr.splitlines() if "ifference found" in line and "ssl has" not in line]) >= 3
+
+
+def test_list(made: Store) -> None:
+    """The paths in the newest backup and in an older one, one a line, odd names escaped."""
+    newest = reads(made, "--list").stdout.splitlines()
+    expected = {name.encode("unicode_escape", "backslashreplace").decode().replace(r"\udcff", r"\xff") for name in tree_of(made.root)}
+    assert {name for name in newest if "odd" not in name} == {name for name in expected if "odd" not in name}
+    assert len(newest) == len(expected) and r"17001\xff\n.odd:2," in "\n".join(newest)
+    assert MESSAGE not in newest
+    first = made.manifests()[0].split(".")[1]
+    oldest = f"{first[:4]}-{first[4:6]}-{first[6:11]}:{first[11:13]}:{first[13:15]}+00:00"
+    assert MESSAGE in reads(made, "--list", "--time", oldest).stdout.splitlines()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_restore_of_everything(copy: Store, cached: bool) -> None:
+    """Equal to the tree, the directory itself included, into one that did not exist and into an empty one."""
+    if not cached:
+        shutil.rmtree(copy.backups / "cache")
+    for name in ("fresh", "empty"):
+        target = copy.scratch / name
+        if name == "empty":
+            target.mkdir()
+        reads(copy, "--restore", str(target))
+        assert tree_of(target) == tree_of(copy.root)
+
+
+def test_restore_of_a_part(made: Store, tmp_path: Path) -> None:
+    """A single message as of a time, a mailbox, a directory; the directory made is root's alone when a file goes there."""
+    first = made.manifests()[0].split(".")[1]
+    oldest = f"{first[:4]}-{first[4:6]}-{first[6:11]}:{first[11:13]}:{first[13:15]}+00:00"
+    reads(made, "--restore", str(tmp_path / "message"), "--path", MESSAGE, "--time", oldest)
+    assert [path.name for path in (tmp_path / "message").iterdir()] == [Path(MESSAGE).name]
+    assert stat.S_IMODE((tmp_path / "message").stat().st_mode) == 0o700
+    mailbox = "mail/mailboxes/example.com/alice"
+    reads(made, "--restore", str(tmp_path / "mailbox"), "--path", mailbox + "/")
+    assert tree_of(tmp_path / "mailbox") == tree_of(made.root / mailbox)
+
+
+@pytest.mark.parametrize("arguments, told, exit_code", [
+    (["--path", "mail/mailboxes/example.com/bob"], "there is: mail/mailboxes/example.com/alice", 1),
+    (["--path", "no/such/path"], "there is: ", 1),
+    (["--path", "../etc"], "below STORAGE_ROOT", 2),
+    (["--path", "/etc"], "below STORAGE_ROOT", 2),
+    (["--time", "40D"], "there is no backup as old as 40D", 1),
+    (["--time", "2020-01-01"], "name the time of one of these", 1),
+    (["--time", "1577836800"], "there is no backup as old as", 1),
+    (["--time", "2020-01-01T03:00:00+02:00"], "there is no backup as old as", 1),
+    (["--time", "yesterday"], "is not a time", 2),
+    (["--time", "2026-13-77"], "is not a time", 2),
+])
+def test_restore_of_what_is_not_there(made: Store, tmp_path: Path, arguments: list[str], told: str, exit_code: int) -> None:
+    """A clear error that lists what there is, and no directory is left."""
+    assert told in reads(made, "--restore", str(tmp_path / "target"), *arguments, exit_code=exit_code).stderr
+    assert not (tmp_path / "target").exists()
+
+
+def test_restore_into_a_directory_that_is_not_empty(made: Store, tmp_path: Path) -> None:
+    """Refused, exit 2; a file and a dangling link as well; nothing changes."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/nowhere")
+    for name in ("full", "file", "link"):
+        assert "not empty" in reads(made, "--restore", str(tmp_path / name), exit_code=2).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link"]
+
+
+def test_no_backups(store: Store) -> None:
+    """All three say so, exit 1."""
+    for arguments in (["--verify"], ["--list"], ["--restore", str(store.scratch / "target")]):
+        assert "there is no complete backup" in store.backup(*arguments, exit_code=1).stderr
+
+
+def test_rescue_is_no_time_for_manners(copy: Store) -> None:
+    """A key that others can read is warned of, no more."""
+    (copy.backups / "secret_key.txt").chmod(0o644)
+    assert "chmod 600" in reads(copy, "--verify").stderr
+
+
+def test_reading_while_a_backup_runs(keyed: Store) -> None:
+    """All three work in the middle of a full backup, on what was complete before, and the backup goes on undisturbed."""
+    keyed.backup()
+    time.sleep(1.1)
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) touch {keyed.scratch}/reached; while [ ! -e {keyed.scratch}/go ]; do sleep 0.1; done;; esac
+exec REAL "$@"
+""")
+    process = subprocess.Popen(keyed.command("--full"), env=keyed.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (keyed.scratch / "reached").exists():
+        time.sleep(0.05)
+    for stray in ("duplicity-full.20990101T000000Z.vol1.difftar.gpg", "duplicity-full.20990101T000000Z.vol2.difftar.gpg"):
+        (keyed.encrypted / stray).write_bytes(b"half")
+    reads(keyed, "--verify")
+    assert len(reads(keyed, "--list").stdout.splitlines()) == len(tree_of(keyed.root))
+    reads(keyed, "--restore", str(keyed.scratch / "target"))
+    assert tree_of(keyed.scratch / "target") == tree_of(keyed.root)
+    for path in keyed.encrypted.glob("*.2099*"):
+        path.unlink()
+    (keyed.scratch / "go").touch()
+    assert process.communicate()[1] == b"" and process.returncode == 0
+
+
+def test_backup_while_reading(copy: Store) -> None:
+    """A backup beside a --verify prunes nothing that night, says so and exits 3; with a dead set to throw away it exits 4."""
+    script = """import fcntl, os, sys, time
+descriptor = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(descriptor, fcntl.LOCK_SH)
+print(flush=True)
+time.sleep(60)
+"""
+    time.sleep(1.1)
+    reader = subprocess.Popen(["/usr/bin/python3", "-c", script, copy.encrypted], stdout=subprocess.PIPE)
+    try:
+        assert reader.stdout and reader.stdout.readline()
+        result = copy.backup(exit_code=3)
+        assert "no old backups were deleted because" in result.stderr and len(copy.manifests()) == 5
+        dead = copy.encrypted / "duplicity-full.20990101T000000Z.vol1.difftar.gpg"
+        dead.touch()
+        assert "reads there" in copy.backup(exit_code=4).stderr and dead.exists()
+    finally:
+        reader.kill()
+        reader.communicate()
+    copy.backup()
+    assert not dead.exists()
+
+
+def test_directories_of_a_killed_reader_go(copy: Store) -> None:
+    """A --restore that was killed leaves a directory; the next backup removes it, and not that of one that lives."""
+    (copy.backups / "reader-dead").mkdir()
+    copy.backup()
+    assert not (copy.backups / "reader-dead").exists()
+
+
+def test_reading_needs_no_room_in_backup(copy: Store) -> None:
+    """With backup/ read-only, or on another disk than the links, the temporary directory of the system serves."""
+    subprocess.run(["mount", "--bind", copy.backups, copy.backups], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", copy.backups], check=True)
+    try:
+        reads(copy, "--restore", str(copy.scratch / "target"))
+    finally:
+        subprocess.run(["umount", copy.backups], check=True)
+    assert tree_of(copy.scratch / "target") == tree_of(copy.root)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--verify", "--list"], ["--list", "--full"], ["--compare"], ["--path", "x"], ["--time", "3D"], ["--restore"],
+    ["--verify", "--path", "x"], ["--verify", "--time", "3D"]])
+def test_wrong_usage_of_commands(store: Store, arguments: list[str]) -> None:
+    """Exit 2, one sentence."""
+    assert "--help" in store.backup(*arguments, exit_code=2).stderr
