@@ -5,6 +5,7 @@ import os
 import stat
 import time
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,17 @@ def test_full_then_incremental_restore_equal(keyed: Store) -> None:
     assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full", "duplicity-inc"]
     keyed.assert_restores("second")
     assert keyed.running() == ["dovecot", "postfix"]
+
+
+def test_every_byte_in_names(keyed: Store) -> None:
+    """Messages whose names hold every byte but / and NUL, alone and between others, are backed up and restored."""
+    mailbox = keyed.root / "mail/mailboxes/example.com/alice/cur"
+    for number in set(range(1, 256)) - {ord("/")}:
+        for name in (bytes([number]), b"a" + bytes([number]) + b"b"):
+            if name != b".":
+                Path(os.fsdecode(os.path.join(os.fsencode(mailbox), name))).write_bytes(name)
+    assert keyed.backup().stderr == ""
+    keyed.assert_restores()
 
 
 def test_order_of_the_night(keyed: Store) -> None:

@@ -272,11 +272,12 @@ def test_damaged_manifest(keyed: Store) -> None:
     assert keyed.calls() == []
 
 
-def test_set_of_the_future(keyed: Store) -> None:
+@pytest.mark.parametrize("then, now", [("+2 hours", "+0 hours"), ("+0 hours", "-1 day"), ("+1 year", "+0 hours")])
+def test_set_of_the_future(keyed: Store, then: str, now: str) -> None:
     """A set dated ahead of the clock stops the run before anything is touched: the next increment would be an orphan."""
-    keyed.run("faketime", "+2 hours", *keyed.command(), exit_code=0)
+    keyed.run("faketime", then, *keyed.command(), exit_code=0)
     keyed.forget_calls()
-    assert "the clock is wrong, or was" in keyed.backup(exit_code=1).stderr
+    assert "the clock is wrong, or was" in keyed.run("faketime", now, *keyed.command(), exit_code=1).stderr
     assert keyed.calls() == [] and len(keyed.manifests()) == 1
 
 
