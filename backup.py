@@ -48,6 +48,7 @@ KEY_CHARACTERS = 43
 VOLUME_MEGABYTES = 250
 TEMPORARY_BYTES = 575_000_000  # duplicity 3.2.1 keeps up to 2.3 volumes in its temporary directory
 RESERVE_BYTES = 1_000_000_000
+READER_PREFIX = "reader-"
 SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 OLDEST_DUPLICITY = (0, 8, 21)
@@ -431,7 +432,6 @@ def recover_from_dead_run(night: Night, record: Record) -> None:
         log.warning("starting %s, left stopped by a run that died", " and ".join(names))
         record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment).not_started
     delete_dead_files(night.paths, complete_sets(night.paths))
-    delete_dead_readers(night.paths)
 
 
 def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
@@ -837,9 +837,11 @@ def deletion_allowed(paths: Paths) -> Iterator[bool]:
 
 
 def clean_up(night: Night, record: Record, allowed: bool) -> None:
-    """Have duplicity delete files of no complete set. allowed: whether nobody reads."""
+    """Have duplicity delete files of no complete set, and what readers that died have left. allowed: whether nobody reads."""
     if allowed:
         run_after_set(night, record, clean_up_command(night))
+        for directory in night.paths.backup.glob(READER_PREFIX + "*"):  # of commands that read and were killed
+            utils.remove_tree(directory)
 
 
 def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], allowed: bool) -> None:
@@ -1073,8 +1075,7 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
     with contextlib.ExitStack() as stack:
         stack.enter_context(utils.directory_locked(paths.encrypted, exclusive=False))
         place = paths.backup if os.access(paths.backup, os.W_OK) else None  # on the same disk as cache/, for the links
-        own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reader-", dir=place)))
-        stack.enter_context(utils.directory_locked(own, exclusive=False))
+        own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=READER_PREFIX, dir=place)))
         gnupg = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="backup-reader-", dir=RUN_DIRECTORY)))
         environment = {**program_environment(), "GNUPGHOME": str(gnupg), "TMPDIR": str(own), "PASSPHRASE": passphrase}
         stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""})
@@ -1093,14 +1094,6 @@ def link_finished_files(cache: Path, archive: Path) -> None:
             if ARCHIVE_FILE.fullmatch(name) and not name.endswith(".part"):
                 with contextlib.suppress(OSError):  # another disk, or a backup has just renamed it
                     os.link(Path(directory, name), target / name)
-
-
-def delete_dead_readers(paths: Paths) -> None:
-    """Delete the directories of commands that read and were killed."""
-    for directory in paths.backup.glob("reader-*"):
-        with utils.directory_locked(directory, exclusive=True) as dead:
-            if dead:
-                shutil.rmtree(directory)
 
 
 def verify(reader: Reader) -> list[str]:
@@ -1225,7 +1218,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
     if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
     wanted = os.path.normpath(path) if path else "."
-    if wanted.startswith(("/", "..")):
+    if f"{wanted}/".startswith(("/", "../")):
         raise Failure(f"{printable(wanted)} is not a path below STORAGE_ROOT; give it relative to that", 2)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)

@@ -62,7 +62,7 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}; services were started again")
+        super().__init__(f"ended by {signal.Signals(number).name}")
         self.exit_code = 128 + number
 
 
