@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -43,6 +44,8 @@ stop) rm -f "$1.running";;
 start) touch "$1.running";;
 esac
 """
+
+SUMMARY: list[str] = []  # what tests have to tell although they passed
 
 Result = subprocess.CompletedProcess[str]
 Entry = tuple[object, ...]
@@ -206,6 +209,12 @@ def write_messages(root: Path) -> None:
             os.chown(os.path.join(directory_name, name), user.pw_uid, user.pw_gid, follow_symlinks=False)
     for path in root.rglob("*"):
         os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """Print what tests had to tell at the end of the run."""
+    for line in SUMMARY:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture
