@@ -977,7 +977,7 @@ def tell_deletions(sets: Sequence[BackupSet], keep: timedelta, now: datetime) ->
     """Tell when each set will be deleted. sets: the complete ones, oldest first. keep: how old the newest of a chain must be.
 
     Exact for the chains before the last full and for orphans, which duplicity's cleanup deletes; for the current chain an estimate
-    of when the next full starts a new one, and its age from then on. Returns texts such as "2 days, 3 hours".
+    of when the next full starts a new one, and of its age from then on. Returns texts such as "2 days, 3 hours".
     """
     chains = chains_of(sets)
     chained = {backup_set for chain in chains for backup_set in chain}
@@ -989,7 +989,9 @@ def tell_deletions(sets: Sequence[BackupSet], keep: timedelta, now: datetime) ->
         next_full = full.date + timedelta(days=FULL_DAYS)
         if grown := sum(increment.size for increment in increments):
             next_full = full.date + timedelta(days=min(FULL_DAYS, full.size / 2 / (grown / len(increments))))
-        days = max(0, -((now - next_full - keep) // timedelta(days=1)))
+        newest = ([full] + increments)[-1].date
+        last = newest if reason_for_full(sets, now) else max(newest, next_full)
+        days = max(0, -((now - last - keep) // timedelta(days=1)))
         told.update(dict.fromkeys((full, *increments), f"approx. {days} day{'' if days == 1 else 's'}"))
     return told
 

@@ -767,7 +767,7 @@ def test_text(keyed: Store, kept: ByHand) -> None:
     full = recent(hours=49)
     kept.put_set(full, size_bytes=5_300_000_000)
     kept.put_set(full + DAY, full, size_bytes=1_234_567)
-    kept.put("stray", 2_000_000)
+    kept.put("stray", 400_000_000)
     kept.last_run.write_text(json.dumps({
         "end": "2026-01-01T03:01:00+00:00", "kind": "incremental", "source": "copy", "downtime_seconds": 1.5, "exit_code": 3,
         "message": "a hook failed"}))
@@ -780,7 +780,7 @@ def test_text(keyed: Store, kept: ByHand) -> None:
     assert len(rows) == 2
     assert re.search(rf"{re.escape((full + DAY).isoformat())} +1 day, 1 hour +increment +1\.2 MB +approx\. \d+ days", rows[0]), text
     assert re.search(rf"{re.escape(full.isoformat())} +2 days, 1 hour +full +5\.3 GB +approx\. \d+ days", rows[1]), text
-    assert "5.3 GB" in lines[-1] and "2.0 MB" in lines[-1]
+    assert "5.7 GB" in lines[-1] and "400 MB" in lines[-1]
 
 
 def test_local_time_of_the_command(keyed: Store, kept: ByHand) -> None:
