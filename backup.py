@@ -1228,6 +1228,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
     fresh = directory / f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
     answer = reader.run("restore", *options, *(["-r", wanted] if wanted != "." else []), directory=fresh)
     if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(fresh):
+        utils.remove(fresh)  # 3.2.1 leaves an empty one
         directory.rmdir()
         raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
     if answer.exit_code:

@@ -6,6 +6,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,8 +139,8 @@ class Store:
         return target
 
     def gnupg(self) -> Path:
-        """Return a home for the test's own gpg, under a short path: gpg-agent's socket needs one."""
-        home = Path("/run", f"test-gnupg-{os.getpid()}")
+        """Return a home for the store's own use of gpg, under a short path: gpg-agent's socket needs one."""
+        home = Path("/run", f"test-gnupg-{zlib.crc32(os.fsencode(self.root)):08x}")
         home.mkdir(mode=0o700, exist_ok=True)
         return home
 
