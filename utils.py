@@ -34,6 +34,7 @@ TAIL_LINES = 25
 LONGEST_LINE_BYTES = 10_000
 SERVICE_SECONDS = 120
 ENDING_SECONDS = 10
+LOCK_SECONDS = 10
 START_ATTEMPTS = 3
 TIMED_OUT = 124
 NOT_EXECUTABLE = 126
@@ -203,9 +204,12 @@ def count_entries(root: Path, excluded: Path) -> int:
     count = 1
     pending = [os.fspath(root)]
     while pending:
-        with os.scandir(pending.pop()) as entries:
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
-                if entry.path == os.fspath(excluded) or stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                try:
+                    if entry.path == os.fspath(excluded) or stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                        continue
+                except OSError:  # gone, or unreadable: duplicity tells of that
                     continue
                 count += 1
                 if entry.is_dir(follow_symlinks=False):
@@ -289,7 +293,7 @@ def exclusive_process(path: Path) -> Iterator[int]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Failure(f"the lock {path} is not a regular file; remove it", 2)
-        if not _lock_soon(descriptor):
+        if not _lock_soon(descriptor, fcntl.LOCK_EX, 0.1):  # is_locked may hold it for an instant
             holder = printable(os.fsdecode(os.read(descriptor, 200))) or "which has only just begun"
             raise Failure(f"another run ({holder}) holds the lock {path}; wait for it to end", 4)
         os.ftruncate(descriptor, 0)
@@ -299,31 +303,28 @@ def exclusive_process(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _lock_soon(descriptor: int) -> bool:
-    """Lock a file exclusively, in a second try 50 ms later if need be: is_locked may hold it for an instant. Returns whether it did."""
-    for wait in (0.05, 0):
+def _lock_soon(descriptor: int, kind: int, seconds: float) -> bool:
+    """Lock a file, trying for some seconds if others have it. kind: fcntl.LOCK_EX or LOCK_SH. Returns whether it did."""
+    deadline = time.monotonic() + seconds
+    while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            time.sleep(wait)
-    return False
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager
 def directory_locked(path: Path, exclusive: bool) -> Iterator[bool]:
-    """Hold a lock on a directory while the block runs: shared, waiting for it, or exclusive, if it can be had at once.
+    """Hold a lock on a directory while the block runs: exclusive, if it can be had at once, or shared, if it can within ten seconds.
 
     Yields whether it is held.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield _lock_soon(descriptor, fcntl.LOCK_EX, 0) if exclusive else _lock_soon(descriptor, fcntl.LOCK_SH, LOCK_SECONDS)
     finally:
         os.close(descriptor)
 

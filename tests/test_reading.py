@@ -267,3 +267,32 @@ def test_reading_needs_no_room_in_backup(copy: Store) -> None:
 def test_wrong_usage_of_commands(store: Store, arguments: list[str]) -> None:
     """Exit 2, one sentence."""
     assert "--help" in store.backup(*arguments, exit_code=2).stderr
+
+
+def test_name_that_looks_like_a_record(keyed: Store) -> None:
+    """A name with a line break that looks like a lost record of duplicity's log does not stop the list."""
+    (keyed.root / "a\n\"Mon Nov 22 (").touch()
+    keyed.backup()
+    assert len(reads(keyed, "--list").stdout.splitlines()) == len(tree_of(keyed.root))
+
+
+def test_restore_that_the_disk_refuses_in_part(keyed: Store) -> None:
+    """Names that do not fit where they are restored to: duplicity exits 0, the command does not, and says what is missing."""
+    deep = keyed.root.joinpath(*["d" * 200] * 15)
+    deep.mkdir(parents=True)
+    (deep / "message").touch()
+    keyed.backup()
+    place = keyed.scratch.joinpath(*["p" * 200] * 6)
+    place.mkdir(parents=True)
+    assert "not all could be restored" in reads(keyed, "--restore", str(place / "target"), exit_code=1).stderr
+    shutil.rmtree(keyed.root / ("d" * 200))
+
+
+def test_encrypted_that_is_locked_by_others(copy: Store) -> None:
+    """A user of the group who holds a lock on encrypted/ for ever keeps nobody from reading."""
+    holder = subprocess.Popen(["flock", "-x", copy.encrypted, "sleep", "60"])
+    try:
+        assert "locked by somebody else" in reads(copy, "--list").stderr
+    finally:
+        subprocess.run(["pkill", "-P", str(holder.pid)], check=True)
+        holder.wait()

@@ -318,3 +318,62 @@ def test_modes_of_what_is_made(store: Store) -> None:
     store.run("sh", "-c", f"umask 000; exec {PYTHON} {SCRIPT} --config {store.settings}")
     for path in store.backups.rglob("*"):
         assert not stat.S_IMODE(path.lstat().st_mode) & 0o027, path
+
+
+def test_directory_that_is_replaced_during_the_run(keyed: Store) -> None:
+    """STORAGE_USER may rename all in STORAGE_ROOT: a backup/ of its own, put there meanwhile, gets nothing and the run fails."""
+    evil = keyed.root / "evil"
+    for name in ("encrypted", "cache", "tmp"):
+        (evil / name).mkdir(parents=True)
+    (evil / "secret_key.txt").write_text("e" * 64)
+    (evil / "secret_key.txt").chmod(0o600)
+    os.chown(evil, 65534, 65534)
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) mv {keyed.backups} {keyed.root}/mine; mv {evil} {keyed.backups};; esac
+exec REAL "$@"
+""")
+    assert "is not owned by root" in keyed.backup(exit_code=1).stderr
+    assert keyed.running() == ["dovecot", "postfix"]
+    assert (keyed.backups / "tmp").is_dir() and not (keyed.backups / "last-run.json").exists()
+
+
+def test_encrypted_that_was_moved_aside(keyed: Store) -> None:
+    """Only cache/ is left of the backups: a new full is made."""
+    keyed.backup()
+    keyed.encrypted.rename(keyed.scratch / "aside")
+    time.sleep(1.1)
+    keyed.backup()
+    keyed.assert_restores()
+
+
+def test_missing_signatures_force_a_full(keyed: Store) -> None:
+    """duplicity would exit 17 night after night."""
+    keyed.backup()
+    next(keyed.encrypted.glob("*signatures*")).unlink()
+    time.sleep(1.1)
+    keyed.backup()
+    assert len([name for name in keyed.manifests() if "full" in name]) == 2
+    keyed.assert_restores()
+
+
+def test_clock_that_is_seconds_behind(keyed: Store) -> None:
+    """A newest set up to a minute ahead is waited for: an increment before it would be an orphan."""
+    keyed.run("faketime", "+10 seconds", *keyed.command())
+    (keyed.root / "new").write_text("new")
+    keyed.backup()
+    assert len(keyed.manifests()) == 2
+    keyed.assert_restores()
+
+
+def test_path_that_is_too_long(keyed: Store) -> None:
+    """A path over PATH_MAX, which any user can make, does not keep the night from being a good one."""
+    directory = os.open(keyed.root, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 240, dir_fd=directory)
+        below = os.open("d" * 240, os.O_RDONLY, dir_fd=directory)
+        os.close(directory)
+        directory = below
+    os.close(directory)
+    keyed.backup(exit_code=3)
+    assert len(keyed.manifests()) == 1
+    shutil.rmtree(keyed.root / ("d" * 240))
