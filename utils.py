@@ -566,7 +566,8 @@ def start_services(names: Sequence[str], list_path: Path, environment: Mapping[s
             answers.update({name: control_service(name, "status", environment) for name in failed if not answers[name].exit_code})
             failed = {name: str(answer) for name, answer in answers.items() if answer.exit_code}
     if failed:
-        write_atomically(list_path, "".join(f"{name}\n" for name in failed))
+        with contextlib.suppress(OSError):  # where /run is full the list of before stays, and the exit code tells of them all the same
+            write_atomically(list_path, "".join(f"{name}\n" for name in failed))
     else:
         list_path.unlink(missing_ok=True)
     return Downtime(ended, failed)

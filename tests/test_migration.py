@@ -164,9 +164,10 @@ def migrate(root: Path) -> None:
 def traced_migration(root: Path, *options: str) -> tuple[int, list[str]]:
     """Migrate in a process of its own under strace. Returns its exit code, negative if by a signal, and the lines that strace wrote."""
     log = root.parent / f"{root.name}.strace"
+    unmeasured = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}  # measuring writes files too
     finished = subprocess.run(  # not with --seccomp-bpf: strace 6.1 then injects no signals
         ["strace", "-f", "-qqq", "-o", str(log), *options, PYTHON, "-B", "-c", CHILD, str(PROJECT), str(root)],
-        stdin=subprocess.DEVNULL, capture_output=True)
+        env=unmeasured, stdin=subprocess.DEVNULL, capture_output=True)
     lines = [re.sub(r"^\d+ +", "", line) for line in log.read_text(errors="replace").splitlines()]
     return finished.returncode, [line for line in lines if not line.startswith("+++")]
 
