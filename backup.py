@@ -813,10 +813,7 @@ def make_set(night: Night, record: Record, action: str) -> None:
     if warnings:
         record.warn(f"duplicity could not read all of {night.paths.root}; check the disk: {first_of(warnings)}")
         record.unread = warnings
-    # What is not mail may be written to meanwhile: entries that come and go are allowed for, but not that a tenth of them goes.
-    changed = abs(utils.count_entries(night.paths.root, night.paths.backup) - entries)
-    allowed = len(warnings) + max(entries // 1000, min(changed, entries // 10))
-    if reported is None or abs(reported - entries) > allowed:
+    if reported is None or abs(reported - entries) > len(warnings):
         raise Failure(f"duplicity read {reported} of the {entries} files and directories of {night.paths.root}, and did not say why; "
                       "see that nothing but mail writes there, and run the backup again")
 
