@@ -125,8 +125,8 @@ def test_keeper_is_deaf_to_signals(keyed: Store, number: signal.Signals) -> None
 
 def test_script_starts_services_if_the_keeper_dies(keyed: Store) -> None:
     """The keeper is killed while mail is stopped: the script starts the services, and the backup counts."""
-    keyed.stand_in("duplicity", """#!/bin/sh
-case $1 in full) pkill -KILL -f "utils.py /run/backup-stopped" || exit 99;; esac
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) pkill -KILL -f "utils.py {keyed.stopped_list}" || exit 99;; esac
 exec REAL "$@"
 """)
     keyed.backup()
