@@ -807,7 +807,7 @@ def make_set(night: Night, record: Record, action: str) -> None:
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(night.paths)
-    if after[:-1] != before or after[-1].full != (action == "full") or not any(chain[-1] == after[-1] for chain in chains_of(after)):
+    if after[:-1] != before or not any(chain[-1] == after[-1] and (len(chain) == 1) == (action == "full") for chain in chains_of(after)):
         raise Failure(f"duplicity ended well but no new {action} set is in {night.paths.encrypted}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
     if warnings:
