@@ -241,7 +241,7 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
         make_directories(night)
         migrate_legacy_layout(night.paths)                                                              # 4
         sets = complete_sets(night.paths)
-        reason = "it was asked for" if force_full else reason_for_full(sets, night.now)                 # 5
+        reason = "it was asked for" if force_full else reason_for_full(sets, night.now) or lack_of(sets)  # 5
         run_hook(night, "before-backup", record)                                                        # 6
         with gpg_home(night), temporary_directory(night.paths):
             # 7: here a copy's first pass goes, while mail runs; without a copy duplicity reads the tree itself.
@@ -678,13 +678,19 @@ def reason_for_full(sets: Sequence[BackupSet], now: datetime) -> Optional[str]:
     chain = next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), None)
     if chain is None:
         return "the newest set does not lead back to a full backup"
-    if not all(any(".sigtar." in name for name in backup_set.files) for backup_set in chain):
-        return "signatures are missing, without which no increment can be made"
     if sum(backup_set.size for backup_set in chain[1:]) * 2 > chain[0].size:
         return "the increments add up to more than half of the full backup"
     if now - chain[0].date > timedelta(days=FULL_DAYS):
         return f"the full backup is over {FULL_DAYS} days old"
     return None
+
+
+def lack_of(sets: Sequence[BackupSet]) -> Optional[str]:
+    """Return why no increment can be made on sets that by themselves would do: duplicity would exit 17 night after night."""
+    chain = chains_of(sets)[-1]
+    if all(any(".sigtar." in name for name in backup_set.files) for backup_set in chain):
+        return None
+    return "signatures are missing, without which no increment can be made"
 
 
 def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
@@ -1321,7 +1327,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         utils.check_owned_directory(paths.backup)
     check_surroundings(night)
     sets = complete_sets(paths)
-    reason = "it was asked for" if force_full else reason_for_full(sets, night.now)
+    reason = "it was asked for" if force_full else reason_for_full(sets, night.now) or lack_of(sets)
     stop = utils.running_services(night.services, night.environment)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
     manifests = [paths.encrypted / name for name in sorted(sets[-1].files) if ".manifest." in name] if sets else []
