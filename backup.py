@@ -164,6 +164,16 @@ class BackupSet:
         return self.previous is None
 
     @property
+    def manifest(self) -> str:
+        """The name of a complete set's manifest."""
+        return next(name for name in self.files if ".manifest." in name)
+
+    @property
+    def signed(self) -> bool:
+        """Whether the set has its signatures, without which no increment can be made on it."""
+        return any(".sigtar." in name for name in self.files)
+
+    @property
     def date(self) -> datetime:
         """When the set was begun."""
         return stamp_date(self.stamp)
@@ -241,7 +251,7 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
         make_directories(night)
         migrate_legacy_layout(night.paths)                                                              # 4
         sets = complete_sets(night.paths)
-        reason = "it was asked for" if force_full else reason_for_full(sets, night.now) or lack_of(sets)  # 5
+        reason = decide_full(sets, night.now, force_full)                                               # 5
         run_hook(night, "before-backup", record)                                                        # 6
         with gpg_home(night), temporary_directory(night.paths):
             # 7: here a copy's first pass goes, while mail runs; without a copy duplicity reads the tree itself.
@@ -380,7 +390,7 @@ def check_newest_set(night: Night) -> None:
         raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the clock is wrong, or was; "
                       f"mend the clock, or {way_out}")
     time.sleep(max(0.0, ahead.total_seconds() + 1))  # an increment that is not dated after the newest set would be an orphan
-    manifest = next(night.paths.encrypted / name for name in sets[-1].files if ".manifest." in name)
+    manifest = night.paths.encrypted / sets[-1].manifest
     passphrase = read_passphrase(night.paths.key)
     answer = run_gpg(manifest, passphrase, gpg_environment(night))
     if is_wrong_key(answer):
@@ -685,12 +695,14 @@ def reason_for_full(sets: Sequence[BackupSet], now: datetime) -> Optional[str]:
     return None
 
 
-def lack_of(sets: Sequence[BackupSet]) -> Optional[str]:
-    """Return why no increment can be made on sets that by themselves would do: duplicity would exit 17 night after night."""
-    chain = chains_of(sets)[-1]
-    if all(any(".sigtar." in name for name in backup_set.files) for backup_set in chain):
-        return None
-    return "signatures are missing, without which no increment can be made"
+def decide_full(sets: Sequence[BackupSet], now: datetime, force_full: bool) -> Optional[str]:
+    """Return why this run makes a full backup, None if an incremental. force_full: it was asked for. See reason_for_full."""
+    if force_full:
+        return "it was asked for"
+    reason = reason_for_full(sets, now)
+    if not reason and not all(backup_set.signed for backup_set in chains_of(sets)[-1]):
+        return "signatures are missing, without which duplicity would exit 17 night after night"
+    return reason
 
 
 def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
@@ -1194,9 +1206,9 @@ def verify_set(reader: Reader, backup_set: BackupSet) -> list[str]:
         if answer.exit_code:
             why = "another key than this made it, or it is damaged" if is_wrong_key(answer) else "it is damaged"
             wrong.append(f"{reader.paths.encrypted / name}: {why}")
-    if not any(".sigtar." in name for name in backup_set.files):
+    if not backup_set.signed:
         wrong.append(f"the signatures of {backup_set.stamp} are missing from {reader.paths.encrypted}")
-    stem = next(name for name in backup_set.files if ".manifest." in name).split(".manifest.")[0]
+    stem = backup_set.manifest.split(".manifest.")[0]
     for number, checksum in checksums.items():
         name = f"{stem}.vol{number}.difftar.gpg"
         log.info("checking %s", name)
@@ -1327,10 +1339,10 @@ def show_plan(night: Night, force_full: bool) -> None:
         utils.check_owned_directory(paths.backup)
     check_surroundings(night)
     sets = complete_sets(paths)
-    reason = "it was asked for" if force_full else reason_for_full(sets, night.now) or lack_of(sets)
+    reason = decide_full(sets, night.now, force_full)
     stop = utils.running_services(night.services, night.environment)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
-    manifests = [paths.encrypted / name for name in sorted(sets[-1].files) if ".manifest." in name] if sets else []
+    manifests = [paths.encrypted / sets[-1].manifest] if sets else []
     plan: list[tuple[str, Sequence[object]]] = [
         ("check settings, directories, programs, key and room; take the lock", [paths.lock]),
         ("check that the key opens the newest backup", [shlex.join(gpg_command(path)) for path in manifests]),
