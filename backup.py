@@ -1,10 +1,11 @@
 #!/usr/bin/python3
-"""Nightly backup of a mail server's user data: duplicity, encrypted, with mail stopped for as short as can be.
+"""Nightly backup of a mail server's user data: duplicity, encrypted, with mail down for no longer than a restart takes.
 
 The night: check all that can be checked, take the lock, mend what a run that died has left, migrate the layout of old, decide
-between a full and an incremental backup, stop mail, read the tree, start mail again, believe the new set only when it is proved,
-prune, and tell the after-backup hook. `perform_backup` is that list; all else in here is one of its steps, the status, or the
-command line. A mail server's admin needs nothing but duplicity and the first line of secret_key.txt to restore.
+between a full and an incremental backup, copy the tree while mail runs, stop mail, bring the copy up to date, start mail again,
+have duplicity read the copy, believe the new set only when it is proved, prune, and tell the after-backup hook. `perform_backup` is
+that list; all else in here is one of its steps, the status, or the command line. A mail server's admin needs nothing but duplicity
+and the first line of secret_key.txt to restore.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from utils import Downtime, Failure, Finished, Interrupted, printable
 VERSION = "1.0"
 SETTINGS_FILE = Path("/etc/mailinabox.conf")
 RUN_DIRECTORY = Path("/run")
+MIGRATED = "migrated_unencrypted_backup"
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
 FULL_DAYS = 31
@@ -49,6 +51,7 @@ KEY_CHARACTERS = 43
 VOLUME_MEGABYTES = 250
 TEMPORARY_BYTES = 575_000_000  # duplicity 3.2.1 keeps up to 2.3 volumes in its temporary directory
 RESERVE_BYTES = 1_000_000_000
+SPARE_BYTES = 2_000_000_000
 READER_PREFIX = "reader-"
 SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
@@ -104,6 +107,7 @@ class Paths:
     key: Path  # the passphrase is its first line
     encrypted: Path  # duplicity's target
     cache: Path  # duplicity's archive directory
+    snapshots: tuple[Path, Path]  # where a copy of the tree may be: in backup/, or beside it if that is on another disk
     temporary: Path  # duplicity's temporary directory
     lock: Path
     last_run: Path
@@ -138,6 +142,7 @@ class Record:
     downtime: Downtime = field(default_factory=Downtime)
     unread: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
 
     def warn(self, message: str) -> None:
         """Say now, and remember, what an admin must look at."""
@@ -189,8 +194,9 @@ def paths_of(settings: Mapping[str, str]) -> Paths:
     # A short name that is this root's alone: gpg-agent's socket fails under a long path (seen: over about 70 characters).
     token = hashlib.sha256(os.fsencode(backup)).hexdigest()[:12]
     return Paths(
-        root, backup, backup / "secret_key.txt", backup / "encrypted", backup / "cache", backup / "tmp", backup / "lock",
-        backup / "last-run.json", backup / "duplicity", backup / "legacy", root / "migrated_unencrypted_backup",
+        root, backup, backup / "secret_key.txt", backup / "encrypted", backup / "cache",
+        (backup / "snapshot", root / ".backup-snapshot"), backup / "tmp", backup / "lock", backup / "last-run.json",
+        backup / "duplicity", backup / "legacy", root / MIGRATED,
         RUN_DIRECTORY / f"backup-gnupg-{token}", RUN_DIRECTORY / f"backup-stopped-{token}")
 
 
@@ -254,12 +260,15 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
         reason = decide_full(sets, night.now, force_full)                                               # 5
         run_hook(night, "before-backup", record)                                                        # 6
         with gpg_home(night), temporary_directory(night.paths):
-            # 7: here a copy's first pass goes, while mail runs; without a copy duplicity reads the tree itself.
-            with failed_set_thrown_away(night, sets), utils.services_stopped(                           # 8
-                    night.services, night.paths.stopped, night.environment, lock, record.downtime):
-                # 9: the copy's second pass
-                make_set(night, record, "full" if reason else "incremental")                            # 11
-                # 10: mail is back when this block ends; with a copy step 11 comes after it
+            with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, sets):              # 7
+                with utils.services_stopped(                                                            # 8
+                        night.services, night.paths.stopped, night.environment, lock, record.downtime):
+                    if copy:
+                        utils.update_mirror(copy)                                                       # 9
+                    else:
+                        make_set(night, record, "full" if reason else "incremental")
+                if copy:                                                                                # 10: mail is back
+                    make_set(night, record, "full" if reason else "incremental", copy)                  # 11
             delete_migrated_backups(night, record)
             with deletion_allowed(night.paths) as allowed:
                 remove_old_sets(night, record, sets, allowed)                                           # 12
@@ -303,7 +312,7 @@ def check_in_place(paths: Paths) -> None:
     Raises Failure or OSError.
     """
     utils.check_owned_directory(paths.backup)
-    for directory in (paths.encrypted, paths.cache, paths.temporary):
+    for directory in (paths.encrypted, paths.cache, paths.temporary, *paths.snapshots):
         with contextlib.suppress(FileNotFoundError):
             utils.check_owned_directory(directory)
 
@@ -314,9 +323,9 @@ def check_surroundings(night: Night) -> str:
     Returns duplicity's version. Raises Failure: exit code 1 if there is no room, 2 for all else that is not as it must be.
     """
     paths = night.paths
-    for program in ("duplicity", "gpg", "gpgconf", "setpriv", *(["service"] if night.services else [])):
+    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", *(["service"] if night.services else [])):
         utils.find_program(program, night.environment)
-    for directory in (paths.encrypted, paths.cache, paths.temporary, paths.plain, paths.legacy, paths.migrated):
+    for directory in (paths.encrypted, paths.cache, paths.temporary, *paths.snapshots, paths.plain, paths.legacy, paths.migrated):
         with contextlib.suppress(FileNotFoundError):
             utils.check_owned_directory(directory)
     if os.path.lexists(paths.key):
@@ -466,6 +475,8 @@ def recover_from_dead_run(night: Night, record: Record) -> None:
         log.warning("starting %s, left stopped by a run that died", " and ".join(names))
         record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment).not_started
     delete_dead_files(night.paths, complete_sets(night.paths))
+    for directory in night.paths.snapshots:
+        utils.remove(directory)
 
 
 def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
@@ -737,6 +748,51 @@ def run_hook(night: Night, name: str, record: Record) -> None:
         record.warn(f"the hook {hook} failed; mend it: it ended with {answer}")
 
 
+# Step 7: the copy
+
+
+@contextlib.contextmanager
+def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror]]:
+    """Keep a copy of STORAGE_ROOT, of which the first pass is made here while mail runs, for as long as the block runs.
+
+    Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself while mail is stopped.
+    """
+    paths = night.paths
+    place = snapshot_of(paths)
+    spare = min(utils.total_bytes(place.parent) // 10, SPARE_BYTES)
+    copy = None
+    try:
+        try:
+            utils.make_owned_directory(place, 0o700, 0)
+            copy = utils.begin_mirror(paths.root, place / "tree", frozenset({paths.backup.name, paths.snapshots[1].name}), may_link, spare)
+        except (utils.CannotMirror, OSError) as error:
+            utils.remove(place)  # its room is duplicity's
+            record.remarks.append(f"mail was down while duplicity read {paths.root} itself, because it could not be copied: {error}")
+            log.info(record.remarks[-1])
+        yield copy
+    finally:
+        try:
+            check_in_place(paths)
+            utils.remove(place)
+        except (OSError, Failure) as error:
+            record.warn(f"the copy {place} could not be removed, the next run will: {failure_of(error)}")
+
+
+def snapshot_of(paths: Paths) -> Path:
+    """Return the directory for the copy: it must be on the tree's own disk, for the links."""
+    other_disk = paths.backup.exists() and paths.backup.stat().st_dev != paths.root.stat().st_dev
+    return paths.snapshots[1] if other_disk else paths.snapshots[0]
+
+
+def may_link(path: str, siblings: Set[str]) -> bool:
+    """Tell of a directory of the tree whether its files are never rewritten in place: messages, and volumes of the legacy layout.
+
+    path: relative to STORAGE_ROOT. siblings: the names of all directories beside it: Maildir's cur, new and tmp are side by side.
+    """
+    name = os.path.basename(path)
+    return name in ("cur", "new") and {"cur", "new", "tmp"} <= siblings or path.split("/")[0] == MIGRATED
+
+
 # Steps 11 to 14: duplicity
 
 
@@ -748,11 +804,18 @@ def duplicity_command(paths: Paths, archive: Path, action: str, *arguments: str)
     return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--archive-dir", str(archive), *arguments, paths.encrypted.as_uri()]
 
 
-def set_command(night: Night, action: str) -> list[str]:
-    """Return the command that makes a set. action: full or incremental."""
-    return duplicity_command(
-        night.paths, night.paths.cache, action, "--exclude", glob.escape(str(night.paths.backup)), "--volsize", str(VOLUME_MEGABYTES),
-        "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG", str(night.paths.root))
+def set_command(night: Night, action: str, copy: Optional[utils.Mirror] = None) -> list[str]:
+    """Return the command that makes a set. action: full or incremental. copy: read it, with mail running, in place of STORAGE_ROOT."""
+    excluded = [] if copy else exclusions(night.paths)
+    command = duplicity_command(
+        night.paths, night.paths.cache, action, *excluded, "--volsize", str(VOLUME_MEGABYTES), "--gpg-options=--cipher-algo=AES256",
+        "--allow-source-mismatch", "--log-fd=LOG", str(copy.target if copy else night.paths.root))
+    return [*command[:3], "nice", "-n", "19", "ionice", "-c", "3", *command[3:]] if copy else command
+
+
+def exclusions(paths: Paths) -> list[str]:
+    """Return duplicity's options to leave out of STORAGE_ROOT what is no user data; to duplicity the names are patterns."""
+    return [part for path in (paths.backup, paths.snapshots[1]) for part in ("--exclude", glob.escape(str(path)))]
 
 
 def remove_old_command(night: Night) -> list[str]:
@@ -812,28 +875,31 @@ def explain(action: str, answer: Finished) -> str:
     return f"duplicity {action} failed: {meaning}; it ended with {answer}"
 
 
-def make_set(night: Night, record: Record, action: str) -> None:
+def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mirror] = None) -> None:
     """Have duplicity make a set, and believe it only if duplicity says so, its manifest is there and no entry is missing.
 
-    duplicity 0.8.22 exits 0 for a tree that vanishes while it reads. action: full or incremental. Raises Failure.
+    duplicity 0.8.22 exits 0 for a tree that vanishes while it reads. action: full or incremental. copy: what it reads in place of
+    STORAGE_ROOT. Raises Failure.
     """
-    record.kind, record.source = action, "direct"
+    root, tree = str(night.paths.root), copy.target if copy else night.paths.root
+    record.kind, record.source = action, "copy" if copy else "direct"
     before = complete_sets(night.paths)
-    entries = utils.count_entries(night.paths.root, night.paths.backup)
+    entries = utils.count_entries(tree, [] if copy else [night.paths.backup, night.paths.snapshots[1]])
     log_lines: list[str] = []
-    answer = run_nightly_duplicity(night, set_command(night, action), log_lines)
+    answer = run_nightly_duplicity(night, set_command(night, action, copy), log_lines)
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(night.paths)
     if after[:-1] != before or not any(chain[-1] == after[-1] and (len(chain) == 1) == (action == "full") for chain in chains_of(after)):
         raise Failure(f"duplicity ended well but no new {action} set is in {night.paths.encrypted}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
-    if warnings:
-        record.warn(f"duplicity could not read all of {night.paths.root}; check the disk: {first_of(warnings)}")
-        record.unread = warnings
     if reported is None or abs(reported - entries) > len(warnings):
-        raise Failure(f"duplicity read {reported} of the {entries} files and directories of {night.paths.root}, and did not say why; "
+        raise Failure(f"duplicity read {reported} of the {entries} files and directories of {tree}, and did not say why; "
                       "see that nothing but mail writes there, and run the backup again")
+    record.unread = [printable(f"{os.path.join(root, path)}: {why}") for path, why in copy.unread.items()] if copy else []
+    record.unread += [warning.replace(str(tree), root) for warning in warnings]
+    if record.unread:
+        record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
 def first_of(texts: Sequence[str]) -> str:
@@ -867,7 +933,7 @@ def delete_migrated_backups(night: Night, record: Record) -> None:
     migrated = night.paths.migrated
     if not migrated.exists():
         return
-    if any(migrated.name in warning or str(night.paths.root) == warning.split()[-1] for warning in record.unread):
+    if any(migrated.name in warning or warning.endswith(f" {night.paths.root}") for warning in record.unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
     os.sync()
@@ -971,7 +1037,8 @@ def write_last_run(night: Night, record: Record, exit_code: Optional[int] = None
 
     Raises OSError if that fails.
     """
-    messages = [f"{name} could not be started again" for name in record.downtime.not_started] + record.attention + [message]
+    not_started = [f"{name} could not be started again" for name in record.downtime.not_started]
+    messages = not_started + record.attention + record.remarks + [message]
     content = {
         "start": night.now.astimezone(timezone.utc).isoformat(timespec="seconds"),
         "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -1222,8 +1289,8 @@ def verify_set(reader: Reader, backup_set: BackupSet) -> list[str]:
 def compare(reader: Reader) -> list[str]:
     """Compare the newest backup with the live files, contents included. Returns the differences, a sentence each. Raises Failure."""
     lines: list[str] = []
-    answer = reader.run("verify", "--compare-data", "--exclude", glob.escape(str(reader.paths.backup)), "--allow-source-mismatch",
-                        "--log-fd=LOG", directory=reader.paths.root, log_lines=lines)
+    answer = reader.run("verify", "--compare-data", *exclusions(reader.paths), "--allow-source-mismatch", "--log-fd=LOG",
+                        directory=reader.paths.root, log_lines=lines)
     if answer.exit_code not in (0, 1):
         raise Failure(explain("verify", answer))
     different = [line.removeprefix(". ") for line in lines if line.startswith(". ") and "ifference found: " in line]
@@ -1343,6 +1410,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     stop = utils.running_services(night.services, night.environment)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
     manifests = [paths.encrypted / sets[-1].manifest] if sets else []
+    planned = utils.Mirror(paths.root, snapshot_of(paths) / "tree", frozenset(), may_link, 0, 0)
     plan: list[tuple[str, Sequence[object]]] = [
         ("check settings, directories, programs, key and room; take the lock", [paths.lock]),
         ("check that the key opens the newest backup", [shlex.join(gpg_command(path)) for path in manifests]),
@@ -1350,9 +1418,11 @@ def show_plan(night: Night, force_full: bool) -> None:
         ("move the layout of old to where the next backup contains it", [paths.plain] if paths.plain.exists() else []),
         (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
         ("run the before-backup hook", hooks["before-backup"]),
+        ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [planned.target]),
         ("stop mail", [f"service {name} stop" for name in reversed(stop)]),
-        ("have duplicity read the tree", [shlex.join(set_command(night, "full" if reason else "incremental"))]),
+        ("bring the copy up to date", []),
         ("start mail", [f"service {name} start" for name in stop]),
+        ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", planned))]),
         ("delete old backups", [shlex.join(remove_old_command(night))]),
         ("clean up", [shlex.join(clean_up_command(night))]),
         (f"let the group of {night.user.pw_name} read the encrypted files", [paths.encrypted]),

@@ -1,7 +1,7 @@
 """What backup.py needs of the operating system. Nothing in here knows what a backup is.
 
-Settings file, safe files and directories, the lock, signals, the one gateway through which programs run, and services that come
-back whatever happens. Run as a program this file is the keeper: the small process that stops services and starts them again.
+Settings file, safe files and directories, the mirror of a tree, the lock, signals, the one gateway through which programs run, and
+services that come back whatever happens. Run as a program this file is the keeper: the small process that stops services and starts them again.
 """
 
 import contextlib
@@ -19,11 +19,12 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,8 @@ TAIL_LINES = 25
 LONGEST_LINE_BYTES = 10_000
 SERVICE_SECONDS = 120
 ENDING_SECONDS = 10
+SETTLED_SECONDS = 2
+FICLONE = 0x40049409  # of linux/fs.h
 LOCK_SECONDS = 10
 START_ATTEMPTS = 3
 TIMED_OUT = 124
@@ -199,15 +202,17 @@ def tree_size(path: Path) -> int:
     return total
 
 
-def count_entries(root: Path, excluded: Path) -> int:
-    """Return how many entries a tree has, itself included: files of every kind but sockets, less the excluded path and all below it."""
+def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
+    """Return how many entries a tree has, itself included: files of every kind but sockets, less what is excluded and all below it."""
     count = 1
+    left_out = {os.fspath(path) for path in excluded}
     pending = [os.fspath(root)]
     while pending:
         with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 try:
-                    if entry.path == os.fspath(excluded) or stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode):
+                    if entry.path in left_out or not entry.is_file(follow_symlinks=False) and stat.S_ISSOCK(
+                            entry.stat(follow_symlinks=False).st_mode):
                         continue
                 except OSError:  # gone, or unreadable: duplicity tells of that
                     continue
@@ -272,6 +277,308 @@ def total_bytes(path: Path) -> int:
     """Return the size in bytes of the file system of path."""
     status = os.statvfs(path)
     return status.f_blocks * status.f_frsize
+
+
+# Mirroring a tree
+
+
+MayLink = Callable[[str, Set[str]], bool]
+_Identity = tuple[int, int, int, int]
+
+
+class CannotMirror(Failure):
+    """A tree cannot be mirrored: it holds another file system, there is no room, or the disk refused."""
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A copy of a tree, which begin_mirror makes and update_mirror makes equal to it.
+
+    source, target: the tree and the copy. excluded: names at the top of source that are left out. may_link: tells, of a directory's
+    relative path and the names of all directories beside it, itself among them, whether the regular files in it are never rewritten
+    in place: those become hard links, at no cost. spare_bytes: the room to leave when something is copied. settled_ns: what has a
+    later ctime counts as changed. seen: what entries were when they were mirrored, by relative path. unread: why files could not be
+    read, by relative path; target lacks them.
+    """
+
+    source: Path
+    target: Path
+    excluded: frozenset[str]
+    may_link: MayLink
+    spare_bytes: int
+    settled_ns: int
+    seen: dict[str, _Identity] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
+def begin_mirror(source: Path, target: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int) -> Mirror:
+    """Make a mirror of a tree that may be changing: the first of two passes. It takes no sockets, and follows no links and no mounts.
+
+    source, excluded, may_link: see Mirror. target: does not exist yet, and only root may reach it. spare_bytes: the room to leave.
+    Raises CannotMirror, and leaves what it has made to the caller to remove.
+
+    Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already changes no time stamp; after a
+    sync it does. So what changed later than two seconds before the sync counts as changed in the next pass.
+    """
+    mirror = Mirror(source, target, excluded, may_link, spare_bytes, time.time_ns() - int(SETTLED_SECONDS * 1e9))
+    os.sync()
+    with _told_as_cannot_mirror(mirror):
+        target.mkdir(mode=0o700)
+        with _opened(os.fspath(source)) as live:
+            needed = spare_bytes + (0 if _can_clone(target.parent) else _bytes_to_copy(mirror, "", live))
+        if free_bytes(target) < needed:
+            raise CannotMirror(f"the copy in {target} needs {needed // 10**6} MB free and there are {free_bytes(target) // 10**6} MB")
+    update_mirror(mirror)
+    return replace(mirror, spare_bytes=0)  # a second pass with little room left is better than no backup
+
+
+def update_mirror(mirror: Mirror) -> None:
+    """Make a mirror equal to its tree: names, contents, modes, owners and times. Only what changed since the last pass is read.
+
+    Raises CannotMirror.
+    """
+    mirror.unread.clear()
+    with _told_as_cannot_mirror(mirror), _opened(os.fspath(mirror.source)) as live, _opened(os.fspath(mirror.target)) as copy:
+        _mirror_directory(mirror, "", False, live, copy)
+
+
+@contextlib.contextmanager
+def _told_as_cannot_mirror(mirror: Mirror) -> Iterator[None]:
+    """Raise what the operating system refuses as CannotMirror."""
+    try:
+        yield
+    except (OSError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "too many directories inside each other"
+        name = f": {printable(os.fsdecode(error.filename))}" if isinstance(error, OSError) and error.filename else ""
+        raise CannotMirror(f"{mirror.source} could not be copied to {mirror.target}{name}: {why}; check the disk and its room") from error
+
+
+@contextlib.contextmanager
+def _opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None) -> Iterator[int]:
+    """Keep a file open while the block runs; a symbolic link is refused. parent: the descriptor of the directory that holds it."""
+    descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened_if_there(name: str, parent: int) -> Iterator[Optional[int]]:
+    """Keep a directory open while the block runs. Yields None if it has just been removed, or is something else."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except OSError as error:
+        if not _is_gone(error):
+            raise
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _statuses(mirror: Mirror, path: str, names: Sequence[str], live: int) -> dict[str, os.stat_result]:
+    """Return the status of those entries of a directory, by name, that are to be mirrored and are still there."""
+    found = {}
+    for name in names:
+        if path or name not in mirror.excluded:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
+    return found
+
+
+def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: int) -> None:
+    """Make one directory and all below it equal. path: relative. linked: whether its files may be links. live, copy: descriptors."""
+    status = os.fstat(live)
+    if status.st_dev != os.fstat(copy).st_dev:
+        raise CannotMirror(f"{mirror.source / path} and {mirror.target} are not on the same file system")
+    with os.scandir(copy) as entries:
+        present = {entry.name: entry.inode() for entry in entries}
+    others = _link_files(live, copy, present) if linked else os.listdir(live)
+    found = _statuses(mirror, path, others, live)
+    directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
+    for name, entry in found.items():
+        below = os.path.join(path, name)
+        if name in directories:
+            present.pop(name, None)
+            may_link = mirror.may_link(below, directories)
+            # One that has not changed and that holds nothing but links is not read.
+            if not (may_link and mirror.seen.get(below) == _identity(entry)):
+                _mirror_child(mirror, below, may_link, live, copy)
+        elif not stat.S_ISSOCK(entry.st_mode):
+            if present.pop(name, None) is None or mirror.seen.get(below) != _identity(entry):
+                _replace(mirror, below, linked, entry, live, copy)
+    for name in present:
+        remove(mirror.target / path / name)
+    if linked and not others:
+        _remember(mirror, path, status)
+    _set_metadata(".", status, copy)
+
+
+def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
+    """Link the regular files of one directory into another. present: the inode numbers there by name; those of links that are right
+    already are taken out. Returns the names of all other entries, and of files that are something else there or refuse to be linked.
+    """
+    others = []
+    with os.scandir(live) as entries:
+        for entry in entries:
+            name = entry.name
+            if not entry.is_file(follow_symlinks=False):
+                others.append(name)
+            elif present.get(name) == entry.inode():  # a link keeps its number from being given to another file
+                del present[name]
+            elif name in present or not _link(name, live, copy):
+                others.append(name)
+    return others
+
+
+def _link(name: str, live: int, copy: int) -> bool:
+    """Link a file of one directory into another. Returns False if it is gone or cannot be linked, as one that is immutable."""
+    try:
+        os.link(name, name, src_dir_fd=live, dst_dir_fd=copy, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EPERM, errno.EMLINK):
+            raise
+        return False
+    return True
+
+
+def _mirror_child(mirror: Mirror, path: str, linked: bool, live: int, copy: int) -> None:
+    """Make a directory equal, see _mirror_directory. live, copy: of the directories that hold it."""
+    name = os.path.basename(path)
+    with _opened_if_there(name, live) as below:
+        if below is None:
+            return
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=copy)
+        if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=copy)
+            os.mkdir(name, 0o700, dir_fd=copy)
+        with _opened(name, parent=copy) as target:
+            _mirror_directory(mirror, path, linked, below, target)
+
+
+def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, live: int, copy: int) -> None:
+    """Put in place of what is at path, if anything, a link to the entry of the tree, or a copy.
+
+    It is never written to what is there: that may be a link to the user's own file.
+    """
+    name = os.path.basename(path)
+    remove(mirror.target / path)
+    if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
+        return
+    try:
+        if stat.S_ISREG(status.st_mode):
+            status = _copy_file(mirror, name, live, copy)
+        elif stat.S_ISLNK(status.st_mode):
+            os.symlink(os.readlink(name, dir_fd=live), name, dir_fd=copy)
+        else:
+            os.mknod(name, status.st_mode, status.st_rdev, dir_fd=copy)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EACCES, errno.EPERM):
+            mirror.unread[path] = os.strerror(error.errno)
+        elif not _is_gone(error):
+            raise
+        remove(mirror.target / path)
+        return
+    _set_metadata(name, status, copy)
+    _remember(mirror, path, status)
+
+
+def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
+    """Copy a regular file of one directory to another, holes left out; clone it where the file system can.
+
+    Returns its status from before it was read. Raises OSError, of which FileNotFoundError tells that it is no regular file any more.
+    """
+    with _opened(name, os.O_RDONLY | os.O_NONBLOCK, live) as source, _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, copy) as target:
+        status = os.fstat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        if status.st_size and not _clone(source, target):
+            room = os.fstatvfs(target)
+            if mirror.spare_bytes and room.f_bavail * room.f_frsize < mirror.spare_bytes + status.st_blocks * 512:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+            _copy_data(source, target, status.st_size)
+    return status
+
+
+def _clone(source: int, target: int) -> bool:
+    """Have a new file share the blocks of another (ioctl_ficlone(2)). Returns whether the file system can."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS):
+            raise
+        return False
+    return True
+
+
+def _copy_data(source: int, target: int, size: int) -> None:
+    """Copy what a file holds, its holes left out. size: in bytes."""
+    os.ftruncate(target, size)
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(source, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole is left
+        end = os.lseek(source, begin, os.SEEK_HOLE)
+        os.lseek(target, begin, os.SEEK_SET)
+        while begin < end and (sent := os.sendfile(target, source, begin, end - begin)):
+            begin += sent
+
+
+def _is_gone(error: OSError) -> bool:
+    """Tell whether an entry was removed, or became something else, just as it was opened."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    """Return what changes when a file does, even one whose mtime and size are put back."""
+    return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
+
+
+def _remember(mirror: Mirror, path: str, status: os.stat_result) -> None:
+    """Note what an entry was before it was read, unless a later change could bear the same time stamp."""
+    if status.st_ctime_ns < mirror.settled_ns:
+        mirror.seen[path] = _identity(status)
+
+
+def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
+    """Give an entry of a directory the owner, mode and mtime of another, where they differ. directory: its descriptor."""
+    now = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
+        os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
+        now = os.stat(name, dir_fd=directory, follow_symlinks=False)  # bits of the mode may be gone
+    if now.st_mode != status.st_mode:
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
+    if now.st_mtime_ns != status.st_mtime_ns:
+        os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=directory, follow_symlinks=False)
+
+
+def _can_clone(directory: Path) -> bool:
+    """Tell whether files in a directory can share their blocks. Raises OSError."""
+    with tempfile.TemporaryFile(dir=directory) as source, tempfile.TemporaryFile(dir=directory) as target:
+        source.write(bytes(4096))
+        source.flush()
+        return _clone(source.fileno(), target.fileno())
+
+
+def _bytes_to_copy(mirror: Mirror, path: str, live: int) -> int:
+    """Return the room that the files below a directory take which a mirror must copy; those that are linked are not looked at."""
+    found = _statuses(mirror, path, os.listdir(live), live)
+    directories = {name for name, status in found.items() if stat.S_ISDIR(status.st_mode)}
+    total = sum(status.st_blocks * 512 for name, status in found.items() if name not in directories)
+    for name in directories:
+        below = os.path.join(path, name)
+        if not mirror.may_link(below, directories):
+            with _opened_if_there(name, live) as descriptor:
+                total += _bytes_to_copy(mirror, below, descriptor) if descriptor is not None else 0
+    return total
 
 
 # The lock
@@ -604,8 +911,12 @@ def services_stopped(
                 _stream(keeper.stdin).close()
                 answer = json.loads(_stream(keeper.stdout).readline() or "null")
                 keeper.wait()
-                back = Downtime(**answer) if answer else start_services(running, list_path, environment)
-                downtime.not_started, downtime.seconds = back.not_started, back.seconds - began
+                if answer:
+                    back = Downtime(**answer)
+                else:
+                    back = start_services(running, list_path, environment)
+                    back.seconds -= began
+                downtime.not_started, downtime.seconds = back.not_started, back.seconds
 
 
 def _stream(stream: Optional[IO[str]]) -> IO[str]:
@@ -631,6 +942,7 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
     except OSError as error:
         _tell(f"cannot write {list_path}: {error.strerror}")
         return 1
+    began = time.monotonic()
     failed = None
     for name in reversed(names):
         answer = control_service(name, "stop", environment)
@@ -641,7 +953,7 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
     if not failed:
         sys.stdin.read()
     back = start_services(names, list_path, environment)
-    _tell(asdict(back))
+    _tell(asdict(replace(back, seconds=back.seconds - began)))
     return 5 if back.not_started else 0
 
 

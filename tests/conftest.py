@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import pytest
 from _pytest.terminal import TerminalReporter
@@ -210,6 +210,18 @@ def write_messages(root: Path) -> None:
             os.chown(os.path.join(directory_name, name), user.pw_uid, user.pw_gid, follow_symlinks=False)
     for path in root.rglob("*"):
         os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Give what tests had to tell to the process that prints it, when this is one of its workers."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["summary"] = SUMMARY
+
+
+@pytest.hookimpl(optionalhook=True)  # type: ignore[misc]
+def pytest_testnodedown(node: Any) -> None:
+    """Take it from a worker that has ended."""
+    SUMMARY.extend(getattr(node, "workeroutput", {}).get("summary", []))
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:

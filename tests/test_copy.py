@@ -1,0 +1,224 @@
+"""The two-pass copy: mail is down for a restart only, a restore equals the tree of that moment, and without a copy the night goes on."""
+
+import contextlib
+import json
+import os
+import pwd
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import USER, Store, tree_of
+from test_services import wait_for
+
+SLOW_FULL = """#!/bin/sh
+if [ "$1" = full ]; then
+    echo "$(ps -o ni= -p $$) $(ionice -p $$)" > PLACE/priority
+    while [ ! -e PLACE/go ]; do sleep 0.05; done
+fi
+exec REAL "$@"
+"""
+
+
+def last_run(store: Store) -> dict[str, Any]:
+    """Return how the last run went."""
+    found: dict[str, Any] = json.loads((store.backups / "last-run.json").read_text())
+    return found
+
+
+@contextlib.contextmanager
+def disk_at(store: Store, place: Path, size: str = "900M", *options: str) -> Iterator[None]:
+    """Mount an ext4 file system while the block runs."""
+    image = store.scratch / f"{place.name}.disk"
+    place.mkdir(exist_ok=True)
+    store.run("truncate", "-s", size, image)
+    store.run("mkfs.ext4", "-q", "-m", "0", *options, image)
+    store.run("mount", "-o", "loop", image, place)
+    (place / "lost+found").rmdir()
+    try:
+        yield
+    finally:
+        store.run("umount", place)
+
+
+def assert_no_copy_left(store: Store) -> None:
+    """Check that the copy is gone from both its places."""
+    assert not os.path.lexists(store.backups / "snapshot") and not os.path.lexists(store.root / ".backup-snapshot")
+
+
+def start_and_wait_for_duplicity(store: Store) -> "subprocess.Popen[str]":
+    """Start a night whose duplicity waits for the file `go`, and return when mail is back."""
+    store.stand_in("duplicity", SLOW_FULL.replace("PLACE", str(store.scratch)))
+    process = subprocess.Popen(store.command(), env=store.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for((store.scratch / "priority").exists)
+    wait_for(lambda: (store.scratch / "priority").read_text().endswith("\n"))
+    return process
+
+
+def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
+    """With services back, at low priority; what changes then is not in this backup, but in the next; nothing of the user's is touched."""
+    message = keyed.root / "mail/mailboxes/example.com/alice/cur/170001.M1P1.host,S=20:2,S"
+    late = keyed.root / "mail/mailboxes/example.com/alice/new/170020.M1P1.host"
+    before = tree_of(keyed.root)
+    inodes = {path: path.lstat().st_ino for path in keyed.root.rglob("*") if "backup" not in path.parts}
+    process = start_and_wait_for_duplicity(keyed)
+    assert keyed.running() == ["dovecot", "postfix"]
+    assert keyed.calls("stop", "start") == ["postfix stop", "dovecot stop", "dovecot start", "postfix start"]
+    assert (keyed.scratch / "priority").read_text().split() == ["19", "idle"]
+    snapshot = keyed.backups / "snapshot"
+    assert (snapshot.stat().st_mode & 0o7777, snapshot.stat().st_uid) == (0o700, 0)
+    tree, root = (snapshot / "tree").stat(), keyed.root.stat()
+    assert (tree.st_mode, tree.st_uid, tree.st_gid) == (root.st_mode, root.st_uid, root.st_gid)
+    assert (snapshot / "tree" / message.relative_to(keyed.root)).samefile(message)
+    late.write_text("late")
+    message.unlink()
+    (keyed.root / "ssl/private.pem").write_text("changed")
+    (keyed.scratch / "go").touch()
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert last_run(keyed)["source"] == "copy" and last_run(keyed)["message"] == ""
+    assert tree_of(keyed.restore("then")) == before
+    assert all((path.lstat().st_ino, path.lstat().st_nlink) == (inode, 1)
+               for path, inode in inodes.items() if path.is_file() and path != message)
+    assert_no_copy_left(keyed)
+    time.sleep(1.1)
+    keyed.backup()
+    assert len(keyed.manifests()) == 2
+    keyed.assert_restores("now")
+
+
+def test_killed_while_mail_runs(keyed: Store) -> None:
+    """Killed with the copy in place, duplicity dies too; the next run removes the copy and is a good one."""
+    process = start_and_wait_for_duplicity(keyed)
+    process.kill()
+    process.communicate()
+    assert (keyed.backups / "snapshot/tree").exists()
+    (keyed.scratch / "go").touch()
+    wait_for(lambda: subprocess.run(["pgrep", "-f", str(keyed.backups)], stdout=subprocess.DEVNULL).returncode == 1)
+    keyed.backup()
+    assert_no_copy_left(keyed)
+    keyed.assert_restores()
+
+
+def test_backup_on_a_second_disk(keyed: Store) -> None:
+    """backup/ on a disk of its own: the copy is beside the mail, and never in a backup."""
+    keyed.run("rm", "-r", keyed.backups)
+    with disk_at(keyed, keyed.backups):
+        keyed.backups.chmod(0o750)
+        keyed.put_key()
+        process = start_and_wait_for_duplicity(keyed)
+        place = keyed.root / ".backup-snapshot"
+        assert (place / "tree/mail").is_dir() and (place.stat().st_mode & 0o7777, place.stat().st_uid) == (0o700, 0)
+        (keyed.scratch / "go").touch()
+        assert process.communicate()[1] == "" and process.returncode == 0
+        assert last_run(keyed)["source"] == "copy"
+        assert_no_copy_left(keyed)
+        keyed.assert_restores()
+        place.mkdir(mode=0o700)  # a dead run's
+        (place / "left").touch()
+        time.sleep(1.1)
+        keyed.backup()
+        assert_no_copy_left(keyed)
+        (keyed.root / "mounted").mkdir()
+        with disk_at(keyed, keyed.root / "mounted", "4M"):
+            time.sleep(1.1)
+            keyed.backup()
+            assert last_run(keyed)["source"] == "direct"
+        (keyed.root / "mounted").rmdir()
+
+
+def test_another_file_system_in_the_tree(keyed: Store) -> None:
+    """A mount in the tree: duplicity reads the tree itself while mail is stopped, and it is said; the next set is from a copy again."""
+    mounted = keyed.root / "mail/archive"
+    with disk_at(keyed, mounted, "4M"):
+        (mounted / "file").write_text("on another disk")
+        assert keyed.backup().stderr == ""
+        told = last_run(keyed)
+        assert told["source"] == "direct" and str(mounted) in told["message"] and "not on the same file system" in told["message"]
+        assert "read directly" in keyed.backup("--status").stdout and "not on the same file system" in keyed.backup("--status").stdout
+        assert_no_copy_left(keyed)
+        keyed.assert_restores("direct")
+    time.sleep(1.1)
+    (keyed.root / "new").write_text("new")
+    keyed.backup()
+    assert last_run(keyed)["source"] == "copy" and len(keyed.manifests()) == 2 and "inc" in keyed.manifests()[1]
+    keyed.assert_restores("copy")
+    with disk_at(keyed, mounted, "4M"):
+        time.sleep(1.1)
+        (keyed.root / "new").write_text("newer")
+        keyed.backup()
+        assert last_run(keyed)["source"] == "direct" and len(keyed.manifests()) == 3
+        keyed.assert_restores("direct-again")
+
+
+def test_no_room_for_the_copy(keyed: Store) -> None:
+    """No room for the files that must be copied: duplicity reads the tree itself; messages alone need no room."""
+    keyed.run("rm", "-r", keyed.backups)
+    with disk_at(keyed, keyed.scratch / "disk", "1400M"):
+        root = keyed.scratch / "disk/user-data"
+        keyed.run("cp", "-a", keyed.root, root)
+        keyed.settings.write_text(f"STORAGE_ROOT={root}\nSTORAGE_USER={USER}\n")
+        keyed.root = root
+        keyed.put_key()
+        keyed.run("fallocate", "-l", "50M", root / "mail/mailboxes/example.com/alice/cur/170030.M1P1.host:2,")
+        keyed.backup()
+        assert last_run(keyed)["source"] == "copy"
+        keyed.run("fallocate", "-l", "600M", root / "database")
+        time.sleep(1.1)
+        keyed.backup()
+        assert last_run(keyed)["source"] == "direct" and "MB free" in last_run(keyed)["message"]
+        keyed.assert_restores()
+        keyed.clean()
+
+
+def test_second_pass_that_fails(keyed: Store) -> None:
+    """A disk is mounted in the tree just as mail stops: mail is started, nothing is backed up, exit 1, the next run is good."""
+    place = keyed.root / "mail/archive"
+    place.mkdir()
+    service = keyed.bin / "service"
+    real = service.read_text().replace("#!/bin/sh\n", "")
+    service.write_text(f"#!/bin/sh\nif [ \"$1 $2\" = 'postfix stop' ]; then mount -t tmpfs none {place}; fi\n{real}")
+    try:
+        errors = keyed.backup(exit_code=1).stderr
+    finally:
+        keyed.run("umount", place)
+    assert "not on the same file system" in errors and keyed.running() == ["dovecot", "postfix"]
+    assert last_run(keyed)["exit_code"] == 1 and keyed.manifests() == []
+    assert_no_copy_left(keyed)
+    service.write_text(f"#!/bin/sh\n{real}")
+    keyed.backup()
+    keyed.assert_restores()
+
+
+@pytest.mark.parametrize("what", ["link", "directory", "file"])
+@pytest.mark.parametrize("name", ["backup/snapshot", ".backup-snapshot"])
+def test_place_of_the_copy_that_is_not_ours(keyed: Store, name: str, what: str) -> None:
+    """A link, a file or a directory of the user's where the copy goes: nothing is touched, and it is said what to do."""
+    place = keyed.root / name
+    if what == "link":
+        place.symlink_to("/etc")
+    elif what == "directory":
+        place.mkdir()
+        (place / "precious").touch()
+        os.chown(place, pwd.getpwnam(USER).pw_uid, pwd.getpwnam(USER).pw_gid)
+    else:
+        place.touch()
+    errors = keyed.backup(exit_code=2).stderr
+    assert str(place) in errors and keyed.calls("stop") == []
+    assert os.path.lexists(place) and (what != "directory" or (place / "precious").exists())
+
+
+def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
+    """Web data that changes all the time makes no night fail: duplicity reads the copy."""
+    churn = subprocess.Popen(["sh", "-c", "while :; do mktemp -p . >/dev/null; rm -f tmp.*; done"], cwd=keyed.root / "ssl")
+    try:
+        for _ in range(2):
+            keyed.backup()
+            time.sleep(1.1)
+    finally:
+        churn.kill()
+        churn.wait()
+    assert len(keyed.manifests()) == 2

@@ -1,0 +1,384 @@
+"""The mirror in two passes: whatever happens to a tree during and between them, afterwards the mirror equals it in all but sockets."""
+
+import contextlib
+import itertools
+import mmap
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Optional, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies
+
+import utils
+from backup import may_link
+from conftest import Store, tree_of
+
+PLACES = ["", "box", "box/cur", "box/new", "box/tmp", "box/cur/deep", "plain", "plain/deep", "migrated_unencrypted_backup"]
+NAMES = ["17001.M1P1.host:2,S", "17002.M2P2.host:2,", "index", "\udcff\n\\name", "deep", "tmp"]
+Change = tuple[str, str, str, int]
+Status = tuple[int, ...]
+
+
+# Changes to a tree
+
+
+def opened(path: Path, mode: str) -> BinaryIO:
+    """Open a file; a fifo is an error, not something to wait for."""
+    return cast(BinaryIO, open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o644)))
+
+
+def write(path: Path, other: Path, number: int) -> None:
+    with opened(path, "wb") as stream:
+        stream.write(b"%d" % number * number)
+
+
+def append(path: Path, other: Path, number: int) -> None:
+    with opened(path, "ab") as stream:
+        stream.write(b"more")
+
+
+def rewrite_unseen(path: Path, other: Path, number: int) -> None:
+    """Rewrite in place, with the size and mtime put back: only the ctime tells."""
+    status = path.lstat()
+    with opened(path, "r+b") as stream:
+        stream.write(bytes([number]) * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def rename(path: Path, other: Path, number: int) -> None:
+    path.rename(other)
+
+
+def rename_unseen(path: Path, other: Path, number: int) -> None:
+    """Rename with the mtimes of both directories put back."""
+    before = {directory: directory.stat().st_mtime_ns for directory in (path.parent, other.parent)}
+    path.rename(other)
+    for directory, mtime in before.items():
+        os.utime(directory, ns=(mtime, mtime))
+
+
+def delete(path: Path, other: Path, number: int) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def make_directory(path: Path, other: Path, number: int) -> None:
+    if path.is_file():
+        path.unlink()
+    path.mkdir()
+    (path / "inside").write_text("inside")
+
+
+def directory_to_file(path: Path, other: Path, number: int) -> None:
+    if path.is_dir():  # rmtree would wait for the other end of a fifo
+        shutil.rmtree(path)
+        path.write_text("was a directory")
+
+
+def change_mode(path: Path, other: Path, number: int) -> None:
+    if not path.is_symlink():
+        path.chmod([0o600, 0o644, 0o4755, 0o2770][number % 4])
+
+
+def change_owner(path: Path, other: Path, number: int) -> None:
+    os.chown(path, number, number + 1, follow_symlinks=False)
+
+
+def link_to(path: Path, other: Path, number: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        delete(path, other, number)
+    path.symlink_to(["/proc/self/fdinfo", "cur", "\udcff", "/proc/nowhere"][number % 4])
+
+
+def hard_link(path: Path, other: Path, number: int) -> None:
+    os.link(path, other)
+
+
+def sparse(path: Path, other: Path, number: int) -> None:
+    with opened(path, "wb") as stream:
+        stream.truncate(1 << 20)
+        stream.seek(number << 12)
+        stream.write(b"data")
+
+
+def fifo(path: Path, other: Path, number: int) -> None:
+    os.mkfifo(path, 0o600 + number % 8)
+
+
+def listen(path: Path, other: Path, number: int) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fsencode(path))
+
+
+def change_times(path: Path, other: Path, number: int) -> None:
+    os.utime(path, (number, number * 1000), follow_symlinks=False)
+
+
+KINDS: dict[str, Callable[[Path, Path, int], None]] = {function.__name__: function for function in (
+    write, append, rewrite_unseen, rename, rename_unseen, delete, make_directory, directory_to_file, change_mode, change_owner, link_to,
+    hard_link, sparse, fifo, listen, change_times)}
+PATHS = strategies.sampled_from([os.path.join(place, name) for place in PLACES for name in NAMES] + PLACES[1:])
+CHANGES: strategies.SearchStrategy[Change] = strategies.tuples(
+    strategies.sampled_from(sorted(KINDS)), PATHS, PATHS, strategies.integers(1, 50))
+
+
+def apply(root: Path, change: Change) -> None:
+    """Make a change; one that is not possible as the tree is now changes nothing."""
+    kind, path, other, number = change
+    with contextlib.suppress(OSError, shutil.Error):
+        KINDS[kind](root / path, root / other, number)
+
+
+def grow(root: Path) -> None:
+    """Make a tree with a Maildir and something of each kind in it."""
+    for place in PLACES[1:]:
+        (root / place).mkdir(parents=True)
+    filled = ("box", "box/cur", "box/new", "plain", "migrated_unencrypted_backup")
+    for number, (place, name) in enumerate(itertools.product(filled, NAMES[:3])):
+        (root / place / name).write_bytes(b"%d" % number * 20)
+    (root / "plain/link").symlink_to("index")
+
+
+class Meddler:
+    """Makes changes in the middle of whatever opens, lists, links or makes files: each at its count of such events."""
+
+    def __init__(self) -> None:
+        self.root: Optional[Path] = None
+        self.plan: dict[int, Change] = {}
+        self.count = 0
+        sys.addaudithook(self.on_event)
+
+    def on_event(self, event: str, _arguments: object) -> None:
+        """Take an audit event of Python's."""
+        if self.root and event in ("open", "os.listdir", "os.scandir", "os.link", "os.mkdir", "os.chown", "os.utime"):
+            self.count += 1
+            if self.count in self.plan:
+                root, self.root = self.root, None
+                apply(root, self.plan[self.count])
+                self.root = root
+
+    @contextlib.contextmanager
+    def at_work(self, root: Path, plan: dict[int, Change]) -> Iterator[None]:
+        """Meddle while the block runs."""
+        self.root, self.plan, self.count = root, plan, 0
+        try:
+            yield
+        finally:
+            self.root = None
+
+
+MEDDLER = Meddler()
+
+
+def statuses(root: Path) -> dict[str, Status]:
+    """Return of each entry what nothing but its owner may change; times in whole nanoseconds."""
+    found: dict[str, Status] = {}
+    for path in [root, *root.rglob("*")]:
+        status = path.lstat()
+        found[str(path.relative_to(root))] = (
+            status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def assert_equal(mirror: utils.Mirror) -> None:
+    """Check that a mirror is what a backup of the tree must hold, mtimes to the nanosecond, and count_entries agrees."""
+    assert tree_of(mirror.target, "") == tree_of(mirror.source)
+    times = [{path: status[5] for path, status in statuses(root).items()
+              if path.split("/")[0] != "backup" and not stat.S_ISSOCK(status[1])} for root in (mirror.target, mirror.source)]
+    assert times[0] == times[1] and mirror.unread == {}
+    assert utils.count_entries(mirror.target) == utils.count_entries(mirror.source, [mirror.source / "backup"]) == len(times[0])
+
+
+def begin(root: Path, target: Path) -> utils.Mirror:
+    """Make the first pass."""
+    return utils.begin_mirror(root, target, frozenset({"backup"}), may_link, 0)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(before=strategies.lists(CHANGES, max_size=12), during=strategies.dictionaries(strategies.integers(1, 150), CHANGES, max_size=6),
+       between=strategies.lists(CHANGES, max_size=12))
+def test_mirror_equals_the_tree(
+    tmp_path_factory: pytest.TempPathFactory, before: list[Change], during: dict[int, Change], between: list[Change]
+) -> None:
+    """Random changes before, in the midst of and after the first pass: the second makes the mirror equal, and touches nothing."""
+    place = tmp_path_factory.mktemp("mirror")
+    root = place / "tree"
+    grow(root)
+    for change in before:
+        apply(root, change)
+    time.sleep(0.03)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sync", lambda: None)
+        patch.setattr(utils, "SETTLED_SECONDS", 0.02)
+        with MEDDLER.at_work(root, during):
+            mirror = begin(root, place / "copy")
+    for change in between:
+        apply(root, change)
+    found = statuses(root)
+    utils.update_mirror(mirror)
+    assert_equal(mirror)
+    assert statuses(root) == found
+    shutil.rmtree(place)
+
+
+def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
+    """Files in cur and new, and in the layout of old, are the user's own; others are copies, holes left out."""
+    root = tmp_path / "tree"
+    grow(root)
+    sparse(root / "plain/sparse", root, 3)
+    mirror = begin(root, tmp_path / "copy")
+    linked = {str(path.relative_to(root)) for path in root.rglob("*")
+              if path.is_file() and not path.is_symlink() and (mirror.target / path.relative_to(root)).samefile(path)}
+    assert {os.path.dirname(path) for path in linked} == {"box/cur", "box/new", "migrated_unencrypted_backup"} and len(linked) == 9
+    assert (mirror.target / "plain/sparse").stat().st_blocks <= (root / "plain/sparse").stat().st_blocks <= 16
+
+
+def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
+    """A store to a page that was dirty before the first pass is seen by the second, though time stamps told of it only before."""
+    root = tmp_path / "tree"
+    grow(root)
+    with (root / "plain/index").open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as page:
+        page[0] = 1
+        time.sleep(0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "SETTLED_SECONDS", 0.05)
+            mirror = begin(root, tmp_path / "copy")
+        page[0] = 2
+        utils.update_mirror(mirror)
+        assert (mirror.target / "plain/index").read_bytes()[0] == 2
+        assert_equal(mirror)
+
+
+@contextlib.contextmanager
+def disk(store: Store, *mkfs: str, size: str = "64M", place: Optional[Path] = None) -> Iterator[Path]:
+    """Mount a new file system of a file, by default beside the tree, while the block runs."""
+    image, place = store.scratch / "disk", place or store.scratch / "mounted"
+    place.mkdir(exist_ok=True)
+    store.run("truncate", "-s", size, image)
+    store.run(*mkfs, image)
+    store.run("mount", "-o", "loop", image, place)
+    try:
+        yield place
+    finally:
+        store.run("umount", place)
+        image.unlink()
+
+
+def test_time_stamps_of_a_second(store: Store) -> None:
+    """Where all changes of a second bear one time stamp (ext4 with small inodes) what is rewritten in that second counts as changed."""
+    with disk(store, "mkfs.ext4", "-q", "-I", "128") as place:
+        missed = []
+        for attempt in range(3):
+            root = place / f"tree{attempt}"
+            grow(root)
+            mirror = begin(root, place / f"copy{attempt}")
+            before = (root / "plain/index").stat()
+            rewrite_unseen(root / "plain/index", root, 7)
+            rename_unseen(root / "box/cur" / NAMES[0], root / "box/cur/renamed", 0)
+            missed.append((root / "plain/index").stat().st_ctime_ns == before.st_ctime_ns)
+            utils.update_mirror(mirror)
+            assert_equal(mirror)
+        assert any(missed), "the time stamps are finer than a second: the test proves nothing"
+
+
+@pytest.mark.parametrize("mkfs", [("mkfs.xfs", "-q"), ("mkfs.btrfs", "-q")])
+def test_clone(store: Store, mkfs: tuple[str, ...]) -> None:
+    """Where the file system can share blocks a copy takes no room, and room for it is not asked for."""
+    with disk(store, *mkfs, size="512M") as place:
+        root = place / "tree"
+        grow(root)
+        (root / "plain/big").write_bytes(os.urandom(200_000_000))
+        os.sync()
+        free = utils.free_bytes(place)
+        mirror = utils.begin_mirror(root, place / "copy", frozenset(), may_link, free - 20_000_000)
+        os.sync()
+        assert free - utils.free_bytes(place) < 20_000_000
+        (root / "plain/big").write_bytes(b"changed")
+        utils.update_mirror(mirror)
+        assert_equal(mirror)
+
+
+def test_no_room(store: Store) -> None:
+    """Where room is short nothing is copied; where the disk fills all the same it is said."""
+    with disk(store, "mkfs.ext4", "-q", "-m", "0") as place:
+        root = place / "tree"
+        grow(root)
+        (root / "plain/big").write_bytes(os.urandom(20_000_000))
+        free = utils.free_bytes(place)
+        with pytest.raises(utils.CannotMirror, match="needs .* MB free"):
+            utils.begin_mirror(root, place / "copy", frozenset(), may_link, free - 19_000_000)
+        assert list((place / "copy").iterdir()) == []
+        (place / "copy").rmdir()
+        mirror = begin(root, place / "copy")
+        (root / "plain/big2").write_bytes(os.urandom(utils.free_bytes(place) - 5_000_000))
+        with pytest.raises(utils.CannotMirror, match="No space left"):
+            utils.update_mirror(mirror)
+
+
+def test_another_file_system_inside(store: Store) -> None:
+    """A mount inside the tree is never followed: there is no mirror then, in the first pass or the second."""
+    root = store.scratch / "tree"
+    grow(root)
+    with disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
+        with pytest.raises(utils.CannotMirror, match="not on the same file system"):
+            begin(root, store.scratch / "copy")
+    mirror = begin(root, store.scratch / "second")
+    with disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
+        with pytest.raises(utils.CannotMirror, match="not on the same file system"):
+            utils.update_mirror(mirror)
+
+
+def test_files_that_cannot_be_linked_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that refuses links is copied; a file that cannot be read is told of, and is in neither pass a reason to stop."""
+    root = tmp_path / "tree"
+    grow(root)
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        mirror = begin(root, tmp_path / "copy")
+        utils.update_mirror(mirror)
+        assert_equal(mirror)
+    real = utils._copy_data
+
+    def fail(source: int, target: int, size: int) -> None:
+        if size == (root / "plain/index").stat().st_size and os.readlink(f"/proc/self/fd/{source}").endswith("plain/index"):
+            raise OSError(5, "Input/output error")
+        real(source, target, size)
+
+    monkeypatch.setattr(utils, "_copy_data", fail)
+    mirror = begin(root, tmp_path / "second")
+    assert mirror.unread == {"plain/index": "Input/output error"}
+    utils.update_mirror(mirror)
+    assert mirror.unread == {"plain/index": "Input/output error"}
+    assert tree_of(root).keys() - tree_of(mirror.target, "").keys() == {"plain/index"}
+
+
+def test_deep_tree(tmp_path: Path) -> None:
+    """A tree that is too deep for the mirror is told of."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    descriptor = os.open(root, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=descriptor)
+        below = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.close(descriptor)
+    with pytest.raises(utils.CannotMirror):
+        begin(root, tmp_path / "copy")
+    utils.remove(tmp_path / "copy")
+    subprocess.run(["rm", "-r", root], check=True)
