@@ -48,6 +48,7 @@ SERVICES = "dovecot postfix"
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 KEY_CHARACTERS = 43
+KEY_ITERATIONS = 65_011_712  # the most; a new gpg-agent (2.2.40) would find that out anew, which takes it a second
 VOLUME_MEGABYTES = 250
 TEMPORARY_BYTES = 575_000_000  # duplicity 3.2.1 keeps up to 2.3 volumes in its temporary directory
 RESERVE_BYTES = 1_000_000_000
@@ -436,6 +437,7 @@ def gpg_home(night: Night) -> Iterator[None]:
     """Keep gpg's home for a run while the block runs, and leave neither it nor its agent behind; one of a killed run goes first."""
     remove_gpg_home(night)
     night.paths.gnupg.mkdir(mode=0o700)
+    (night.paths.gnupg / "gpg-agent.conf").write_text(f"s2k-count {KEY_ITERATIONS}\n")
     try:
         yield
     finally:
@@ -1073,7 +1075,8 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
     env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's. Only directory entries are read. Returns:
     directory, encpwfile, tz; backups, newest first, each with date (such as 20261122T030000Z), date_str (local ISO time),
     date_delta (its age), full, previous (the date it builds on), size in bytes, and deleted_in where it can be told;
-    unmatched_file_size in bytes, of files that belong to no complete set; last_run, as in last-run.json. Raises Failure, OSError.
+    unmatched_file_size in bytes, of files that belong to no complete set; free_size in bytes, of the disk they are on; last_run, as
+    in last-run.json, None if there was none. Raises Failure, OSError.
     """
     paths = paths_of(env)
     now = (now or datetime.now(timezone.utc)).astimezone()
@@ -1087,7 +1090,8 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
             "date_delta": span(backup_set.date, now), "full": backup_set.full, "previous": backup_set.previous,
             "size": backup_set.size, **({"deleted_in": deleted_in[backup_set]} if backup_set in deleted_in else {}),
         } for backup_set in reversed(sets)],
-        "unmatched_file_size": unmatched, "last_run": read_last_run(paths.last_run)}
+        "unmatched_file_size": unmatched, "free_size": utils.free_bytes(next(
+            path for path in (paths.encrypted, *paths.encrypted.parents) if path.exists())), "last_run": read_last_run(paths.last_run)}
 
 
 def span(begin: datetime, end: datetime) -> str:
@@ -1129,43 +1133,70 @@ def human_size(size_bytes: int) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "bytes" or size >= 99.95 else f"{size:.1f} {units[0]}"
 
 
-def status_text(status: Mapping[str, Any]) -> str:
-    """Return backup_status's answer as a table for people, with no line break at its end."""
-    lines = [f"Backups:  {printable(status['directory'])}", f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)"]
-    if last := status["last_run"]:
-        seconds = last.get("downtime_seconds")
-        told = [f"exit code {last.get('exit_code')}", last.get("kind"),
-                {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source"))),
-                seconds is not None and f"mail down {seconds} seconds", last.get("message")]
-        lines.append(printable(f"Last run: {last.get('end', 'unknown')}: {', '.join(str(part) for part in told if part)}"))
-    lines.append("")
-    if not status["backups"]:
-        return "\n".join([*lines, "No backups have been made yet."])
+def headline_of(status: Mapping[str, Any], now: datetime) -> tuple[bool, str]:
+    """Return whether all is well, and in a line how it stands: OK, or why the status has exit code 3.
+
+    status: backup_status's answer. now: the time, with its zone.
+    """
+    backups, last = status["backups"], status["last_run"]
+    told = f"last backup {backups[0]['date_delta']} ago" if backups else "there is no complete backup"
+    for increments, found in enumerate(backups):
+        if found["full"]:
+            date = stamp_date(found["date"]).astimezone()
+            told += date.strftime(", full on %A" if now - date < timedelta(days=6) else ", full on %Y-%m-%d")
+            told += f", {increments} increment{'' if increments == 1 else 's'} since"
+            break
+    if last is not None and last.get("exit_code") not in (0, 3):
+        return False, printable(f"FAILED: the last run failed: {last.get('message')}; {told}")
+    if not backups or now - stamp_date(backups[0]["date"]) > timedelta(hours=OVERDUE_HOURS):
+        return False, f"OVERDUE: there is no backup of the last {OVERDUE_HOURS} hours; {told}"
+    return True, f"OK: {told}"
+
+
+def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) -> str:
+    """Return backup_status's answer for people, with no line break at its end. now: see headline_of. colour: for a terminal."""
+    well, headline = headline_of(status, now)
+    lines = [f"\x1b[{32 if well else 31}m{headline}\x1b[0m" if colour else headline, ""]
     row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
-    lines.append(row.format("When", "Age", "Type", "Size", "Deleted in"))
+    lines += [row.format("When", "Age", "Type", "Size", "Deleted in")] if status["backups"] else ["No backups have been made yet.", ""]
     for backup in status["backups"]:
         kind = "full" if backup["full"] else "increment"
         lines.append(row.format(
             backup["date_str"], backup["date_delta"], kind, human_size(backup["size"]), backup.get("deleted_in", "unknown")))
-    lines += ["", f"Total: {human_size(sum(backup['size'] for backup in status['backups']) + status['unmatched_file_size'])}"]
-    if status["unmatched_file_size"]:
-        lines[-1] += f", of which {human_size(status['unmatched_file_size'])} in files of no complete backup"
+        if backup["full"]:
+            lines.append("")  # a chain ends, or rather begins
+    total = sum(backup["size"] for backup in status["backups"]) + status["unmatched_file_size"]
+    unmatched = f", of which {human_size(status['unmatched_file_size'])} in files of no complete backup"
+    lines += [f"Total:    {human_size(total)}{unmatched if status['unmatched_file_size'] else ''}",
+              f"Free:     {human_size(status['free_size'])} on that disk",
+              f"Backups:  {printable(status['directory'])}", f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)",
+              f"Last run: {printable(last_run_text(status['last_run']))}"]
     return "\n".join(lines)
+
+
+def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
+    """Return in a line how the last run went. last: what last-run.json holds, None if there was no run."""
+    if last is None:
+        return "none yet"
+    seconds = last.get("downtime_seconds")
+    told = [f"exit code {last.get('exit_code')}", last.get("kind"),
+            {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source"))),
+            seconds is not None and f"mail down {seconds} seconds", last.get("message")]
+    return f"{last.get('end', 'unknown')}: {', '.join(str(part) for part in told if part)}"
 
 
 def show_status(env: Mapping[str, str], as_json: bool) -> int:
     """Print the status. Returns the exit code: 3 if there is no backup of the last 36 hours, or if the last run failed."""
-    now = datetime.now(timezone.utc)
+    now = datetime.now().astimezone()
     status = backup_status(env, now)
-    print(json.dumps(status, indent=1) if as_json else status_text(status))
-    backups, last = status["backups"], status["last_run"]
-    overdue = not backups or now - stamp_date(backups[0]["date"]) > timedelta(hours=OVERDUE_HOURS)
-    failed = last is not None and last.get("exit_code") not in (0, 3)
-    if overdue:
-        log.warning("there is no complete backup of the last %d hours", OVERDUE_HOURS)
-    if failed:
-        log.warning("the last run failed: %s", last.get("message"))
-    return 3 if overdue or failed else 0
+    well, headline = headline_of(status, now)
+    if as_json:
+        print(json.dumps(status, indent=1))
+    else:
+        print(status_text(status, now, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if not well:
+        log.warning(headline)
+    return 0 if well else 3
 
 
 # Reading: verify, list, restore

@@ -244,7 +244,7 @@ def make_store(tmp_path: Path) -> Store:
     root.mkdir()
     programs.mkdir()
     os.chmod(tmp_path, 0o755)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
+    for parent in list(tmp_path.parents)[:3]:
         os.chmod(parent, 0o755)  # the hooks run as another user
     write_messages(root)
     os.chown(root, pwd.getpwnam(USER).pw_uid, pwd.getpwnam(USER).pw_gid)

@@ -222,3 +222,27 @@ def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
         churn.kill()
         churn.wait()
     assert len(keyed.manifests()) == 2
+
+
+def test_file_that_cannot_be_copied(keyed: Store) -> None:
+    """A disk error in a file that is no message: the backup is made without it, it is named, exit 3; a good disk mends it."""
+    bad = keyed.root / "ssl/private.pem"
+    trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad), "-e", "trace=sendfile", "-e", "inject=sendfile:error=EIO"]
+    result = keyed.run(*trace, *keyed.command(), exit_code=3)
+    told = f"not all of {keyed.root} could be read; check the disk: {bad}: Input/output error"
+    assert told in result.stderr and told in last_run(keyed)["message"] and last_run(keyed)["source"] == "copy"
+    assert not (keyed.restore("without") / "ssl/private.pem").exists()
+    time.sleep(1.1)
+    assert keyed.backup().stderr == ""
+    keyed.assert_restores()
+
+
+def test_direct_way_of_an_odd_root(keyed: Store) -> None:
+    """duplicity takes what it is to leave out for patterns: a root of nothing but odd characters is backed up all the same."""
+    keyed.root = keyed.root.rename(keyed.scratch / "user [a]*? 'data\" é")
+    keyed.settings.write_text(f"STORAGE_ROOT={keyed.root}\nSTORAGE_USER={USER}\n")
+    with disk_at(keyed, keyed.root / "mail/archive", "4M"):
+        keyed.backup()
+        assert last_run(keyed)["source"] == "direct"
+        keyed.assert_restores()
+    keyed.clean()

@@ -31,8 +31,9 @@ def test_second_run_exits_at_once_and_names_the_first(keyed: Store) -> None:
 def test_lock_is_released_when_its_holder_is_killed(keyed: Store) -> None:
     """The kernel releases it; until mail is back the keeper holds it."""
     (keyed.bin / "dovecot.sleeps-start").write_text("6")
-    first = start_and_reach(keyed)
-    (keyed.bin / "duplicity").unlink()
+    (keyed.bin / "dovecot.sleeps-stop").write_text("1")
+    first = subprocess.Popen(keyed.command(), env=keyed.environment, stdin=subprocess.DEVNULL)
+    wait_for(lambda: "dovecot stop" in keyed.calls())
     first.kill()
     first.wait()
     wait_for(lambda: "dovecot start" in keyed.calls())

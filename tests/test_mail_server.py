@@ -1,4 +1,7 @@
 """Goal: with real dovecot, postfix, duplicity and gpg, what is restored is exactly what was there while mail was stopped."""
+import contextlib
+import email
+import imaplib
 import itertools
 import os
 import secrets
@@ -7,6 +10,7 @@ import signal
 import smtplib
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,31 +75,49 @@ def back_up_and_restore_twice() -> None:
 
 
 def back_up_while_mail_arrives() -> None:
-    """A full backup and an incremental one, with a new message every few milliseconds, except while postfix is stopped."""
+    """A full backup and an incremental one, while a client sends a message every 20 ms and another reads by IMAP."""
     start_services()
     create_key()
     send_message("message before the backup")
-    accepted: list[str] = []
+    accepted: dict[str, float] = {}
+    seen: dict[str, float] = {}
     finished = threading.Event()
 
     def keep_sending() -> None:
         for number in itertools.count():
             if finished.wait(0.02):
                 return
-            try:
+            with contextlib.suppress(OSError, smtplib.SMTPException):
                 submit_message(f"message {number}")
-            except (OSError, smtplib.SMTPException):
-                continue
-            accepted.append(f"message {number}")
+                accepted[f"message {number}"] = time.time()
 
-    sender = threading.Thread(target=keep_sending)
-    sender.start()
+    def keep_reading() -> None:
+        while not finished.wait(0.1):
+            with contextlib.suppress(OSError, imaplib.IMAP4.error):
+                asked = time.time()
+                for subject in subjects(imap_messages()):
+                    seen.setdefault(subject, asked)
+
+    clients = [threading.Thread(target=client) for client in (keep_sending, keep_reading)]
+    for client in clients:
+        client.start()
     try:
+        wait_until(lambda: len(seen) > 5, "mail flows")
         for kind in ("full", "inc"):
-            back_up_and_compare(kind)
+            before = set(seen)
+            restored = back_up_and_compare(kind)
+            stopped = (SHARED_DIRECTORY / f"{kind}-tree-service" / "stopped").stat().st_mtime
+            messages = [path for place in ("cur", "new") for path in restored.rglob(f"{place}/*")]
+            inside = {email.message_from_bytes(path.read_bytes())["Subject"] for path in messages}
+            confirmed = {subject for subject, at in seen.items() if at < stopped}
+            assert before <= confirmed <= inside, confirmed - inside
+            gap = min(at for at in accepted.values() if at > stopped + 0.5) - stopped
+            assert gap < RESTART_SECONDS
+            print(f"{kind}: {len(confirmed)} messages seen before the stop, all inside; {gap:.1f} s without mail")
     finally:
         finished.set()
-        sender.join()
+        for client in clients:
+            client.join()
     run("postqueue", "-f")  # what dovecot could not take has to wait for minutes otherwise
     wait_until(lambda: set(accepted) <= set(subjects(imap_messages())), "every message that postfix accepted is there")
 
@@ -213,6 +235,9 @@ def service_that_copies_the_tree(copy: Path) -> str:
     directory.mkdir()
     service = directory / "service"
     service.write_text(f"""#!/bin/sh
+if [ "$2" = stop ] && [ ! -e {shlex.quote(str(directory))}/stopped ]; then
+    touch {shlex.quote(str(directory))}/stopped
+fi
 if [ "$2" = start ] && [ ! -e {shlex.quote(str(copy))} ]; then
     cp -a {shlex.quote(str(STORAGE_ROOT))} {shlex.quote(str(copy))}
 fi

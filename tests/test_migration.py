@@ -284,7 +284,7 @@ def test_migrated_backups_stay_until_a_backup_is_complete(old: Store, legacy: Le
 
 def test_unread_migrated_backup_is_kept(old: Store, legacy: Legacy) -> None:
     """When duplicity could not read one of the plain files they all stay until a night in which it could."""
-    unread = old.root / MIGRATED / legacy.manifest
+    unread = old.backups / "snapshot/tree" / MIGRATED / legacy.manifest
     old.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) exec strace -qq -o /dev/null -P '{unread}' -e trace=openat -e inject=openat:error=EIO REAL "$@";; esac
 exec REAL "$@"

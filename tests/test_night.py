@@ -55,7 +55,7 @@ def test_every_byte_in_names(keyed: Store) -> None:
 
 
 def test_order_of_the_night(keyed: Store) -> None:
-    """Mail is stopped only for the backup itself, postfix first and dovecot last, and started the other way round; then pruning."""
+    """Mail is stopped only for the copy, postfix first and dovecot last, and started the other way round; then duplicity."""
     keyed.stand_in("duplicity", RECORDING)
     for name in ("before-backup", "after-backup"):
         hook = keyed.backups / name
@@ -67,7 +67,7 @@ def test_order_of_the_night(keyed: Store) -> None:
     calls = [" ".join(call.split()[:2]) for call in keyed.calls()]
     assert calls == [
         "duplicity --version", "hook before-backup", "dovecot status", "postfix status", "postfix stop", "dovecot stop",
-        "duplicity full", "dovecot start", "postfix start", "dovecot status", "postfix status", "duplicity remove-older-than",
+        "dovecot start", "postfix start", "dovecot status", "postfix status", "duplicity full", "duplicity remove-older-than",
         "duplicity cleanup", "hook after-backup"]
 
 
@@ -78,8 +78,8 @@ def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
     keyed.backup()
     calls = [call for call in keyed.calls() if call.startswith("duplicity") and "--version" not in call]
     target, archive = f"file://{keyed.encrypted}", f"--archive-dir {keyed.backups}/cache"
-    options = f"{archive} --exclude {keyed.backups} --volsize 250 --gpg-options=--cipher-algo=AES256 --allow-source-mismatch --log-fd="
-    assert calls[0].startswith(f"duplicity full {options}") and calls[0].endswith(f" {keyed.root} {target}")
+    options = f"{archive} --volsize 250 --gpg-options=--cipher-algo=AES256 --allow-source-mismatch --log-fd="
+    assert calls[0].startswith(f"duplicity full {options}") and calls[0].endswith(f" {keyed.backups}/snapshot/tree {target}")
     assert calls[1] == f"duplicity remove-older-than {archive} --force --verbosity error 3D {target}"
     assert calls[2] == f"duplicity cleanup {archive} --force --verbosity error {target}"
     assert calls[3].startswith(f"duplicity incremental {options}")
@@ -153,7 +153,7 @@ def test_last_run_tells_how_it_went(keyed: Store) -> None:
     began = datetime.now(timezone.utc).replace(microsecond=0)
     keyed.backup()
     content = last_run(keyed)
-    assert content["kind"] == "full" and content["source"] == "direct" and content["exit_code"] == 0 and content["message"] == ""
+    assert content["kind"] == "full" and content["source"] == "copy" and content["exit_code"] == 0 and content["message"] == ""
     assert str(content["duplicity_version"]).count(".") == 2
     start, end = (datetime.fromisoformat(str(content[key])) for key in ("start", "end"))
     assert start.utcoffset() == timedelta(0) and began <= start <= end <= datetime.now(timezone.utc)
@@ -210,7 +210,7 @@ def test_set_without_manifest_is_not_believed(keyed: Store) -> None:
 def test_vanishing_source_is_not_believed(keyed: Store) -> None:
     """A tree that vanishes under duplicity gives a set of what is left and exit 0: the number of entries gives it away."""
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) mv {keyed.root}/mail {keyed.scratch}/away; REAL "$@"; code=$?; mv {keyed.scratch}/away {keyed.root}/mail; exit $code;; esac
+case $1 in full) rm -r {keyed.backups}/snapshot/tree/mail;; esac
 exec REAL "$@"
 """)
     result = keyed.backup(exit_code=1)
@@ -225,13 +225,13 @@ def test_unread_file_is_named(keyed: Store, name: str, shown: str, call: str) ->
     bad = keyed.root / name
     bad.write_text("bad sector")
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) exec strace -qq -o /dev/null -P '{bad}' -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
+case $1 in full) exec strace -qq -o /dev/null -P '{keyed.backups}/snapshot/tree/{name}' -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
     result = keyed.backup(exit_code=3)
     assert len(keyed.manifests()) == 1
     for text in (result.stderr, str(last_run(keyed)["message"])):
-        assert "could not read all" in text and shown in text
+        assert "could be read" in text and f"{keyed.root}/{shown}" in text
     assert last_run(keyed)["exit_code"] == 3
     (keyed.bin / "duplicity").unlink()
     keyed.backup("--full")

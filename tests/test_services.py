@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -19,6 +19,17 @@ WAITING = """#!/bin/sh
 case $1 in full) touch {scratch}/reached; exec sleep 300;; esac
 exec REAL "$@"
 """
+
+
+@pytest.fixture
+def direct(keyed: Store) -> Iterator[Store]:
+    """A store of which no copy can be made, as another file system is mounted in it: mail is down while duplicity runs."""
+    place = keyed.root / "mail" / "other-disk"
+    place.mkdir()
+    keyed.run("mount", "-t", "tmpfs", "-o", "size=1M", "none", place)
+    (place / "message").write_text("on another disk")
+    yield keyed
+    keyed.run("umount", "--lazy", place)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
@@ -87,6 +98,19 @@ def test_signals_end_the_run_in_good_order(keyed: Store, number: signal.Signals,
     assert_good_night(keyed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_ended_while_mail_is_down(direct: Store, number: signal.Signals) -> None:
+    """The same while duplicity reads the tree itself, and for SIGKILL."""
+    process = start_and_reach(direct)
+    assert direct.running() == []
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (128 + number if number != signal.SIGKILL else -number)
+    wait_for(lambda: direct.running() == ["dovecot", "postfix"] and processes_of(direct) == [], seconds=5)
+    assert direct.calls("stop", "start") == STOPS + STARTS
+    assert_good_night(direct)
+
+
 @pytest.mark.parametrize("action", ["duplicity", "postfix stop", "dovecot stop", "dovecot start", "postfix start"])
 def test_services_come_back_after_sigkill(keyed: Store, action: str) -> None:
     """The script dies by SIGKILL at any moment: services come back by themselves, after a stop that is under way, never before it."""
@@ -108,46 +132,46 @@ def keeper_of(process: "subprocess.Popen[str]") -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
-def test_keeper_is_deaf_to_signals(keyed: Store, number: signal.Signals) -> None:
+def test_keeper_is_deaf_to_signals(direct: Store, number: signal.Signals) -> None:
     """No signal but SIGKILL disturbs the keeper, and what it starts is not deaf."""
-    (keyed.bin / "service").write_text((keyed.bin / "service").read_text().replace(
-        "case $2 in", f"""if [ "$2" = start ]; then grep SigIgn /proc/self/status >> {keyed.scratch}/ignored; fi\ncase $2 in"""))
-    process = start_and_reach(keyed)
+    (direct.bin / "service").write_text((direct.bin / "service").read_text().replace(
+        "case $2 in", f"""if [ "$2" = start ]; then grep SigIgn /proc/self/status >> {direct.scratch}/ignored; fi\ncase $2 in"""))
+    process = start_and_reach(direct)
     os.kill(keeper_of(process), number)
     time.sleep(0.2)
-    assert keyed.running() == []
+    assert direct.running() == []
     process.terminate()
     process.communicate()
-    assert keyed.running() == ["dovecot", "postfix"]
-    for line in (keyed.scratch / "ignored").read_text().splitlines():
+    assert direct.running() == ["dovecot", "postfix"]
+    for line in (direct.scratch / "ignored").read_text().splitlines():
         assert int(line.split()[1], 16) & sum(1 << signal_number - 1 for signal_number in (1, 2, 13, 15)) == 0
 
 
-def test_script_starts_services_if_the_keeper_dies(keyed: Store) -> None:
+def test_script_starts_services_if_the_keeper_dies(direct: Store) -> None:
     """The keeper is killed while mail is stopped: the script starts the services, and the backup counts."""
-    keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) pkill -KILL -f "utils.py {keyed.stopped_list}" || exit 99;; esac
+    direct.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) pkill -KILL -f "utils.py {direct.stopped_list}" || exit 99;; esac
 exec REAL "$@"
 """)
-    keyed.backup()
-    assert keyed.calls("stop", "start") == STOPS + STARTS and not keyed.stopped_list.exists()
-    keyed.assert_restores()
+    direct.backup()
+    assert direct.calls("stop", "start") == STOPS + STARTS and not direct.stopped_list.exists()
+    direct.assert_restores()
 
 
-def test_next_run_starts_services_if_script_and_keeper_die(keyed: Store) -> None:
+def test_next_run_starts_services_if_script_and_keeper_die(direct: Store) -> None:
     """Both are killed while mail is stopped: the next run says so and starts the services before all else."""
-    process = start_and_reach(keyed)
+    process = start_and_reach(direct)
     os.kill(keeper_of(process), signal.SIGKILL)
     process.kill()
     process.communicate()
-    wait_for(lambda: processes_of(keyed) == [])
-    assert keyed.running() == [] and keyed.stopped_list.read_text().split() == ["dovecot", "postfix"]
-    (keyed.bin / "duplicity").unlink()
-    keyed.forget_calls()
-    result = keyed.backup()
+    wait_for(lambda: processes_of(direct) == [])
+    assert direct.running() == [] and direct.stopped_list.read_text().split() == ["dovecot", "postfix"]
+    (direct.bin / "duplicity").unlink()
+    direct.forget_calls()
+    result = direct.backup()
     assert "left stopped by a run that died" in result.stderr
-    assert keyed.calls("stop", "start") == STARTS + STOPS + STARTS
-    keyed.assert_restores()
+    assert direct.calls("stop", "start") == STARTS + STOPS + STARTS
+    direct.assert_restores()
 
 
 def test_service_that_is_not_running_is_left_alone(keyed: Store) -> None:

@@ -116,7 +116,7 @@ def test_missing_program(keyed: Store, name: str) -> None:
     """A program that is not installed costs no second of mail. The machine keeps it: PATH ends at links to all others."""
     programs = keyed.scratch / "programs"
     programs.mkdir()
-    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "service"):
+    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", "service"):
         if program != name:
             (programs / program).symlink_to(shutil.which(program) or keyed.bin / program)
     settings = utils.load_environment(keyed.settings)

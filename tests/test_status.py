@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -191,7 +192,7 @@ def test_no_backups(by_hand: ByHand, missing: bool) -> None:
         by_hand.encrypted.rmdir()
     status = by_hand.status()
     assert (status["backups"], status["unmatched_file_size"], status["last_run"]) == ([], 0, None)
-    assert backup.status_text(status).splitlines()[-1] == NONE_YET
+    assert NONE_YET in backup.status_text(status, NOW).splitlines()
     assert by_hand.full_is_next()
 
 
@@ -382,7 +383,7 @@ def test_dates_far_off(by_hand: ByHand, zone: Callable[[str], None], year: str, 
         by_hand.put(f"duplicity-full.{year}{month_and_day}.manifest.gpg")
     status = by_hand.status()
     assert stamp(NOW - DAY) in [row["date"] for row in status["backups"]]
-    backup.status_text(status)
+    backup.status_text(status, NOW)
     by_hand.full_is_next()
 
 
@@ -523,7 +524,9 @@ def test_any_names(tmp_path_factory: pytest.TempPathFactory, listing: dict[bytes
     assert sum(found.values()) <= sum(own.values()) + sum(perhaps)
     assert all(re.fullmatch(rf"{SOON}|approx\. \d+ days?|\d+ \w+(, \d+ \w+)?", row["deleted_in"]) for row in status["backups"])
     assert expected_full(found) in (by_hand.full_is_next(), None)
-    assert len(backup.status_text(status).splitlines()) == (6 + len(dates) if dates else 4)
+    lines = backup.status_text(status, NOW).splitlines()
+    assert [line[:25].strip() for line in lines if re.match(r"[12]\d{3}-", line)] == [row["date_str"] for row in status["backups"]]
+    assert (NONE_YET in lines) == (dates == [])
     shutil.rmtree(by_hand.root)
 
 
@@ -692,10 +695,12 @@ def test_json_is_what_backup_status_returns(keyed: Store, kept: ByHand) -> None:
     kept.put("\x1b[2J", 100)
     result = keyed.backup("--status", "--json")
     status = backup.backup_status({"STORAGE_ROOT": str(keyed.root)})
-    assert json.loads(result.stdout) == status and result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert answer.pop("free_size") > 0 and status.pop("free_size") > 0  # others write to that disk
+    assert answer == status and result.stderr == ""
     assert status["unmatched_file_size"] == 203
     by_root = keyed.run(PYTHON, SCRIPT, "--storage-root", keyed.root, "--status", "--json")
-    assert json.loads(by_root.stdout) == status
+    assert {**json.loads(by_root.stdout), **status} == json.loads(by_root.stdout)
 
 
 @pytest.mark.parametrize("hours, exit_code", [(0.0, 0), (35.95, 0), (36.05, 3), (1000.0, 3)])
@@ -780,7 +785,34 @@ def test_text(keyed: Store, kept: ByHand) -> None:
     assert len(rows) == 2
     assert re.search(rf"{re.escape((full + DAY).isoformat())} +1 day, 1 hour +increment +1\.2 MB +approx\. \d+ days", rows[0]), text
     assert re.search(rf"{re.escape(full.isoformat())} +2 days, 1 hour +full +5\.3 GB +approx\. \d+ days", rows[1]), text
-    assert "5.7 GB" in lines[-1] and "400 MB" in lines[-1]
+    total = next(line for line in lines if line.startswith("Total"))
+    assert "5.7 GB" in total and "400 MB" in total and any(re.match(r"Free: .* [MG]B", line) for line in lines)
+    assert lines[0] == f"OK: last backup 1 day, 1 hour ago, full on {full:%A}, 1 increment since" and "\x1b" not in text
+
+
+@pytest.mark.parametrize("variable, colour", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)])
+def test_colour(keyed: Store, kept: ByHand, variable: dict[str, str], colour: bool) -> None:
+    """On a terminal the first line is green or red, and never with NO_COLOR."""
+    kept.put_set(recent())
+    command = ["script", "--quiet", "--return", "--command", shlex.join(keyed.command("--status")), "/dev/null"]
+    assert keyed.run(*command, environment=variable).stdout.startswith("\x1b[32mOK: " if colour else "OK: ")
+    kept.last_run.write_text('{"exit_code": 1, "message": "no"}')
+    assert keyed.run(*command, environment=variable, exit_code=3).stdout.startswith("\x1b[31mFAILED: " if colour else "FAILED: ")
+
+
+def test_headline(zone: Callable[[str], None]) -> None:
+    """The first line tells the newest backup's age first, and the day of the full, by its name in the week after it."""
+    zone("UTC")
+
+    def headline(*rows: tuple[str, bool]) -> str:
+        return backup.headline_of({"last_run": None, "backups": [
+            {"date": date, "full": full, "date_delta": "7 hours, 5 minutes"} for date, full in rows]}, NOW)[1]
+    day = [stamp(NOW - timedelta(hours=7) - DAY * number) for number in range(40)]
+    assert headline((day[0], True)) == "OK: last backup 7 hours, 5 minutes ago, full on Sunday, 0 increments since"
+    assert headline(*((name, name == day[3]) for name in day[:9])).endswith(", full on Thursday, 3 increments since")
+    assert headline((day[0], False), (day[20], True)).endswith(", full on 2026-05-25, 1 increment since")
+    assert headline((day[0], False)) == "OK: last backup 7 hours, 5 minutes ago"
+    assert headline((day[2], True)).startswith("OVERDUE: ") and headline().startswith("OVERDUE: ")
 
 
 def test_local_time_of_the_command(keyed: Store, kept: ByHand) -> None:

@@ -1,0 +1,343 @@
+#!/usr/bin/python3
+"""How long mail is down, how long a night takes and how much memory it needs, beside other ways to back up; run by hand, as root.
+
+All of a table comes from one run, the contenders take turns, and what counts are the ratios:
+
+- this script;
+- the order of 2015: stop mail, run duplicity on the tree, start mail;
+- restic and borg between the stop and the start, where they are installed;
+- the floor: stop and start with nothing between.
+
+`service` is a stand-in that takes no time; at the end the real dovecot and postfix are watched from their ports once.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import backup  # noqa: E402
+import utils  # noqa: E402
+from private_mail_server import (  # noqa: E402
+    BACKUP_PROGRAM, IMAP_PORT, SETTINGS_FILE, SMTP_PORT, STORAGE_ROOT, STORAGE_USER, PortWatcher, create_key, run_privately, start_services)
+
+PYTHON = "/usr/bin/python3"
+KEY = "benchmark " * 5
+MAILBOXES = 20
+MEDIAN_BYTES, SPREAD = 6_000, 1.2  # of the log-normal distribution of messages without an attachment
+ATTACHMENT_BYTES = 350_000
+GROWTH = (1_000, 10_000, 100_000)
+LARGE = 1_000_000
+
+# Both note when they began and ended.
+SERVICE = """#!/bin/bash
+[ "$2" = status ] || echo "$EPOCHREALTIME" >> LOG
+"""
+DUPLICITY = """#!/bin/bash
+begin=$EPOCHREALTIME
+REAL "$@"
+code=$?
+echo "$begin $EPOCHREALTIME" >> LOG
+exit $code
+"""
+# Runs a program of Python's and writes down the most memory, in kilobytes, that it itself and none of its children has needed.
+MEASURED = """
+import resource, runpy, sys
+output, *sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    open(output, "w").write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+"""
+
+
+@dataclass(frozen=True)
+class Night:
+    """One measured night, in seconds and megabytes. own: all of it less duplicity."""
+
+    downtime: float
+    total: float
+    megabytes: float
+    own: float
+
+
+# The mail store
+
+
+def make_store(root: Path, messages: int, full_size: Optional[int], empty: bool = False) -> None:
+    """Make a mail store. full_size: about how many bytes in all. empty: of messages without content."""
+    chance = random.Random(1)
+    average = MEDIAN_BYTES * 2.054 + ATTACHMENT_BYTES / 8  # exp(1.2 ** 2 / 2) is 2.054
+    scale = 1.0 if full_size is None else full_size / (average * messages)
+    noise = os.urandom(1 << 22)
+    words = " ".join("".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 9))) for _ in range(200_000)).encode()
+    for number in range(messages):
+        mailbox = root / f"mail/mailboxes/example.com/user{number % MAILBOXES}"
+        if number < MAILBOXES:
+            for name in ("cur", "new", "tmp"):
+                (mailbox / name).mkdir(parents=True)
+            for name in ("dovecot.index", "dovecot.index.cache", "dovecot.index.log", "dovecot-uidlist"):
+                (mailbox / name).write_bytes(noise[:0 if empty else messages // MAILBOXES * 40])
+        path = f"{mailbox}/cur/{1_700_000_000 + number}.M{number}P1.mail.example.com,S=1:2,S"
+        with open(path, "wb") as stream:
+            if not empty:
+                text = int(chance.lognormvariate(0, SPREAD) * MEDIAN_BYTES * scale)
+                begin = chance.randrange(len(words))
+                stream.write(words[begin:begin + text])
+                if number % 8 == 0:
+                    begin = chance.randrange(1 << 20)
+                    stream.write(noise[begin:begin + int(chance.uniform(0.5, 1.5) * ATTACHMENT_BYTES * scale)])
+
+
+def change_store(root: Path, number: int) -> None:
+    """Do what a day does, in small: a new message, a changed flag, a rewritten index."""
+    mailbox = root / "mail/mailboxes/example.com/user0"
+    (mailbox / f"new/{1_800_000_000 + number}.M1P1.mail.example.com").write_bytes(os.urandom(10_000))
+    first = min((mailbox / "cur").iterdir())
+    first.rename(f"{first}{'R' if number % 2 else 'F'}")
+    (mailbox / "dovecot.index").write_bytes(os.urandom(5_000))
+
+
+# Nights
+
+
+class Bench:
+    """A mail store, a place for backups beside it, and stand-ins for `service` and duplicity."""
+
+    def __init__(self, place: Path, root: Path) -> None:
+        self.place, self.root = place, root
+        programs = place / "bin"
+        programs.mkdir()
+        (place / "gnupg").mkdir(mode=0o700)
+        real = utils.find_program("duplicity", {"PATH": utils.system_path(os.environ["PATH"])})
+        for name, text in (("service", SERVICE), ("duplicity", DUPLICITY.replace("REAL", real))):
+            (programs / name).write_text(text.replace("LOG", str(place / f"{name}.log")))
+            (programs / name).chmod(0o755)
+        self.environment = {
+            **os.environ, "PATH": utils.system_path(f"{programs}:{os.environ['PATH']}"), "HOME": str(place), "PASSPHRASE": KEY,
+            "GNUPGHOME": str(place / "gnupg"), "RESTIC_PASSWORD": KEY, "BORG_PASSPHRASE": KEY}
+
+    def run(self, *command: object) -> float:
+        """Run a command. Returns the megabytes that the largest of its processes needed."""
+        words = [str(word) for word in command]
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                output.seek(0)
+                raise SystemExit(f"{' '.join(words)} ended with {process.returncode}:\n{output.read().decode(errors='replace')}")
+        return float(usage.ru_maxrss) / 1024
+
+    def stop_and_start(self, *command: object) -> float:
+        """Stop mail, run a command, if any, and start mail. Returns the megabytes that it needed."""
+        for name in ("postfix", "dovecot"):
+            self.run("service", name, "stop")
+        megabytes = self.run(*command) if command else 0.0
+        for name in ("dovecot", "postfix"):
+            self.run("service", name, "start")
+        return megabytes
+
+    def measure(self, night: Callable[[], float]) -> Night:
+        """Measure a night, a function that returns megabytes."""
+        for path in self.place.glob("*.log"):
+            path.unlink()
+        os.sync()
+        begin = time.monotonic()
+        megabytes = night()
+        total = time.monotonic() - begin
+        service = [float(line) for line in (self.place / "service.log").read_text().splitlines()]
+        log = self.place / "duplicity.log"
+        calls = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        return Night(service[-1] - service[0], total, megabytes, total - sum(float(end) - float(begin) for begin, end in calls))
+
+
+Contender = Callable[[bool], float]
+
+
+def contenders_of(bench: Bench) -> dict[str, Contender]:
+    """Return the ways to back up that can be had here, by name: functions of whether the night is a full one."""
+    place, root = bench.place, bench.root
+
+    def this_script(full: bool) -> float:
+        if full:
+            shutil.rmtree(root / "backup", ignore_errors=True)
+        bench.run(PYTHON, "-c", MEASURED, place / "memory", BACKUP_PROGRAM, "--storage-root", root)
+        return int((place / "memory").read_text()) / 1024
+
+    def order_of_2015(full: bool) -> float:
+        if full:
+            shutil.rmtree(place / "2015", ignore_errors=True)
+        return bench.stop_and_start(
+            "duplicity", "full" if full else "incremental", "--archive-dir", place / "2015/cache", "--exclude", root / "backup",
+            "--volsize", "250", "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", root, (place / "2015/encrypted").as_uri())
+
+    def restic(full: bool) -> float:
+        repository = place / "restic"
+        if full:
+            shutil.rmtree(repository, ignore_errors=True)
+            bench.run("restic", "init", "--repo", repository)
+        return bench.stop_and_start("restic", "backup", "--repo", repository, "--exclude", root / "backup", root)
+
+    def borg(full: bool) -> float:
+        repository = place / "borg"
+        if full:
+            shutil.rmtree(repository, ignore_errors=True)
+            bench.run("borg", "init", "--encryption", "repokey", repository)
+        return bench.stop_and_start("borg", "create", "--exclude", root / "backup", f"{repository}::{time.monotonic_ns()}", root)
+
+    ways: dict[str, Contender] = {"this script": this_script, "order of 2015": order_of_2015, "restic": restic, "borg": borg,
+                                  "floor": lambda full: bench.stop_and_start()}
+    return {name: way for name, way in ways.items() if name not in ("restic", "borg") or shutil.which(name)}
+
+
+def compare(bench: Bench, rounds: int) -> None:
+    """Print the table of nights, and the ratios of the downtimes less the floor's."""
+    contenders = contenders_of(bench)
+    measured: dict[tuple[str, bool], list[Night]] = {}
+    changes = 0
+    for _ in range(rounds):
+        for full in (True, False, False):
+            changes += 1
+            change_store(bench.root, changes)
+            for name, contender in contenders.items():
+                measured.setdefault((name, full), []).append(bench.measure(lambda: contender(full)))
+    print("| night | downtime, s | in all, s | of it not duplicity, s | memory, MB |\n|---|---|---|---|---|")
+    for full in (True, False):
+        for name in contenders:
+            nights = measured[name, full]
+            own = tell([night.own for night in nights]) if name == "this script" else ""
+            print(f"| {'full' if full else 'incremental'}, {name} | {tell([night.downtime for night in nights])} | "
+                  f"{tell([night.total for night in nights])} | {own} | {max(night.megabytes for night in nights):.0f} |", flush=True)
+
+    def above_floor(name: str, full: bool) -> float:
+        floor = statistics.median(night.downtime for night in measured["floor", full])
+        return max(0.0005, statistics.median(night.downtime for night in measured[name, full]) - floor)
+
+    for full in (True, False):
+        for name in contenders:
+            if name not in ("this script", "floor"):
+                ratio = above_floor(name, full) / above_floor("this script", full)
+                print(f"downtime less the floor, {'full' if full else 'incremental'}: 1/{ratio:.0f} of that of {name}")
+
+
+def tell(seconds: Sequence[float]) -> str:
+    """Return the median and the spread of some times."""
+    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
+# The copy, and how it grows
+
+
+def compare_first_pass(bench: Bench, messages: int, rounds: int) -> None:
+    """Print how long the first pass takes beside `cp -al`, and the second."""
+    passes: dict[str, list[float]] = {"first pass": [], "second pass": [], "cp -al": []}
+    for _ in range(rounds):
+        os.sync()
+        copy = bench.place / "copy"
+        marks = [time.monotonic()]
+        mirror = utils.begin_mirror(bench.root, copy, frozenset({"backup"}), backup.may_link, 0)
+        marks.append(time.monotonic())
+        utils.update_mirror(mirror)
+        marks.append(time.monotonic())
+        shutil.rmtree(copy)
+        os.sync()
+        marks.append(time.monotonic())
+        subprocess.run(["cp", "-al", bench.root, copy], check=True)
+        marks.append(time.monotonic())
+        shutil.rmtree(copy)
+        for name, place in (("first pass", 0), ("second pass", 1), ("cp -al", 3)):
+            passes[name].append(marks[place + 1] - marks[place])
+    for name, seconds in passes.items():
+        print(f"{name}: {tell(seconds)} s, {statistics.median(seconds) / messages * 1e6:.1f} microseconds a message")
+
+
+def show_growth(sizes: Sequence[int], directory: Path, nights: int) -> None:
+    """Print how downtime, the time that is not duplicity's and memory grow with the number of messages, without content."""
+    print("\n| messages | downtime, s | not duplicity, s | memory of the script, MB |\n|---|---|---|---|")
+    downtimes = []
+    for messages in sizes:
+        with bench_of(directory, messages, None, empty=True) as bench:
+            night = contenders_of(bench)["this script"]
+            found = [bench.measure(lambda: night(number == 0)) for number in range(nights)]
+        downtimes.append(statistics.median(night.downtime for night in found))
+        print(f"| {messages:,} | {tell([night.downtime for night in found])} | {tell([night.own for night in found])} | "
+              f"{max(night.megabytes for night in found):.0f} |", flush=True)
+    if len(sizes) > 2:
+        print(f"growth of the downtime from {sizes[1]:,} to {sizes[2]:,} messages: {downtimes[2] / downtimes[1]:.2f} times")
+
+
+@contextlib.contextmanager
+def bench_of(directory: Path, messages: int, full_size: Optional[int], empty: bool = False) -> Iterator[Bench]:
+    """Keep a mail store with a place for backups while the block runs."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix="benchmark-") as name:
+        place, root = Path(name), Path(name, "user-data")
+        make_store(root, messages, full_size, empty)
+        time.sleep(utils.SETTLED_SECONDS + 0.1)  # what has just been written counts as changed
+        yield Bench(place, root)
+
+
+# The real dovecot and postfix
+
+
+def measure_real_services() -> None:
+    """Watch the ports of dovecot and postfix during a bare restart, a night of this script and one in the order of 2015."""
+    make_store(STORAGE_ROOT, 5_000, 100_000_000)
+    subprocess.run(["chown", "-R", f"{STORAGE_USER}:{STORAGE_USER}", STORAGE_ROOT], check=True)
+    start_services()
+    create_key()
+    script = [PYTHON, str(BACKUP_PROGRAM), "--config", str(SETTINGS_FILE)]
+    stop, start = "service postfix stop; service dovecot stop", "service dovecot start; service postfix start"
+    old = f"duplicity full --exclude {STORAGE_ROOT}/backup {STORAGE_ROOT} file:///var/mail/2015"
+    environment = {**os.environ, "PASSPHRASE": KEY}
+    for name, command in (("bare restart", ["sh", "-c", f"{stop}; {start}"]), ("this script, full", script),
+                          ("this script, incremental", script), ("order of 2015, full", ["sh", "-c", f"{stop}; {old}; {start}"])):
+        time.sleep(3)
+        with PortWatcher() as watcher:
+            subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+            time.sleep(1)
+        closed = [at for port in (SMTP_PORT, IMAP_PORT) for at, is_open in watcher.transitions[port] if not is_open]
+        opened = [at for port in (SMTP_PORT, IMAP_PORT) for at, is_open in watcher.transitions[port][1:] if is_open]
+        print(f"MEASURED | {name} | {max(opened) - min(closed):.1f} |")
+
+
+def main() -> None:
+    """Measure and print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--messages", type=int, default=20_000, metavar="N", help="messages in the mail store (default: 20000)")
+    parser.add_argument("--full-size", type=float, metavar="MB", help="size of the mail store (default: as the messages make it)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often to measure each (default: 3)")
+    parser.add_argument("--large", action="store_true", help=f"also with {LARGE:,} messages")
+    parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="where to work (default: /var/tmp)")
+    options = parser.parse_args()
+    version = utils.shell(["duplicity", "--version"], backup.program_environment()).last_lines[-1]
+    system = f"{os.uname().sysname} {os.uname().release}"
+    print(f"{os.cpu_count()} cores, {system}, {version}, {options.messages:,} messages", end="")
+    with bench_of(options.directory, options.messages, options.full_size and int(options.full_size * 1e6)) as bench:
+        print(f", {utils.tree_size(bench.root) / 1e6:.0f} MB\n", flush=True)
+        compare(bench, options.rounds)
+        compare_first_pass(bench, options.messages, 5)
+    show_growth(GROWTH + ((LARGE,) if options.large else ()), options.directory, 1 + options.rounds)
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        print("\n| with real dovecot and postfix | ports closed, s |\n|---|---|")
+        for line in run_privately(measure_real_services, Path(name)).splitlines():
+            if line.startswith("MEASURED "):
+                print(line.removeprefix("MEASURED "))
+
+
+if __name__ == "__main__":
+    main()
