@@ -1,7 +1,8 @@
 """What backup.py needs of the operating system. Nothing in here knows what a backup is.
 
 Settings file, safe files and directories, the mirror of a tree, the lock, signals, the one gateway through which programs run, and
-services that come back whatever happens. Run as a program this file is the keeper: the small process that stops services and starts them again.
+services that come back whatever happens. Run as a program this file is the keeper: the small process that stops services and starts
+them again.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 TakeLine = Callable[[str], None]
+Watch = Callable[[int], None]
 
 
 class Failure(Exception):
@@ -202,9 +204,8 @@ def tree_size(path: Path) -> int:
     return total
 
 
-def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
-    """Return how many entries a tree has, itself included: files of every kind but sockets, less what is excluded and all below it."""
-    count = 1
+def walk_entries(root: Path, excluded: Collection[Path] = ()) -> Iterator["os.DirEntry[str]"]:
+    """Yield the entries of a tree: files of every kind but sockets, less what is excluded and all below it."""
     left_out = {os.fspath(path) for path in excluded}
     pending = [os.fspath(root)]
     while pending:
@@ -216,10 +217,24 @@ def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
                         continue
                 except OSError:  # gone, or unreadable: duplicity tells of that
                     continue
-                count += 1
+                yield entry
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
-    return count
+
+
+def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
+    """Return how many entries a tree has, itself included; see walk_entries."""
+    return 1 + sum(1 for _ in walk_entries(root, excluded))
+
+
+def content_size(root: Path, excluded: Collection[Path] = (), since: float = 0.0) -> int:
+    """Return the bytes in the regular files of a tree, see walk_entries. since: of those changed then or later, in epoch seconds."""
+    total = 0
+    for entry in walk_entries(root, excluded):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.is_file(follow_symlinks=False) and (status := entry.stat(follow_symlinks=False)).st_mtime >= since:
+                total += status.st_size
+    return total
 
 
 def move_file(source: Path, target: Path) -> None:
@@ -712,6 +727,14 @@ class Finished:
         return "\n".join([how, *(f"    {line}" for line in self.last_lines)])
 
 
+def bytes_read_by(process: int) -> int:
+    """Return how many bytes a process has read, from files and pipes (rchar in proc(5)), 0 if that cannot be told."""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"rchar: (\d+)", Path(f"/proc/{process}/io").read_text()):
+            return int(match[1])
+    return 0
+
+
 def find_program(name: str, environment: Mapping[str, str]) -> str:
     """Return the path of a program on the PATH of environment. Raises Failure (exit code 2) if it is not there."""
     found = shutil.which(name, path=environment["PATH"])
@@ -732,7 +755,7 @@ def shell(
     timeout_seconds: float = math.inf,
     on_line: TakeLine = lambda line: None,
     on_log: Optional[TakeLine] = None,
-    watch: Callable[[], None] = lambda: None,
+    watch: Watch = lambda process: None,
 ) -> Finished:
     """Run a program and wait for it: the one gateway for all of them. No shell reads the command.
 
@@ -740,8 +763,9 @@ def shell(
     on_log. environment: all of the program's environment. secret: hidden in whatever the program prints. standard_input: a few
     lines for it to read. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an
     output pipe open for ever, so a file takes the output. timeout_seconds: then it is ended, with exit code 124. on_line, on_log:
-    called for each line as it comes, escaped. watch: called every second; what it raises ends the program. Returns how it ended,
-    with exit code 126 if it could not be executed. The program and its process group have ended when an exception leaves.
+    called for each line as it comes, escaped. watch: called every second with its process id; what it raises ends the program.
+    Returns how it ended, with exit code 126 if it could not be executed. The program and its process group have ended when an
+    exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -804,7 +828,7 @@ def _file_to(take_line: TakeLine) -> Iterator[int]:
             take_line(printable(os.fsdecode(line)))
 
 
-def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, watch: Callable[[], None] = lambda: None) -> bool:
+def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, watch: Watch = lambda process: None) -> bool:
     """Wait for a program, watching it every second. Returns whether it ended in time."""
     deadline = time.monotonic() + timeout_seconds
     descriptor = os.pidfd_open(process.pid)
@@ -812,7 +836,7 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, watch: Cal
         while not select.select([descriptor], [], [], max(0.0, min(1.0, deadline - time.monotonic())))[0]:
             if time.monotonic() >= deadline:
                 return False
-            watch()
+            watch(process.pid)
     finally:
         os.close(descriptor)
     process.wait()
