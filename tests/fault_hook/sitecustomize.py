@@ -32,7 +32,15 @@ def matters(event: str, arguments: tuple[object, ...]) -> bool:
     subject = arguments[0]
     if isinstance(subject, int):  # a descriptor: of a file that was opened for it
         return True
-    return isinstance(subject, (str, bytes)) and os.fsdecode(subject).startswith(PREFIXES)
+    if not isinstance(subject, (str, bytes)):
+        return False
+    path = os.fsdecode(subject)
+    if not path.startswith("/"):  # relative to a directory that is open, which an event comes with last, but for "open"
+        if event == "open":
+            return True
+        directory = arguments[-1]
+        path = os.path.join(os.readlink(f"/proc/self/fd/{directory}") if isinstance(directory, int) and directory >= 0 else "", path)
+    return path.startswith(PREFIXES)
 
 
 def descendants(process: int, but: int) -> list[int]:
