@@ -426,7 +426,7 @@ def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: 
             if present.pop(name, None) is None or mirror.seen.get(below) != _identity(entry):
                 _replace(mirror, below, linked, entry, live, copy)
     for name in present:
-        remove(mirror.target / path / name)
+        remove(_in(copy, name))
     if linked and not others:
         _remember(mirror, path, status)
     _set_metadata(".", status, copy)
@@ -481,7 +481,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
     It is never written to what is there: that may be a link to the user's own file.
     """
     name = os.path.basename(path)
-    remove(mirror.target / path)
+    remove(_in(copy, name))
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
     try:
@@ -496,7 +496,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
             mirror.unread[path] = os.strerror(error.errno)
         elif not _is_gone(error):
             raise
-        remove(mirror.target / path)
+        remove(_in(copy, name))
         return
     _set_metadata(name, status, copy)
     _remember(mirror, path, status)
@@ -545,6 +545,11 @@ def _copy_data(source: int, target: int, size: int) -> None:
         os.lseek(target, begin, os.SEEK_SET)
         while begin < end and (sent := os.sendfile(target, source, begin, end - begin)):
             begin += sent
+
+
+def _in(directory: int, name: str) -> Path:
+    """Return a path to an entry of a directory that is open: wherever that is by now, and whatever stands where it was."""
+    return Path("/proc/self/fd", str(directory), name)
 
 
 def _is_gone(error: OSError) -> bool:

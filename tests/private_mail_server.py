@@ -149,6 +149,7 @@ def main() -> None:
 
 def run_scenario(test_module: Path, scenario: str) -> int:
     """Call the scenario and return the exit code. If it fails, print everything that may tell why, the error last."""
+    sys.path.insert(1, str(BACKUP_PROGRAM.parent))  # some test modules import the program
     try:
         getattr(importlib.import_module(test_module.stem), scenario)()
     except Exception:

@@ -1,17 +1,15 @@
-"""Goal: the line in /etc/cron.d, run by the real cron, makes a complete backup, and cron has nothing to mail."""
+"""Goal: the README's line in /etc/cron.d, run by the real cron, makes a complete backup; cron mails what needs attention, no more."""
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from private_mail_server import (BACKUP_PROGRAM, create_key, imap_messages, manifests, mount_private_directories, run, run_privately,
-                                 running_commands, send_message, start_services, wait_until)
+from private_mail_server import (BACKUP_DIRECTORY, BACKUP_PROGRAM, create_key, imap_messages, manifests, mount_private_directories, run,
+                                 run_privately, running_commands, send_message, start_services, wait_until)
+from test_readme import sh_block
 
 MAIL_DIRECTORY = Path("/run/sent-by-cron")
 PRINTED = "printed by the job beside it"
-CRON_LINES = f"""\
-* * * * * root {BACKUP_PROGRAM}
-* * * * * root echo {PRINTED}
-"""
 SENDMAIL = f"""\
 #!/bin/sh
 exec cat > "$(mktemp {MAIL_DIRECTORY}/XXXXXXXX)"
@@ -19,7 +17,7 @@ exec cat > "$(mktemp {MAIL_DIRECTORY}/XXXXXXXX)"
 
 
 def test_nightly_run_under_cron_is_silent(tmp_path: Path) -> None:
-    """A line like `30 3 * * * root /path/backup.py`, due every minute, makes a backup; only what the job beside it prints is mailed."""
+    """The README's line, due every minute, makes a backup; only what the job beside it prints is mailed, and then a hook's failure."""
     run_privately(back_up_under_cron, tmp_path)
 
 
@@ -39,6 +37,17 @@ def back_up_under_cron() -> None:
     assert not unexpected_mails(), "\n".join(unexpected_mails())
     assert manifests(), "the backup printed nothing and is not complete"
     assert len(imap_messages()) == 1, imap_messages()
+    hook = BACKUP_DIRECTORY / "after-backup"
+    hook.write_text("#!/bin/sh\necho no such disk; exit 1\n")
+    hook.chmod(0o755)
+    cron = subprocess.Popen(["cron", "-f", "-L", "15"], stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: any("no such disk" in mail for mail in unexpected_mails()), "the hook's failure is mailed", seconds=180)
+        wait_until(cron_is_idle, "cron has mailed all there is to mail", seconds=180)
+    finally:
+        cron.terminate()
+        cron.wait()
+    assert all("To: admin@example.com" in mail for mail in mails() if mail), mails()
 
 
 def prepare_cron() -> None:
@@ -54,7 +63,11 @@ def prepare_cron() -> None:
     crontabs.mkdir()
     crontabs.chmod(0o1730)
     shutil.chown(crontabs, group="crontab")
-    Path("/etc/cron.d/backup").write_text(CRON_LINES)  # cron ignores names with dots
+    subprocess.run(["sh", "-e", "-c", sh_block("* * *") + sh_block("MAILTO")], check=True)  # as they stand there
+    line = Path("/etc/cron.d/backup").read_text()
+    due = re.sub(r"^\d+ \d+ ", "* * ", line, flags=re.MULTILINE).replace("/opt/backup/backup.py", str(BACKUP_PROGRAM))
+    assert due.count("* * * * * root") == 1
+    Path("/etc/cron.d/backup").write_text(f"{due}* * * * * root echo {PRINTED}\n")
 
 
 def cron_is_idle() -> bool:

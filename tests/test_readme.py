@@ -3,6 +3,7 @@
 import contextlib
 import email
 import email.policy
+import http.server
 import os
 import pwd
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ from conftest import PROJECT, PYTHON, SCRIPT, USER, Result, Store, tree_of
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 SAMPLE = PROJECT / "tests" / "sample-mail-store"
-RESTORE = "Restore on a new machine"
+RESTORE = "Moving to a new machine"
 UNTESTED = {"tests/run\n": "it runs this very test; .ci/run calls it"}
 SYSTEM_PATHS = re.compile(r"/(?:root|home|media|opt|etc|var)/[\w./-]*")
 
@@ -166,7 +168,7 @@ def test_first_command_backs_up_a_copy_of_the_sample(store: Store) -> None:
     """With a stand-in for apt-get: a complete set, a status that shows it, mail running again and the clone as it was; twice."""
     store.stand_in("apt-get", "#!/bin/sh\n")
     scratch = store.scratch / "sample"
-    command = in_test(sh_block("--storage-root"), {"/var/tmp/sample-mail": scratch})
+    command = in_test(sh_block("sample-mail-store"), {"/var/tmp/sample-mail": scratch})
     before = tree_of(SAMPLE)
     for nights in (1, 2):
         result = run_in_clone(store, command)
@@ -182,8 +184,12 @@ def test_cron_line(store: Store) -> None:
     """The file's name is one that cron reads, and its only line is a time, root, and the program in the place of the clone."""
     file = "/etc/cron.d/backup"
     assert re.fullmatch(r"/etc/cron\.d/[A-Za-z0-9_-]+", file)
-    run_in_clone(store, in_test(sh_block("cron.d"), {file: store.scratch / "cron-file", "/opt/backup": Path("/opt/backup")}))
-    assert re.fullmatch(r"[0-5]?\d (1?\d|2[0-3]) \* \* \* root /opt/backup/backup\.py\n", (store.scratch / "cron-file").read_text())
+    paths = {file: store.scratch / "cron-file", "/opt/backup": Path("/opt/backup")}
+    run_in_clone(store, in_test(sh_block("* * *"), paths))
+    line = (store.scratch / "cron-file").read_text()
+    assert re.fullmatch(r"[0-5]?\d (1?\d|2[0-3]) \* \* \* root /opt/backup/backup\.py\n", line)
+    run_in_clone(store, in_test(sh_block("MAILTO"), paths))  # that cron minds it: test_cron.py
+    assert (store.scratch / "cron-file").read_text() == f"MAILTO=admin@example.com\n{line}"
     assert "Put the clone in `/opt/backup`" in README
 
 
@@ -200,7 +206,7 @@ def test_restore_steps(keyed: Store, home: Path) -> None:
     keyed.stand_in("apt-get", f"#!/bin/sh\necho $* >> {keyed.scratch}/installed\n")
     keyed.forget_calls()
 
-    paths = {"/root/rescue": rescue, "/home/user-data": machine, "/root/alice": keyed.scratch / "alice"}
+    paths = {"/root/rescue": rescue, "/home/user-data": machine, "/root/alice": keyed.scratch / "alice", "/opt/backup": PROJECT}
     told = {block: keyed.run("sh", "-c", in_test(block, paths), environment={"HOME": str(home)}).stdout
             for block in sh_blocks(section(RESTORE))}
 
@@ -210,12 +216,13 @@ def test_restore_steps(keyed: Store, home: Path) -> None:
     assert [True for text in told.values() if " mail/mailboxes/example.com/alice/cur/170010.M1P1.host:2,S\n" in text] == [True]
     assert " duplicity " in (keyed.scratch / "installed").read_text()
     assert keyed.calls() == ["dovecot start", "postfix start"]
+    assert [text for block, text in told.items() if "--verify" in block][0].startswith("checked 2 backup sets")
 
     settings = keyed.scratch / "new-settings"
     settings.write_text(f"STORAGE_ROOT={machine}\nSTORAGE_USER={USER}\n")
     restored = Store(machine, settings, keyed.bin, keyed.scratch, keyed.environment)
     (machine / "later").touch()
-    result = restored.backup()
+    result = restored.run("unshare", "--uts", "sh", "-c", f"hostname new.example.com && {shlex.join(restored.command())}")
     assert (result.stdout, result.stderr) == ("", "")
     assert [name.split(".")[0] for name in restored.manifests()] == ["duplicity-full", "duplicity-inc", "duplicity-inc"]
     restored.assert_restores("from-new-machine")
@@ -233,6 +240,46 @@ def test_rsync_hook(keyed: Store) -> None:
         assert (result.stdout, result.stderr) == ("", "")
         assert contents(copy) == contents(keyed.encrypted)
         time.sleep(1.1)  # duplicity dates sets in whole seconds
+
+
+def test_dead_mans_switch_hook(keyed: Store) -> None:
+    """The hook calls the URL once when a backup was made, and not when none was; a call that fails is told of."""
+    url = "https://ping.example.org/mail-server"
+    with switch() as (server, calls):
+        assert url in sh_block("curl")
+        put_hook(keyed, "after-backup", sh_block("curl").replace(url, f"http://127.0.0.1:{server.server_port}/mail-server"))
+        assert keyed.backup().stderr == "" and calls == ["/mail-server"]
+        keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in incremental) exit 50;; esac\nexec REAL "$@"\n')
+        keyed.backup(exit_code=1)
+        assert calls == ["/mail-server"]
+    (keyed.bin / "duplicity").unlink()
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    assert "after-backup" in keyed.backup(exit_code=3).stderr
+
+
+@contextlib.contextmanager
+def switch() -> Iterator[tuple[http.server.HTTPServer, list[str]]]:
+    """Serve a dead man's switch on loopback while the block runs, and note the paths of its calls."""
+    calls: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Takes every call."""
+
+        def do_GET(self) -> None:
+            """Note it."""
+            calls.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server, calls
+        server.shutdown()
+        thread.join()
 
 
 def test_disk_hook(keyed: Store) -> None:
@@ -257,7 +304,7 @@ def test_disk_hook(keyed: Store) -> None:
 def test_first_command_on_a_fresh_debian(fresh_debian: Path) -> None:
     """The README's first command, and the restore of what it made, to the letter on a Debian 12 that has nothing installed."""
     shutil.copytree(PROJECT, fresh_debian / "clone", symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
-    result = run_in_system(fresh_debian, f"cd /clone && {sh_block('--storage-root')}")
+    result = run_in_system(fresh_debian, f"cd /clone && {sh_block('sample-mail-store')}")
     print(result.stdout, result.stderr)  # pytest shows it if a check fails
     assert result.returncode == 0
     assert re.search(r"^\S+T\S+ .* full +[\d.]+ kB", result.stdout, re.MULTILINE)
