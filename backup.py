@@ -16,6 +16,7 @@ import errno
 import filecmp
 import glob
 import hashlib
+import html
 import json
 import logging
 import os
@@ -1109,6 +1110,8 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
 
 # Status
 
+NO_BACKUPS = "No backups have been made yet."
+
 
 def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dict[str, Any]:
     """Tell what backups there are, how big they are, when each will be deleted and how the last run went; made for JSON.
@@ -1199,7 +1202,7 @@ def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) 
     well, headline = headline_of(status, now)
     lines = [f"\x1b[{32 if well else 31}m{headline}\x1b[0m" if colour else headline, ""]
     row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
-    lines += [row.format("When", "Age", "Type", "Size", "Deleted in")] if status["backups"] else ["No backups have been made yet.", ""]
+    lines += [row.format("When", "Age", "Type", "Size", "Deleted in")] if status["backups"] else [NO_BACKUPS, ""]
     for backup in status["backups"]:
         kind = "full" if backup["full"] else "increment"
         lines.append(row.format(
@@ -1216,28 +1219,202 @@ def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) 
 
 
 def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
-    """Return in a line how the last run went. last: what last-run.json holds, None if there was no run."""
+    """Return in a line when the last run ended, in local ISO time, and how it went. last: of last-run.json, None if there was no run."""
     if last is None:
         return "none yet"
-    seconds = last.get("downtime_seconds")
+    end, seconds = str(last.get("end", "unknown")), last.get("downtime_seconds")
+    with contextlib.suppress(ValueError, OverflowError):
+        end = datetime.fromisoformat(end).astimezone().isoformat()
     told = [f"exit code {last.get('exit_code')}", last.get("kind"),
             {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source"))),
             seconds is not None and f"mail down {seconds} seconds", last.get("message")]
-    return f"{last.get('end', 'unknown')}: {', '.join(str(part) for part in told if part)}"
+    return f"{end}: {', '.join(str(part) for part in told if part)}"
 
 
-def show_status(env: Mapping[str, str], as_json: bool) -> int:
+def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
     """Print the status. Returns the exit code: 3 if there is no backup of the last 36 hours, or if the last run failed."""
     now = datetime.now().astimezone()
     status = backup_status(env, now)
     well, headline = headline_of(status, now)
     if as_json:
         print(json.dumps(status, indent=1))
+    elif as_html:
+        print(status_page(status, now))
     else:
         print(status_text(status, now, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if not well:
         log.warning(headline)
     return 0 if well else 3
+
+
+# Status as a web page
+
+BAR_TOP, BAR_FOOT, BAR_LEAST = 24, 152, 4  # of the picture, in pixels; what goes across is in percent of its width
+WIDEST_BAR = 8.0
+CHAIN_GAP = 0.6  # before a chain, in bars
+DATE_WIDTH = 15.0  # what a date needs where the page is narrowest
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Backups</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="robots" content="noindex">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+:root {{ color-scheme: light dark; --page: #ffffff; --text: #1b222c; --muted: #566170; --line: #d8dde4; --bar: #2563a8;
+    --alarm: #8f1d14; --alarm-page: #fdecea; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #14181d; --text: #e4e8ed; --muted: #a4aebb; --line: #363e48; --bar: #7fb3ee;
+    --alarm: #ffb9b0; --alarm-page: #3d1d1a; }} }}
+body {{ max-width: 44rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--text);
+    font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
+h1 {{ margin: 0; font-size: 1.6rem; line-height: 1.2; }}
+h1 + p, dt, figcaption, caption, small, thead, text {{ color: var(--muted); fill: var(--muted); font-size: .8125rem; }}
+.alarm {{ padding: .5rem .75rem; border-left: .25rem solid; background: var(--alarm-page); color: var(--alarm); }}
+dd {{ margin: 0 0 1rem; }}
+figure {{ margin: 2rem 0; }}
+figcaption span {{ display: inline-block; margin-right: 1.25rem; }}
+rect {{ fill: var(--page); stroke: var(--bar); stroke-width: 1.5; }}
+rect.full {{ fill: var(--bar); }}
+line {{ stroke: var(--line); }}
+table {{ width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
+caption {{ text-align: left; }}
+th, td {{ padding: .4rem 0 .4rem min(2rem, 3vw); border-bottom: 1px solid var(--line); font-weight: inherit; text-align: left;
+    vertical-align: top; }}
+th:first-child {{ padding-left: 0; }}
+.full, tfoot tr:last-child {{ font-weight: bold; }}
+.size {{ text-align: right; }}
+.size, time span {{ white-space: nowrap; }}
+small {{ display: block; font-weight: normal; }}
+@media (max-width: 30rem) {{ table {{ font-size: .875rem; }} }}
+</style>
+</head>
+<body>
+<main>
+<h1>Backups</h1>
+<p>As of {now}</p>
+<p class="{headline_class}"><strong>{headline}</strong></p>
+<dl>
+<dt>Last run</dt>
+<dd class="{last_class}">{last_run}</dd>
+<dt>Encrypted files</dt>
+<dd><code>{directory}</code>, {free} free on that disk<br>These are safe to copy anywhere: to another machine, best of all.</dd>
+<dt>Key</dt>
+<dd><code>{key}</code><br>Keep a copy of this elsewhere, and not beside the files: without it no backup can be opened.</dd>
+</dl>
+{backups}
+</main>
+</body>
+</html>"""
+
+TABLE = """\
+<table>
+<caption>All backups, the newest first, in local time</caption>
+<thead>
+<tr><th scope="col">When</th><th scope="col">Type</th><th scope="col" class="size">Size</th><th scope="col">Deleted in…</th></tr>
+</thead>
+<tbody>
+{rows}
+</tbody>
+<tfoot>
+{sums}
+</tfoot>
+</table>"""
+
+FIGURE = """\
+<figure>
+<svg role="img" aria-labelledby="picture-title picture-text" width="100%" height="176">
+<title id="picture-title">Sizes of the backups over time</title>
+<desc id="picture-text">The backups of each chain, the oldest first. {told}.</desc>
+{drawn}
+</svg>
+<figcaption>
+<span><svg aria-hidden="true" width="14" height="12"><rect class="full" x="1" y="1" width="12" height="10"/></svg>
+full backup, begins a chain</span>
+<span><svg aria-hidden="true" width="14" height="12"><rect x="4" y="1" width="6" height="10"/></svg>
+increment, needs those before it in its chain</span>
+</figcaption>
+</figure>"""
+
+
+def status_page(status: Mapping[str, Any], now: datetime) -> str:
+    """Return backup_status's answer as a web page that holds no script and fetches nothing; it is ASCII, whatever the locale.
+
+    now: the time, with its zone, at which the answer was asked for.
+    """
+    well, headline = headline_of(status, now)
+    last = status["last_run"]
+    page = PAGE.format(
+        headline_class="" if well else "alarm", headline=for_page(headline),
+        now=for_page(f"{clock_time(now.astimezone().isoformat(timespec='seconds'))} {status['tz']}"),
+        last_class="alarm" if last and last.get("exit_code") == 3 else "", last_run=for_page(clock_time(last_run_text(last))),
+        directory=for_page(status["directory"]), free=human_size(status["free_size"]), key=for_page(status["encpwfile"]),
+        backups=f"{picture(status['backups'])}\n{table(status)}" if status["backups"] else f"<p><strong>{NO_BACKUPS}</strong></p>")
+    return page.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def for_page(text: str) -> str:
+    """Return text as it can stand anywhere in a page, what is not printable as an escape."""
+    return html.escape(printable(text))
+
+
+def clock_time(text: str) -> str:
+    """Return text with the local ISO time that it begins with as a clock shows it, such as 2026-11-22 03:00:00."""
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)[+-]\d\d:\d\d", r"\1 \2", text)
+
+
+def table(status: Mapping[str, Any]) -> str:
+    """Return the page's table of the backups and their sums."""
+    rows = []
+    for backup in status["backups"]:
+        kind, (day, clock) = "full" if backup["full"] else "increment", clock_time(backup["date_str"]).split()
+        rows.append(
+            f'<tr class="{kind}"><th scope="row"><time datetime="{backup["date_str"]}"><span>{day}</span> <span>{clock}</span></time>'
+            f'<small>{backup["date_delta"]} ago</small></th><td>{kind}</td><td class="size">{human_size(backup["size"])}</td>'
+            f'<td>{backup.get("deleted_in", "unknown")}</td></tr>')
+    unmatched = status["unmatched_file_size"]
+    sums = {"Files of no complete backup": unmatched} if unmatched else {}
+    sums["Total"] = unmatched + sum(backup["size"] for backup in status["backups"])
+    return TABLE.format(rows="\n".join(rows), sums="\n".join(
+        f'<tr><th scope="row" colspan="2">{name}</th><td class="size">{human_size(size)}</td><td></td></tr>'
+        for name, size in sums.items()))
+
+
+def picture(backups: Sequence[Mapping[str, Any]]) -> str:
+    """Return a picture of backups, newest first as in the status: a bar for each, as high as it is big, the oldest on the left."""
+    chains: list[list[Mapping[str, Any]]] = []
+    for backup in reversed(backups):
+        if backup["full"] or not chains:
+            chains.append([])
+        chains[-1].append(backup)
+    step = min(WIDEST_BAR, 100 / (len(backups) + CHAIN_GAP * (len(chains) - 1)))
+    largest = max(1, *(backup["size"] for backup in backups))
+    drawn = [f'<text x="0" y="{BAR_TOP - 8}">{human_size(largest)}</text>',
+             *(f'<line x1="0" x2="100%" y1="{height}" y2="{height}"/>' for height in (BAR_TOP, BAR_FOOT))]
+    told = []
+    left = free = 0.0
+    for chain in chains:
+        begin = datetime.fromisoformat(chain[0]["date_str"])
+        told.append(f"{begin.day} {begin:%b}: {', '.join(human_size(backup['size']) for backup in chain)}")
+        if min(left, 100 - DATE_WIDTH) >= free:
+            free = left + DATE_WIDTH
+            place = f'x="{left:.2f}%"' if free < 100 else 'x="100%" text-anchor="end"'
+            drawn.append(f'<text {place} y="{BAR_FOOT + 18}">{begin.day} {begin:%b}</text>')
+        for backup in chain:
+            drawn.append(bar(backup, left, step, (BAR_FOOT - BAR_TOP) * backup["size"] / largest))
+            left += step
+        left += CHAIN_GAP * step
+    return FIGURE.format(told="; ".join(told), drawn="\n".join(drawn))
+
+
+def bar(backup: Mapping[str, Any], left: float, step: float, height: float) -> str:
+    """Return the picture's bar for a backup. left, step: where its room begins and how wide that is, in percent; height in pixels."""
+    kind, indent, width = ("full", 0.08, 0.84) if backup["full"] else ("increment", 0.25, 0.5)
+    height = max(BAR_LEAST, height)
+    return (f'<rect class="{kind}" x="{left + indent * step:.2f}%" y="{BAR_FOOT - height:.1f}" width="{width * step:.2f}%" '
+            f'height="{height:.1f}"><title>{clock_time(backup["date_str"])}: {kind}, {human_size(backup["size"])}</title></rect>')
 
 
 # Reading: verify, list, restore
@@ -1579,6 +1756,7 @@ examples:
   backup.py --dry-run             show what would be done
   backup.py --status              what there is and when it will be deleted
   backup.py --status --json       the same for programs
+  backup.py --status --html       the same as a web page
   backup.py --verify              check every backup file
   backup.py --list --time 3D      the files in the backup of three days ago
   backup.py --restore /root/old --path mail/mailboxes/example.com/alice
@@ -1620,7 +1798,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="make a full backup")
     parser.add_argument("--dry-run", action="store_true", help="show the steps and commands, touch nothing")
     parser.add_argument("--status", action="store_true", help="show what backups there are")
-    parser.add_argument("--json", action="store_true", help="with --status: for programs")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="with --status: for programs")
+    form.add_argument("--html", action="store_true", help="with --status: as a web page")
     parser.add_argument("--verify", action="store_true", help="check every backup file")
     parser.add_argument("--compare", action="store_true", help="with --verify: also against the live files")
     parser.add_argument("--list", action="store_true", help="list the files in a backup")
@@ -1635,7 +1815,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     commands = [name for name in ("status", "verify", "list", "restore") if getattr(options, name) not in (None, False)]
     if len(commands) > 1 or commands and (options.full or options.dry_run):
         parser.error(f"--{commands[0]} goes with no other command")
-    for option, wanted in {"json": ["status"], "compare": ["verify"], "path": ["restore"], "time": ["list", "restore"]}.items():
+    belongs = {"json": ["status"], "html": ["status"], "compare": ["verify"], "path": ["restore"], "time": ["list", "restore"]}
+    for option, wanted in belongs.items():
         if getattr(options, option) not in (None, False) and not set(wanted) & set(commands):
             parser.error(f"--{option} goes with --{' or --'.join(wanted)}")
     return options
@@ -1671,7 +1852,7 @@ def run(arguments: Sequence[str]) -> int:
         log.setLevel(logging.INFO)
     settings = read_settings(options)
     if options.status:
-        return show_status(settings, options.json)
+        return show_status(settings, options.json, options.html)
     if options.verify or options.list or options.restore is not None:
         return read(options, settings)
     night = night_of(settings, options.verbose)

@@ -19,7 +19,8 @@ def test_help_is_complete_and_fits_80_columns(store: Store) -> None:
     """Every option, examples, all exit codes and the files."""
     text = store.backup("--help").stdout
     assert max(map(len, text.splitlines())) <= 80
-    for option in ("--full", "--dry-run", "--status", "--json", "--config", "--storage-root", "-v", "--verbose", "--version", "--help"):
+    for option in ("--full", "--dry-run", "--status", "--json", "--html", "--config", "--storage-root", "-v", "--verbose", "--version",
+                   "--help"):
         assert option in text
     for code in ("0", "1", "2", "3", "4", "5", r"128\+n"):
         assert re.search(rf"^  {code}\s", text, re.MULTILINE)
@@ -32,7 +33,8 @@ def test_version(store: Store) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--no-such-option"], ["--json"], ["--status", "--full"], ["--status", "--dry-run"], ["extra"], ["--ful"], ["--config"]])
+    ["--no-such-option"], ["--json"], ["--html"], ["--list", "--html"], ["--status", "--json", "--html"], ["--status", "--full"],
+    ["--status", "--dry-run"], ["extra"], ["--ful"], ["--config"]])
 def test_wrong_usage(store: Store, arguments: list[str]) -> None:
     """Exit 2, one sentence, nothing touched."""
     result = store.backup(*arguments, exit_code=2)

@@ -4,6 +4,7 @@ import contextlib
 import email
 import email.policy
 import http.server
+import json
 import os
 import pwd
 import re
@@ -15,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -298,6 +300,34 @@ def test_disk_hook(keyed: Store) -> None:
     shutil.rmtree(disk)
     time.sleep(1.1)
     assert "after-backup" in keyed.backup(exit_code=3).stderr
+
+
+def test_page_hook(keyed: Store) -> None:
+    """The hook's page, which everybody can read, shows the very run that calls it; a status that needs attention is not hidden."""
+    directory = keyed.root / "www" / "default"
+    directory.mkdir(parents=True)
+    os.chown(directory, pwd.getpwnam(USER).pw_uid, -1)
+    program = "/opt/backup/backup.py"
+    assert sh_block("--html").count(program) == 1
+    put_hook(keyed, "after-backup", sh_block("--html").replace(program, f"{SCRIPT} --config {keyed.settings}"))
+    page = directory / "backup.html"
+    for sets in (1, 2):
+        result = keyed.backup()
+        assert (result.stdout, result.stderr) == ("", "")
+        told = re.search(r"<dd.*>(.+): exit code 0, ", page.read_text())
+        assert told and page.read_text().count("<time ") == sets
+        seconds = int(keyed.run("env", "-u", "TZ", "date", "-d", told[1], "+%s").stdout)
+        last = json.loads((keyed.backups / "last-run.json").read_text())  # written again after the hook
+        assert datetime.fromisoformat(last["start"]).timestamp() <= seconds <= datetime.fromisoformat(last["end"]).timestamp()
+        assert page.stat().st_mode & 0o777 == 0o644
+        time.sleep(1.1)  # duplicity dates sets in whole seconds
+    (keyed.bin / "postfix.fails-start").write_text("9")
+    result = keyed.backup(exit_code=5)
+    assert "FAILED: the last run failed: postfix could not be started again" in page.read_text()
+    assert "after-backup failed" in result.stderr and "exit code 3" in result.stderr
+    keyed.settings.chmod(0o600)
+    time.sleep(1.1)
+    assert "cannot read the settings file" in keyed.backup(exit_code=3).stderr
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="downloads a Debian and takes minutes: only with CI=true")

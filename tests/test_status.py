@@ -847,7 +847,7 @@ def opened_paths(trace: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("arguments", [["--status"], ["--status", "--json"]])
+@pytest.mark.parametrize("arguments", [["--status"], ["--status", "--json"], ["--status", "--html"]])
 def test_group_can_ask_and_no_backup_file_is_opened(keyed: Store, kept: ByHand, arguments: list[str]) -> None:
     """Somebody of STORAGE_USER's group can ask; of encrypted/ only the directory is opened, of its files none, nor is the key."""
     dates = kept.put_chain(recent(hours=49), increments=1)
