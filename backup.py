@@ -1709,12 +1709,13 @@ CLEAR_LINE = "\r\x1b[K"
 
 
 class _Prefixed(logging.Formatter):
-    """Begins every line with the program's name, a step with the time, too, and escapes what a terminal could mistake."""
+    """Begins every line with the program's name, on a terminal a step with the time, too, and escapes what that could mistake."""
 
     def format(self, record: logging.LogRecord) -> str:
-        begin = f"backup: {time.strftime('%H:%M:%S')} " if record.levelno == logging.INFO else "backup: "
-        lines = "\n".join(begin + printable(line) for line in super().format(record).split("\n"))
-        return CLEAR_LINE + lines if sys.stderr.isatty() else lines
+        terminal = sys.stderr.isatty()
+        clock = time.strftime("%H:%M:%S ") if terminal and record.levelno == logging.INFO else ""
+        lines = "\n".join(f"backup: {clock}{printable(line)}" for line in super().format(record).split("\n"))
+        return CLEAR_LINE + lines if terminal else lines
 
 
 @contextlib.contextmanager

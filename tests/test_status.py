@@ -144,7 +144,7 @@ def test_keys(by_hand: ByHand) -> None:
     full, increment = by_hand.put_chain(NOW - 2 * DAY, increments=1, size_bytes=2000, increment_bytes=300)
     by_hand.put("stray", 7)
     status = by_hand.status()
-    assert set(status) == {"directory", "encpwfile", "tz", "backups", "unmatched_file_size", "last_run"}
+    assert set(status) == {"directory", "encpwfile", "tz", "backups", "unmatched_file_size", "free_size", "last_run"}
     assert (status["directory"], status["encpwfile"]) == (str(by_hand.encrypted), str(by_hand.root / "backup/secret_key.txt"))
     assert (status["unmatched_file_size"], status["last_run"]) == (7, None)
     newer, older = status["backups"]
@@ -953,7 +953,7 @@ def test_after_real_backups(keyed: Store) -> None:
     assert (status["last_run"]["exit_code"], status["last_run"]["kind"]) == (0, "incremental")
     assert not backup.should_force_full({"STORAGE_ROOT": str(keyed.root)})
     result = keyed.backup("--status")
-    assert len([line for line in result.stdout.splitlines() if " full " in line or " increment " in line]) == 2
+    assert len([line for line in result.stdout.splitlines() if re.match(r"\d{4}-.* (full|increment) ", line)]) == 2
     by_group = keyed.run(*MEMBER, *keyed.command("--status", "--json"))
     assert [row["size"] for row in json.loads(by_group.stdout)["backups"]] == [newer["size"], older["size"]]
     assert by_group.stderr == ""
