@@ -266,7 +266,7 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
             with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, sets):              # 7
                 with mail_stopped(night, record, lock):                                                 # 8
                     if copy:
-                        utils.update_mirror(copy)                                                       # 9
+                        finish_copy(copy)                                                               # 9
                     else:
                         make_set(night, record, "full" if reason else "incremental")
                 if copy:                                                                                # 10: mail is back
@@ -783,6 +783,14 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
             record.warn(f"the copy {place} could not be removed, the next run will: {failure_of(error)}")
 
 
+def finish_copy(copy: utils.Mirror) -> None:
+    """Make the copy equal to the tree, while mail is stopped. Raises Failure if that fails."""
+    try:
+        utils.update_mirror(copy)
+    except utils.CannotMirror as error:
+        raise Failure(f"no backup was made because the copy could not be finished: {error}; see to that, run the backup again") from error
+
+
 @contextlib.contextmanager
 def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     """Keep mail stopped while the block runs, see utils.services_stopped. lock: its descriptor."""
@@ -824,7 +832,8 @@ def set_command(night: Night, action: str, copy: Optional[utils.Mirror] = None) 
     command = duplicity_command(
         night.paths, night.paths.cache, action, *excluded, "--volsize", str(VOLUME_MEGABYTES), "--gpg-options=--cipher-algo=AES256",
         "--allow-source-mismatch", "--log-fd=LOG", str(copy.target if copy else night.paths.root))
-    return [*command[:3], "nice", "-n", "19", "ionice", "-c", "3", *command[3:]] if copy else command
+    # Where a container forbids it (-t) duplicity reads at the priority that it has.
+    return [*command[:3], "nice", "-n", "19", "ionice", "-t", "-c", "3", *command[3:]] if copy else command
 
 
 def exclusions(paths: Paths) -> list[str]:

@@ -365,7 +365,7 @@ def _told_as_cannot_mirror(mirror: Mirror) -> Iterator[None]:
     except (OSError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "too many directories inside each other"
         name = f": {printable(os.fsdecode(error.filename))}" if isinstance(error, OSError) and error.filename else ""
-        raise CannotMirror(f"{mirror.source} could not be copied to {mirror.target}{name}: {why}; check the disk and its room") from error
+        raise CannotMirror(f"{mirror.source} could not be copied to {mirror.target}{name}: {why}") from error
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def test_dry_run_touches_nothing_and_tells_the_truth(store: Store) -> None:
     (store.bin / "calls").chmod(0o666)
     store.backup()
     done = [re.sub(r"--log-fd=\d+", "--log-fd=LOG", call) for call in store.calls() if not re.search(r" (status|--version)$", call)]
-    planned = [line.strip().removeprefix("service ").removeprefix("setpriv --pdeathsig KILL ").removeprefix("nice -n 19 ionice -c 3 ")
+    planned = [line.strip().removeprefix("service ").removeprefix("setpriv --pdeathsig KILL ").removeprefix("nice -n 19 ionice -t -c 3 ")
                for line in plan.splitlines()
                if re.match(rf"      (service|setpriv|{re.escape(str(store.backups))}/(before|after))", line)]
     assert planned == done and len(done) == 9
