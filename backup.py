@@ -75,7 +75,7 @@ DUPLICITY_EXIT_CODES = {
     4: "duplicity was interrupted; run the backup again",
     17: "duplicity finds no complete chain to add to; run the backup with --full",
     19: "the path is not in the backup; name one that is",
-    21: "a backup file does not match its checksum; run the backup with --full and check the disk",
+    21: "a backup file does not match its checksum; see which with --verify, take an older backup with --time, or your copy elsewhere",
     23: "duplicity was refused what it needs, or another duplicity uses the archive directory; end that one",
     30: "duplicity met an error of its own; see its last lines, then run the backup with --full",
     31: "gpg failed; see its last lines and check secret_key.txt and the installation of gpg",
@@ -193,6 +193,8 @@ def paths_of(settings: Mapping[str, str]) -> Paths:
     if not name.startswith("/"):
         raise Failure(f"STORAGE_ROOT is {printable(name) or 'missing'}; give it the absolute path of the user data in the settings", 2)
     root = Path(os.path.realpath(name))  # duplicity would back up nothing but the link
+    if root == Path("/"):
+        raise Failure("STORAGE_ROOT is /, the whole system; give it the directory of the user data", 2)
     backup = root / "backup"
     # A short name that is this root's alone: gpg-agent's socket fails under a long path (seen: over about 70 characters).
     token = hashlib.sha256(os.fsencode(backup)).hexdigest()[:12]
@@ -1456,7 +1458,7 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
     """
     paths = paths_of(settings)
     if not complete_sets(paths):
-        raise Failure(f"there is no complete backup in {paths.encrypted}; put your copy of the backups there")
+        raise Failure(f"there is no complete backup in {paths.encrypted}; make one, or put your copy of the backups there")
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
         utils.find_program(program, program_environment())
     passphrase = read_passphrase(paths.key, lenient=True)
@@ -1627,9 +1629,11 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
     options = check_time(reader, time)
     if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
-    wanted = os.path.normpath(path) if path else "."
-    if f"{wanted}/".startswith(("/", "../")):
-        raise Failure(f"{printable(wanted)} is not a path below STORAGE_ROOT; give it relative to that", 2)
+    if not directory.parent.is_dir():
+        raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
+    wanted = os.path.normpath(path or ".")
+    if path == "" or f"{wanted}/".startswith(("/", "../")):
+        raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     directory.chmod(0o700)
@@ -1637,7 +1641,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
     lines: list[str] = []
     try:
         part = ["-r", wanted] if wanted != "." else []
-        log.info("restoring %s to %s", printable(wanted), directory)
+        log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
         with progress(reader.verbose) as draw:
             free = utils.free_bytes(directory)
             watch: utils.Watch = lambda process: draw(free - utils.free_bytes(directory), None) if draw else None
@@ -1663,6 +1667,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
         fresh.rename(directory / os.path.basename(wanted))
     if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)
         raise Failure(f"not all could be restored to {directory}; try another disk: {first_of(lost)}")
+    log.info("restored to %s", directory)
 
 
 def near_paths(reader: Reader, wanted: str, time: Optional[str]) -> list[str]:
@@ -1837,6 +1842,8 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     if options.storage_root is None:
         return utils.load_environment(options.config or SETTINGS_FILE)
     settings = utils.load_environment(options.config) if options.config else {}
+    if not options.storage_root:
+        raise Failure("--storage-root is empty; give it the directory of the user data", 2)
     root = os.path.abspath(options.storage_root)
     try:
         owner = pwd.getpwuid(os.stat(root).st_uid).pw_name

@@ -155,11 +155,18 @@ def test_restore_of_a_part(made: Store, tmp_path: Path) -> None:
     assert tree_of(tmp_path / "mailbox") == tree_of(made.root / mailbox)
 
 
+def test_restore_into_no_directory(made: Store, tmp_path: Path) -> None:
+    """A directory that would be in one that is not there is refused by that one's name."""
+    place = tmp_path / "missing" / "target"
+    assert f"{place.parent} is not a directory" in reads(made, "--restore", str(place), exit_code=2).stderr
+
+
 @pytest.mark.parametrize("arguments, told, exit_code", [
     (["--path", "mail/mailboxes/example.com/bob"], "there is: mail/mailboxes/example.com/alice", 1),
     (["--path", "no/such/path"], "there is: ", 1),
-    (["--path", "../etc"], "below STORAGE_ROOT", 2),
-    (["--path", "/etc"], "below STORAGE_ROOT", 2),
+    (["--path", "../etc"], "relative to STORAGE_ROOT", 2),
+    (["--path", "/etc"], "--path is /etc; give it relative to STORAGE_ROOT", 2),
+    (["--path", ""], "--path is empty", 2),
     (["--time", "40D"], "there is no backup as old as 40D", 1),
     (["--time", "2020-01-01"], "name the time of one of these", 1),
     (["--time", "1577836800"], "there is no backup as old as", 1),

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 import backup
+import utils
 from conftest import PROJECT, PYTHON, SCRIPT, USER, Result, Store, tree_of
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -193,6 +194,32 @@ def test_cron_line(store: Store) -> None:
     run_in_clone(store, in_test(sh_block("MAILTO"), paths))  # that cron minds it: test_cron.py
     assert (store.scratch / "cron-file").read_text() == f"MAILTO=admin@example.com\n{line}"
     assert "Put the clone in `/opt/backup`" in README
+
+
+def test_settings_line(store: Store) -> None:
+    """It makes a settings file that the program takes."""
+    file = store.scratch / "sample-settings"
+    block = sh_block("STORAGE_USER=user-data")
+    assert " > /etc/mailinabox.conf\n" in block
+    run_in_clone(store, block.replace("/etc/mailinabox.conf", str(file)))
+    assert utils.load_environment(file) == {"STORAGE_ROOT": "/home/user-data", "STORAGE_USER": "user-data"}
+
+
+def test_getting_back_what_was_deleted(keyed: Store) -> None:
+    """A mailbox that lost messages is whole again, and what came since is still there."""
+    keyed.run("faketime", "3 days ago", *keyed.command())
+    mailbox = keyed.root / "mail/mailboxes/example.com/alice"
+    before = tree_of(mailbox)
+    for path in (mailbox / "cur").glob("17000[12]*"):
+        path.unlink()
+    (mailbox / "new/170099.M1P1.host").write_text("Subject: since\n")
+    keyed.backup()
+    paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/root/old": keyed.scratch / "old"}
+    listed = keyed.run("sh", "-e", "-c", in_test(sh_block("cp -an"), paths)).stdout
+    assert "mail/mailboxes/example.com/alice/cur/170001.M1P1.host,S=20:2,S\n" in listed
+    after = {name: entry for name, entry in tree_of(mailbox).items() if name not in ("cur", "new", "new/170099.M1P1.host")}
+    assert after == {name: entry for name, entry in before.items() if name not in ("cur", "new")}
+    assert (mailbox / "new/170099.M1P1.host").exists()
 
 
 def test_restore_steps(keyed: Store, home: Path) -> None:

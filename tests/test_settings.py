@@ -34,6 +34,7 @@ def refused(store: Store, told: str, exit_code: int = 2, *arguments: str) -> Non
     ("STORAGE_ROOT=relative/path\nSTORAGE_USER=nobody\n", "absolute path"),
     ("STORAGE_ROOT=/no/such/directory\nSTORAGE_USER=nobody\n", "/no/such/directory is not a directory"),
     ("STORAGE_ROOT=/etc/passwd\nSTORAGE_USER=nobody\n", "/etc/passwd is not a directory"),
+    ("STORAGE_ROOT=//\nSTORAGE_USER=nobody\n", "STORAGE_ROOT is /, the whole system"),
     ("STORAGE_ROOT=ROOT\n", "STORAGE_USER is missing"),
     ("STORAGE_ROOT=ROOT\nSTORAGE_USER=\n", "STORAGE_USER is missing"),
     ("STORAGE_ROOT=ROOT\nSTORAGE_USER=no-such-user\n", "there is no user no-such-user"),
@@ -94,6 +95,7 @@ def test_wrong_storage_root(store: Store, directory: str, told: str) -> None:
         os.mkdir(directory)
         os.chown(directory, 54321, 54321)
     refused(store, told, 2, "--storage-root", directory)
+    refused(store, "--storage-root is empty", 2, "--storage-root", "")
 
 
 def test_storage_root_that_is_not_utf_8(store: Store) -> None:

@@ -38,7 +38,8 @@ def test_restore_and_verify_on_a_terminal(keyed: Store) -> None:
     keyed.backup()
     keyed.stand_in("duplicity", SLOW)
     restored = on_terminal(keyed, "--restore", str(keyed.scratch / "again"))
-    assert "restoring" in restored[0] and sum(bool(re.fullmatch(r" +[\d.]+ \w+, [\d.]+ \w+/s", line)) for line in restored) >= 2, restored
+    assert "restoring everything" in restored[0] and f"restored to {keyed.scratch}/again" in restored[-1]
+    assert sum(bool(re.fullmatch(r" +[\d.]+ \w+, [\d.]+ \w+/s", line)) for line in restored) >= 2, restored
     verified = on_terminal(keyed, "--verify")
     assert sum(bool(re.fullmatch(r" +[\d.]+ \w+ of [\d.]+ \w+, [\d.]+ \w+/s(, \d+:\d\d left)?", line)) for line in verified) == 3, verified
     assert verified[-1].startswith("checked 1 backup sets")
