@@ -333,6 +333,8 @@ def check_surroundings(night: Night) -> str:
     for directory in (paths.encrypted, paths.cache, paths.temporary, *paths.snapshots, paths.plain, paths.legacy, paths.migrated):
         with contextlib.suppress(FileNotFoundError):
             utils.check_owned_directory(directory)
+    for place in paths.snapshots:
+        check_copy(place, os.listdir(place) if place.exists() else [])
     if os.path.lexists(paths.key):
         read_passphrase(paths.key)
     elif any(name.startswith("duplicity-") for name in utils.regular_files(paths.encrypted)) or os.path.lexists(paths.plain):
@@ -445,7 +447,8 @@ def gpg_home(night: Night) -> Iterator[None]:
     try:
         yield
     finally:
-        remove_gpg_home(night)
+        with utils.signals_deferred():
+            remove_gpg_home(night)
 
 
 @contextlib.contextmanager
@@ -455,8 +458,14 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
     try:
         yield
     finally:
-        check_in_place(paths)
-        shutil.rmtree(paths.temporary, ignore_errors=True)  # what is left goes at the start of the next run
+        with utils.signals_deferred(), contextlib.suppress(OSError):  # what is left goes at the start of the next run
+            remove_temporary_directory(paths)
+
+
+def remove_temporary_directory(paths: Paths) -> None:
+    """Remove duplicity's temporary directory, if it is there. Raises Failure or OSError."""
+    with utils.owned_directory(paths.backup) as directory:
+        utils.remove(utils.inside(directory, paths.temporary.name))
 
 
 def remove_gpg_home(night: Night) -> None:
@@ -481,8 +490,8 @@ def recover_from_dead_run(night: Night, record: Record) -> None:
         log.warning("starting %s, left stopped by a run that died", " and ".join(names))
         record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment).not_started
     delete_dead_files(night.paths, complete_sets(night.paths))
-    for directory in night.paths.snapshots:
-        utils.remove(directory)
+    for place in night.paths.snapshots:
+        remove_copy(night.paths, place)
 
 
 def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
@@ -497,7 +506,7 @@ def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
                               "wait for it to end", 4)
             for path in dead:
                 utils.remove(path)
-    utils.remove(paths.temporary)
+    remove_temporary_directory(paths)
 
 
 def dead_files(paths: Paths, sets: Sequence[BackupSet]) -> list[Path]:
@@ -526,7 +535,8 @@ def failed_set_thrown_away(night: Night, sets: Sequence[BackupSet]) -> Iterator[
         yield
     except BaseException:
         try:
-            delete_dead_files(night.paths, sets)
+            with utils.signals_deferred():
+                delete_dead_files(night.paths, sets)
         except (OSError, Failure) as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
         raise
@@ -763,26 +773,54 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
 
     Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself while mail is stopped.
     """
-    paths = night.paths
-    place = snapshot_of(paths)
-    log.info("copying %s while mail runs", paths.root)
+    paths, place = night.paths, snapshot_of(night.paths)
     spare = min(utils.total_bytes(place.parent) // 10, SPARE_BYTES)
+    excluded = frozenset({paths.backup.name, paths.snapshots[1].name})
     copy = None
-    try:
+    log.info("copying %s while mail runs", paths.root)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_copy_at_last, paths, place, record)
         try:
             utils.make_owned_directory(place, 0o700, 0)
-            copy = utils.begin_mirror(paths.root, place / "tree", frozenset({paths.backup.name, paths.snapshots[1].name}), may_link, spare)
+            copy = stack.enter_context(utils.mirror_of(paths.root, place, excluded, may_link, spare))
         except (utils.CannotMirror, OSError) as error:
-            utils.remove(place)  # its room is duplicity's
+            remove_copy(paths, place)  # its room is duplicity's
             record.remarks.append(f"mail was down while duplicity read {paths.root} itself, because it could not be copied: {error}")
             log.info(record.remarks[-1])
         yield copy
-    finally:
+
+
+def remove_copy_at_last(paths: Paths, place: Path, record: Record) -> None:
+    """Remove the copy when it has served; a failure needs attention, no more."""
+    try:
+        with utils.signals_deferred():
+            remove_copy(paths, place)
+    except (OSError, Failure) as error:
+        record.warn(f"the copy could not be removed, the next run will: {failure_of(error)}")
+
+
+def remove_copy(paths: Paths, place: Path) -> None:
+    """Remove a copy of the tree, of this run or of one that died, if it is there.
+
+    place: one of the two places. Raises Failure if what stands there is no copy: STORAGE_USER can give directories of root's another
+    name, this one too.
+    """
+    if not os.path.lexists(place):
+        return
+    beside = place.parent != paths.backup
+    with utils.owned_directory(place) if beside else utils.owned_directory(paths.backup, place.name) as directory:
+        check_copy(place, os.listdir(directory))
         try:
-            check_in_place(paths)
-            utils.remove(place)
-        except (OSError, Failure) as error:
-            record.warn(f"the copy {place} could not be removed, the next run will: {failure_of(error)}")
+            utils.remove(utils.inside(directory, "tree"))
+        except OSError as error:
+            raise Failure(f"the copy {place} of an earlier run could not be removed, {failure_of(error)}; see lsattr -R there") from error
+    place.rmdir()
+
+
+def check_copy(place: Path, names: Sequence[str]) -> None:
+    """Raise Failure (exit code 2) if these names, of what is in the place of the copy, are not those of a copy."""
+    if foreign := sorted(set(names) - {"tree"}):
+        raise Failure(f"{place} is not a copy of the tree, for it holds {printable(foreign[0])}; move it to where it belongs", 2)
 
 
 def finish_copy(copy: utils.Mirror) -> None:
@@ -804,8 +842,7 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
 
 def snapshot_of(paths: Paths) -> Path:
     """Return the directory for the copy: it must be on the tree's own disk, for the links."""
-    other_disk = paths.backup.exists() and paths.backup.stat().st_dev != paths.root.stat().st_dev
-    return paths.snapshots[1] if other_disk else paths.snapshots[0]
+    return paths.snapshots[0 if not paths.backup.exists() or utils.on_one_mount(paths.backup, paths.root) else 1]
 
 
 def may_link(path: str, siblings: Set[str]) -> bool:
@@ -828,12 +865,12 @@ def duplicity_command(paths: Paths, archive: Path, action: str, *arguments: str)
     return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--archive-dir", str(archive), *arguments, paths.encrypted.as_uri()]
 
 
-def set_command(night: Night, action: str, copy: Optional[utils.Mirror] = None) -> list[str]:
+def set_command(night: Night, action: str, copy: Optional[Path] = None) -> list[str]:
     """Return the command that makes a set. action: full or incremental. copy: read it, with mail running, in place of STORAGE_ROOT."""
     excluded = [] if copy else exclusions(night.paths)
     command = duplicity_command(
         night.paths, night.paths.cache, action, *excluded, "--volsize", str(VOLUME_MEGABYTES), "--gpg-options=--cipher-algo=AES256",
-        "--allow-source-mismatch", "--log-fd=LOG", str(copy.target if copy else night.paths.root))
+        "--allow-source-mismatch", "--log-fd=LOG", str(copy or night.paths.root))
     # Where a container forbids it (-t) duplicity reads at the priority that it has.
     return [*command[:3], "nice", "-n", "19", "ionice", "-t", "-c", "3", *command[3:]] if copy else command
 
@@ -919,7 +956,7 @@ def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mir
     with progress(night.verbose) as draw:
         since = before[-1].date.timestamp() if action == "incremental" else 0.0
         watch = watch_reading(night, draw, utils.content_size(tree, excluded, since)) if draw else lambda process: None
-        answer = run_nightly_duplicity(night, set_command(night, action, copy), log_lines, watch)
+        answer = run_nightly_duplicity(night, set_command(night, action, copy.target if copy else None), log_lines, watch)
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(night.paths)
@@ -983,6 +1020,9 @@ def delete_migrated_backups(night: Night, record: Record) -> None:
     if any(migrated.name in warning or warning.endswith(f" {night.paths.root}") for warning in record.unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
+    if not any(name.startswith("duplicity-") for name in os.listdir(migrated)):
+        record.warn(f"{migrated} is kept because it holds no backups; move it to where it belongs, or away")
+        return
     os.sync()
     shutil.rmtree(migrated)
 
@@ -1031,14 +1071,13 @@ def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], all
 
 def grant_group_read(night: Night) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
-    check_in_place(night.paths)
-    for name in utils.regular_files(night.paths.encrypted):
-        path = night.paths.encrypted / name
-        with contextlib.suppress(FileNotFoundError):
-            status = path.lstat()
-            if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
-                os.chown(path, 0, night.user.pw_gid)
-                path.chmod(0o640)
+    with utils.owned_directory(night.paths.backup, night.paths.encrypted.name) as directory:
+        for name in utils.regular_files(utils.inside(directory, ".")):
+            with contextlib.suppress(FileNotFoundError), utils.opened(name, os.O_RDONLY | os.O_NONBLOCK, directory) as file:
+                status = os.fstat(file)
+                if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
+                    os.fchown(file, 0, night.user.pw_gid)
+                    os.fchmod(file, 0o640)
 
 
 # Step 15: how the run went
@@ -1695,7 +1734,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     stop = utils.running_services(night.services, night.environment)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
     manifests = [paths.encrypted / sets[-1].manifest] if sets else []
-    planned = utils.Mirror(paths.root, snapshot_of(paths) / "tree", frozenset(), may_link, 0, 0)
+    copy = snapshot_of(paths) / "tree"
     plan: list[tuple[str, Sequence[object]]] = [
         ("check settings, directories, programs, key and room; take the lock", [paths.lock]),
         ("check that the key opens the newest backup", [shlex.join(gpg_command(path)) for path in manifests]),
@@ -1703,11 +1742,11 @@ def show_plan(night: Night, force_full: bool) -> None:
         ("move the layout of old to where the next backup contains it", [paths.plain] if paths.plain.exists() else []),
         (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
         ("run the before-backup hook", hooks["before-backup"]),
-        ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [planned.target]),
+        ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [copy]),
         ("stop mail", [f"service {name} stop" for name in reversed(stop)]),
         ("bring the copy up to date", []),
         ("start mail", [f"service {name} start" for name in stop]),
-        ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", planned))]),
+        ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", copy))]),
         ("delete old backups", [shlex.join(remove_old_command(night))]),
         ("clean up", [shlex.join(clean_up_command(night))]),
         (f"let the group of {night.user.pw_name} read the encrypted files", [paths.encrypted]),

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Optional
+from typing import IO, Any, Optional, Union
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
@@ -121,6 +121,12 @@ def check_owned_directory(path: Path) -> os.stat_result:
     Returns its status. Raises Failure (exit code 2) if it is anything else, FileNotFoundError if it is missing.
     """
     status = path.lstat()
+    _check_owned(path, status)
+    return status
+
+
+def _check_owned(path: Path, status: os.stat_result) -> None:
+    """Raise Failure, see check_owned_directory. status: that of path."""
     if not stat.S_ISDIR(status.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
         raise Failure(f"{path} is {kind}; put a directory owned by root in its place", 2)
@@ -128,7 +134,38 @@ def check_owned_directory(path: Path) -> os.stat_result:
         raise Failure(f"{path} is not owned by root; check who made it, then run: chown root {path}", 2)
     if status.st_mode & 0o022:
         raise Failure(f"{path} can be written to by others than root; check what is in it, then run: chmod go-w {path}", 2)
-    return status
+
+
+@contextlib.contextmanager
+def owned_directory(path: Path, *below: str) -> Iterator[int]:
+    """Keep a directory open while the block runs, so that no renaming of it, or of what holds it, leads elsewhere.
+
+    below: names that lead from path to it. Each must be a directory that only root can write to, and no symbolic link. Yields its
+    descriptor. Raises Failure (exit code 2), or OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = stack.enter_context(opened(os.fspath(path)))
+        _check_owned(path, os.fstat(descriptor))
+        for name in below:
+            path = path / name
+            descriptor = stack.enter_context(opened(name, parent=descriptor))
+            _check_owned(path, os.fstat(descriptor))
+        yield descriptor
+
+
+def inside(directory: int, name: str) -> Path:
+    """Return a path to an entry of a directory that is open: wherever that is by now, and whatever stands where it was."""
+    return Path("/proc/self/fd", str(directory), name)
+
+
+def on_one_mount(path: Path, other: Path) -> bool:
+    """Tell whether two directories are on one file system, and one mount of it, so that files can be linked between them."""
+    found = []
+    for directory in (path, other):
+        with opened(os.fspath(directory)) as descriptor:
+            mount = re.search(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_text())
+            found.append((os.fstat(descriptor).st_dev, mount and mount[1]))
+    return found[0] == found[1]
 
 
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
@@ -231,7 +268,7 @@ def content_size(root: Path, excluded: Collection[Path] = (), since: float = 0.0
     """Return the bytes in the regular files of a tree, see walk_entries. since: of those changed then or later, in epoch seconds."""
     total = 0
     for entry in walk_entries(root, excluded):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if entry.is_file(follow_symlinks=False) and (status := entry.stat(follow_symlinks=False)).st_mtime >= since:
                 total += status.st_size
     return total
@@ -267,7 +304,7 @@ def remove_tree(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    if not path.is_symlink() and path.is_dir():  # is_dir would ask after the link's target, which may be of any length
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -284,6 +321,11 @@ def sha1_of(path: Path) -> str:
 
 def free_bytes(path: Path) -> int:
     """Return the bytes free for everybody, not only for root, on the file system of path."""
+    return _free(path)
+
+
+def _free(path: Union[Path, int]) -> int:
+    """Return the same of a path or a descriptor."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
@@ -307,17 +349,19 @@ class CannotMirror(Failure):
 
 @dataclass(frozen=True)
 class Mirror:
-    """A copy of a tree, which begin_mirror makes and update_mirror makes equal to it.
+    """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
 
-    source, target: the tree and the copy. excluded: names at the top of source that are left out. may_link: tells, of a directory's
-    relative path and the names of all directories beside it, itself among them, whether the regular files in it are never rewritten
-    in place: those become hard links, at no cost. spare_bytes: the room to leave when something is copied. settled_ns: what has a
-    later ctime counts as changed. seen: what entries were when they were mirrored, by relative path. unread: why files could not be
-    read, by relative path; target lacks them.
+    source, target: the tree and the copy. live, copy: their descriptors, so that no renaming leads elsewhere. excluded: names at the
+    top of source that are left out. may_link: tells, of a directory's relative path and the names of all directories beside it,
+    itself among them, whether the regular files in it are never rewritten in place: those become hard links, at no cost.
+    spare_bytes: the room to leave when something is copied. settled_ns: what has a later ctime counts as changed. seen: what entries
+    were when they were mirrored, by relative path. unread: why files could not be read, by relative path; target lacks them.
     """
 
     source: Path
     target: Path
+    live: int
+    copy: int
     excluded: frozenset[str]
     may_link: MayLink
     spare_bytes: int
@@ -326,25 +370,33 @@ class Mirror:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def begin_mirror(source: Path, target: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int) -> Mirror:
-    """Make a mirror of a tree that may be changing: the first of two passes. It takes no sockets, and follows no links and no mounts.
+@contextlib.contextmanager
+def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int) -> Iterator[Mirror]:
+    """Make a mirror of a tree that may be changing, the first of two passes, and keep it open while the block runs.
 
-    source, excluded, may_link: see Mirror. target: does not exist yet, and only root may reach it. spare_bytes: the room to leave.
-    Raises CannotMirror, and leaves what it has made to the caller to remove.
+    It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror. place: an empty directory that
+    only root may reach; the mirror is `tree` in it. spare_bytes: the room to leave. Raises CannotMirror, and leaves what it has made
+    to the caller to remove.
 
     Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already changes no time stamp; after a
     sync it does. So what changed later than two seconds before the sync counts as changed in the next pass.
     """
-    mirror = Mirror(source, target, excluded, may_link, spare_bytes, time.time_ns() - int(SETTLED_SECONDS * 1e9))
+    settled_ns = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     os.sync()
-    with _told_as_cannot_mirror(mirror):
-        target.mkdir(mode=0o700)
-        with _opened(os.fspath(source)) as live:
-            needed = spare_bytes + (0 if _can_clone(target.parent) else _bytes_to_copy(mirror, "", live))
-        if free_bytes(target) < needed:
-            raise CannotMirror(f"the copy in {target} needs {needed // 10**6} MB free and there are {free_bytes(target) // 10**6} MB")
-    update_mirror(mirror)
-    return replace(mirror, spare_bytes=0)  # a second pass with little room left is better than no backup
+    with contextlib.ExitStack() as stack:
+        with _told_as_cannot_mirror(source, place):
+            live = stack.enter_context(opened(os.fspath(source)))
+            directory = stack.enter_context(owned_directory(place))
+            if os.listdir(directory) or os.fstat(directory).st_mode & 0o077:
+                raise CannotMirror(f"{place} is not empty, or others than root can reach it")
+            os.mkdir("tree", 0o700, dir_fd=directory)
+            copy = stack.enter_context(opened("tree", parent=directory))
+            mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes, settled_ns)
+            needed = spare_bytes + (0 if _can_clone(directory) else _bytes_to_copy(mirror, "", live))
+            if _free(copy) < needed:
+                raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free and there are {_free(copy) // 10**6} MB")
+        update_mirror(mirror)
+        yield replace(mirror, spare_bytes=0)  # a second pass with little room left is better than no backup
 
 
 def update_mirror(mirror: Mirror) -> None:
@@ -353,23 +405,23 @@ def update_mirror(mirror: Mirror) -> None:
     Raises CannotMirror.
     """
     mirror.unread.clear()
-    with _told_as_cannot_mirror(mirror), _opened(os.fspath(mirror.source)) as live, _opened(os.fspath(mirror.target)) as copy:
-        _mirror_directory(mirror, "", False, live, copy)
+    with _told_as_cannot_mirror(mirror.source, mirror.target):
+        _mirror_directory(mirror, "", False, mirror.live, mirror.copy)
 
 
 @contextlib.contextmanager
-def _told_as_cannot_mirror(mirror: Mirror) -> Iterator[None]:
+def _told_as_cannot_mirror(source: Path, target: Path) -> Iterator[None]:
     """Raise what the operating system refuses as CannotMirror."""
     try:
         yield
     except (OSError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "too many directories inside each other"
         name = f": {printable(os.fsdecode(error.filename))}" if isinstance(error, OSError) and error.filename else ""
-        raise CannotMirror(f"{mirror.source} could not be copied to {mirror.target}{name}: {why}") from error
+        raise CannotMirror(f"{source} could not be copied to {target}{name}: {why}") from error
 
 
 @contextlib.contextmanager
-def _opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None) -> Iterator[int]:
+def opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None) -> Iterator[int]:
     """Keep a file open while the block runs; a symbolic link is refused. parent: the descriptor of the directory that holds it."""
     descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
     try:
@@ -426,7 +478,7 @@ def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: 
             if present.pop(name, None) is None or mirror.seen.get(below) != _identity(entry):
                 _replace(mirror, below, linked, entry, live, copy)
     for name in present:
-        remove(_in(copy, name))
+        remove(inside(copy, name))
     if linked and not others:
         _remember(mirror, path, status)
     _set_metadata(".", status, copy)
@@ -471,7 +523,7 @@ def _mirror_child(mirror: Mirror, path: str, linked: bool, live: int, copy: int)
         if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=copy)
             os.mkdir(name, 0o700, dir_fd=copy)
-        with _opened(name, parent=copy) as target:
+        with opened(name, parent=copy) as target:
             _mirror_directory(mirror, path, linked, below, target)
 
 
@@ -481,7 +533,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
     It is never written to what is there: that may be a link to the user's own file.
     """
     name = os.path.basename(path)
-    remove(_in(copy, name))
+    remove(inside(copy, name))
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
     try:
@@ -492,11 +544,11 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
         else:
             os.mknod(name, status.st_mode, status.st_rdev, dir_fd=copy)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EIO, errno.EACCES, errno.EPERM, errno.EAGAIN):  # the last for one that is under a lease
             mirror.unread[path] = os.strerror(error.errno)
         elif not _is_gone(error):
             raise
-        remove(_in(copy, name))
+        remove(inside(copy, name))
         return
     _set_metadata(name, status, copy)
     _remember(mirror, path, status)
@@ -507,13 +559,12 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
 
     Returns its status from before it was read. Raises OSError, of which FileNotFoundError tells that it is no regular file any more.
     """
-    with _opened(name, os.O_RDONLY | os.O_NONBLOCK, live) as source, _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, copy) as target:
+    with opened(name, os.O_RDONLY | os.O_NONBLOCK, live) as source, opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, copy) as target:
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         if status.st_size and not _clone(source, target):
-            room = os.fstatvfs(target)
-            if mirror.spare_bytes and room.f_bavail * room.f_frsize < mirror.spare_bytes + status.st_blocks * 512:
+            if mirror.spare_bytes and _free(target) < mirror.spare_bytes + status.st_blocks * 512:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             _copy_data(source, target, status.st_size)
     return status
@@ -547,11 +598,6 @@ def _copy_data(source: int, target: int, size: int) -> None:
             begin += sent
 
 
-def _in(directory: int, name: str) -> Path:
-    """Return a path to an entry of a directory that is open: wherever that is by now, and whatever stands where it was."""
-    return Path("/proc/self/fd", str(directory), name)
-
-
 def _is_gone(error: OSError) -> bool:
     """Tell whether an entry was removed, or became something else, just as it was opened."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
@@ -580,9 +626,10 @@ def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
         os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=directory, follow_symlinks=False)
 
 
-def _can_clone(directory: Path) -> bool:
-    """Tell whether files in a directory can share their blocks. Raises OSError."""
-    with tempfile.TemporaryFile(dir=directory) as source, tempfile.TemporaryFile(dir=directory) as target:
+def _can_clone(directory: int) -> bool:
+    """Tell whether files in a directory can share their blocks. directory: its descriptor. Raises OSError."""
+    place = inside(directory, ".")
+    with tempfile.TemporaryFile(dir=place) as source, tempfile.TemporaryFile(dir=place) as target:
         source.write(bytes(4096))
         source.flush()
         return _clone(source.fileno(), target.fileno())

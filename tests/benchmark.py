@@ -250,11 +250,12 @@ def compare_first_pass(bench: Bench, messages: int, rounds: int) -> None:
     for _ in range(rounds):
         os.sync()
         copy = bench.place / "copy"
+        copy.mkdir(mode=0o700)
         marks = [time.monotonic()]
-        mirror = utils.begin_mirror(bench.root, copy, frozenset({"backup"}), backup.may_link, 0)
-        marks.append(time.monotonic())
-        utils.update_mirror(mirror)
-        marks.append(time.monotonic())
+        with utils.mirror_of(bench.root, copy, frozenset({"backup"}), backup.may_link, 0) as mirror:
+            marks.append(time.monotonic())
+            utils.update_mirror(mirror)
+            marks.append(time.monotonic())
         shutil.rmtree(copy)
         os.sync()
         marks.append(time.monotonic())

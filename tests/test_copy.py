@@ -118,7 +118,8 @@ def test_backup_on_a_second_disk(keyed: Store) -> None:
         assert_no_copy_left(keyed)
         keyed.assert_restores()
         place.mkdir(mode=0o700)  # a dead run's
-        (place / "left").touch()
+        (place / "tree").mkdir()
+        (place / "tree/left").touch()
         time.sleep(1.1)
         keyed.backup()
         assert_no_copy_left(keyed)
@@ -209,6 +210,36 @@ def test_place_of_the_copy_that_is_not_ours(keyed: Store, name: str, what: str) 
     errors = keyed.backup(exit_code=2).stderr
     assert str(place) in errors and keyed.calls("stop") == []
     assert os.path.lexists(place) and (what != "directory" or (place / "precious").exists())
+
+
+@pytest.mark.parametrize("name", ["backup", "ssl"])
+@pytest.mark.parametrize("place", [".backup-snapshot", "migrated_unencrypted_backup"])
+def test_directory_of_roots_by_another_name(keyed: Store, name: str, place: str) -> None:
+    """STORAGE_USER gives what is root's the name of what a run removes: nothing of it is lost, and it is said."""
+    keyed.backup()
+    os.chown(keyed.root / "ssl", 0, 0)
+    (keyed.root / name).rename(keyed.root / place)
+    before = tree_of(keyed.root / place, "")
+    time.sleep(1.1)
+    errors = keyed.backup(exit_code=2 if place == ".backup-snapshot" else 3).stderr
+    assert str(keyed.root / place) in errors and "move it" in errors
+    after = tree_of(keyed.root / place, "")
+    assert before.pop(".") and after.pop(".") and after == before  # its own mode may be another
+
+
+def test_backup_on_a_bind_mount(keyed: Store) -> None:
+    """backup/ mounted from elsewhere on the same disk: files cannot be linked into it, so the copy is beside the mail."""
+    elsewhere = keyed.scratch / "elsewhere"
+    keyed.backups.rename(elsewhere)
+    keyed.backups.mkdir()
+    keyed.run("mount", "--bind", elsewhere, keyed.backups)
+    try:
+        keyed.backup()
+        assert last_run(keyed)["source"] == "copy"
+        assert_no_copy_left(keyed)
+        keyed.assert_restores()
+    finally:
+        keyed.run("umount", keyed.backups)
 
 
 def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:

@@ -200,9 +200,12 @@ def assert_equal(mirror: utils.Mirror) -> None:
     assert utils.count_entries(mirror.target) == utils.count_entries(mirror.source, [mirror.source / "backup"]) == len(times[0])
 
 
-def begin(root: Path, target: Path) -> utils.Mirror:
-    """Make the first pass."""
-    return utils.begin_mirror(root, target, frozenset({"backup"}), may_link, 0)
+@contextlib.contextmanager
+def mirrored(root: Path, place: Path, spare_bytes: int = 0) -> Iterator[utils.Mirror]:
+    """Make the first pass, and keep the mirror while the block runs."""
+    place.mkdir(mode=0o700)
+    with utils.mirror_of(root, place, frozenset({"backup"}), may_link, spare_bytes) as mirror:
+        yield mirror
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -221,12 +224,14 @@ def test_mirror_equals_the_tree(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sync", lambda: None)
         patch.setattr(utils, "SETTLED_SECONDS", 0.02)
+        stack = contextlib.ExitStack()
         with MEDDLER.at_work(root, during):
-            mirror = begin(root, place / "copy")
+            mirror = stack.enter_context(mirrored(root, place / "copy"))
     for change in between:
         apply(root, change)
     found = statuses(root)
-    utils.update_mirror(mirror)
+    with stack:
+        utils.update_mirror(mirror)
     assert_equal(mirror)
     assert statuses(root) == found
     shutil.rmtree(place)
@@ -237,7 +242,8 @@ def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
     root = tmp_path / "tree"
     grow(root)
     sparse(root / "plain/sparse", root, 3)
-    mirror = begin(root, tmp_path / "copy")
+    with mirrored(root, tmp_path / "copy") as mirror:
+        pass
     linked = {str(path.relative_to(root)) for path in root.rglob("*")
               if path.is_file() and not path.is_symlink() and (mirror.target / path.relative_to(root)).samefile(path)}
     assert {os.path.dirname(path) for path in linked} == {"box/cur", "box/new", "migrated_unencrypted_backup"} and len(linked) == 9
@@ -253,9 +259,9 @@ def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
         time.sleep(0.1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(utils, "SETTLED_SECONDS", 0.05)
-            mirror = begin(root, tmp_path / "copy")
-        page[0] = 2
-        utils.update_mirror(mirror)
+            with mirrored(root, tmp_path / "copy") as mirror:
+                page[0] = 2
+                utils.update_mirror(mirror)
         assert (mirror.target / "plain/index").read_bytes()[0] == 2
         assert_equal(mirror)
 
@@ -282,12 +288,12 @@ def test_time_stamps_of_a_second(store: Store) -> None:
         for attempt in range(3):
             root = place / f"tree{attempt}"
             grow(root)
-            mirror = begin(root, place / f"copy{attempt}")
-            before = (root / "plain/index").stat()
-            rewrite_unseen(root / "plain/index", root, 7)
-            rename_unseen(root / "box/cur" / NAMES[0], root / "box/cur/renamed", 0)
-            missed.append((root / "plain/index").stat().st_ctime_ns == before.st_ctime_ns)
-            utils.update_mirror(mirror)
+            with mirrored(root, place / f"copy{attempt}") as mirror:
+                before = (root / "plain/index").stat()
+                rewrite_unseen(root / "plain/index", root, 7)
+                rename_unseen(root / "box/cur" / NAMES[0], root / "box/cur/renamed", 0)
+                missed.append((root / "plain/index").stat().st_ctime_ns == before.st_ctime_ns)
+                utils.update_mirror(mirror)
             assert_equal(mirror)
         assert any(missed), "the time stamps are finer than a second: the test proves nothing"
 
@@ -301,11 +307,11 @@ def test_clone(store: Store, mkfs: tuple[str, ...]) -> None:
         (root / "plain/big").write_bytes(os.urandom(200_000_000))
         os.sync()
         free = utils.free_bytes(place)
-        mirror = utils.begin_mirror(root, place / "copy", frozenset(), may_link, free - 20_000_000)
-        os.sync()
-        assert free - utils.free_bytes(place) < 20_000_000
-        (root / "plain/big").write_bytes(b"changed")
-        utils.update_mirror(mirror)
+        with mirrored(root, place / "copy", free - 20_000_000) as mirror:
+            os.sync()
+            assert free - utils.free_bytes(place) < 20_000_000
+            (root / "plain/big").write_bytes(b"changed")
+            utils.update_mirror(mirror)
         assert_equal(mirror)
 
 
@@ -316,14 +322,13 @@ def test_no_room(store: Store) -> None:
         grow(root)
         (root / "plain/big").write_bytes(os.urandom(20_000_000))
         free = utils.free_bytes(place)
-        with pytest.raises(utils.CannotMirror, match="needs .* MB free"):
-            utils.begin_mirror(root, place / "copy", frozenset(), may_link, free - 19_000_000)
-        assert list((place / "copy").iterdir()) == []
-        (place / "copy").rmdir()
-        mirror = begin(root, place / "copy")
-        (root / "plain/big2").write_bytes(os.urandom(utils.free_bytes(place) - 5_000_000))
-        with pytest.raises(utils.CannotMirror, match="No space left"):
-            utils.update_mirror(mirror)
+        with pytest.raises(utils.CannotMirror, match="needs .* MB free"), mirrored(root, place / "copy", free - 19_000_000):
+            raise AssertionError("there is no room for it")
+        assert list((place / "copy/tree").iterdir()) == []
+        with mirrored(root, place / "second") as mirror:
+            (root / "plain/big2").write_bytes(os.urandom(utils.free_bytes(place) - 5_000_000))
+            with pytest.raises(utils.CannotMirror, match="No space left"):
+                utils.update_mirror(mirror)
 
 
 def test_another_file_system_inside(store: Store) -> None:
@@ -331,10 +336,9 @@ def test_another_file_system_inside(store: Store) -> None:
     root = store.scratch / "tree"
     grow(root)
     with disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
-        with pytest.raises(utils.CannotMirror, match="not on the same file system"):
-            begin(root, store.scratch / "copy")
-    mirror = begin(root, store.scratch / "second")
-    with disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
+        with pytest.raises(utils.CannotMirror, match="not on the same file system"), mirrored(root, store.scratch / "copy"):
+            raise AssertionError("there can be no mirror")
+    with mirrored(root, store.scratch / "second") as mirror, disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
         with pytest.raises(utils.CannotMirror, match="not on the same file system"):
             utils.update_mirror(mirror)
 
@@ -349,8 +353,8 @@ def test_files_that_cannot_be_linked_or_read(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", refuse)
-        mirror = begin(root, tmp_path / "copy")
-        utils.update_mirror(mirror)
+        with mirrored(root, tmp_path / "copy") as mirror:
+            utils.update_mirror(mirror)
         assert_equal(mirror)
     real = utils._copy_data
 
@@ -360,11 +364,54 @@ def test_files_that_cannot_be_linked_or_read(tmp_path: Path, monkeypatch: pytest
         real(source, target, size)
 
     monkeypatch.setattr(utils, "_copy_data", fail)
-    mirror = begin(root, tmp_path / "second")
-    assert mirror.unread == {"plain/index": "Input/output error"}
-    utils.update_mirror(mirror)
+    with mirrored(root, tmp_path / "second") as mirror:
+        assert mirror.unread == {"plain/index": "Input/output error"}
+        utils.update_mirror(mirror)
     assert mirror.unread == {"plain/index": "Input/output error"}
     assert tree_of(root).keys() - tree_of(mirror.target, "").keys() == {"plain/index"}
+
+
+def test_place_that_others_can_reach(tmp_path: Path) -> None:
+    """The mirror goes nowhere but into an empty directory that root alone can reach, and that no link leads to."""
+    root, place = tmp_path / "tree", tmp_path / "place"
+    grow(root)
+    place.mkdir(mode=0o755)
+    link = tmp_path / "link"
+    link.symlink_to(place)
+    for where in (place, link):
+        with pytest.raises(utils.Failure), utils.mirror_of(root, where, frozenset(), may_link, 0):
+            raise AssertionError("there can be no mirror")
+    place.chmod(0o700)
+    (place / "file").touch()
+    with pytest.raises(utils.CannotMirror, match="not empty"), utils.mirror_of(root, place, frozenset(), may_link, 0):
+        raise AssertionError("there can be no mirror")
+    assert [path.name for path in place.iterdir()] == ["file"]
+
+
+def test_mirror_that_was_moved(tmp_path: Path) -> None:
+    """Between the passes the mirror's place gets another name, and a link to elsewhere its old one: nothing is changed there."""
+    root, place, elsewhere = tmp_path / "tree", tmp_path / "place", tmp_path / "elsewhere"
+    grow(root)
+    shutil.copytree(root / "plain", elsewhere / "tree/plain", symlinks=True)
+    before = tree_of(elsewhere)
+    with mirrored(root, place) as mirror:
+        place.rename(tmp_path / "moved")
+        place.symlink_to(elsewhere)
+        (root / "plain/index").unlink()
+        (root / "plain/new").touch()
+        utils.update_mirror(mirror)
+    assert tree_of(elsewhere) == before
+    assert tree_of(tmp_path / "moved/tree", "") == tree_of(root)
+
+
+def test_link_to_a_name_of_any_length(tmp_path: Path) -> None:
+    """A symbolic link is replaced although no file could have the name that it leads to."""
+    root = tmp_path / "tree"
+    grow(root)
+    (root / "plain/long").symlink_to("a" * 300)
+    with mirrored(root, tmp_path / "place") as mirror:
+        utils.update_mirror(mirror)
+    assert tree_of(mirror.target, "") == tree_of(root)
 
 
 def test_deep_tree(tmp_path: Path) -> None:
@@ -378,7 +425,7 @@ def test_deep_tree(tmp_path: Path) -> None:
         os.close(descriptor)
         descriptor = below
     os.close(descriptor)
-    with pytest.raises(utils.CannotMirror):
-        begin(root, tmp_path / "copy")
+    with pytest.raises(utils.CannotMirror), mirrored(root, tmp_path / "copy"):
+        raise AssertionError("there can be no mirror")
     utils.remove(tmp_path / "copy")
     subprocess.run(["rm", "-r", root], check=True)
