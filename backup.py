@@ -465,7 +465,7 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
 def remove_temporary_directory(paths: Paths) -> None:
     """Remove duplicity's temporary directory, if it is there. Raises Failure or OSError."""
     with utils.owned_directory(paths.backup) as directory:
-        utils.remove(utils.inside(directory, paths.temporary.name))
+        utils.remove_at(paths.temporary.name, directory)
 
 
 def remove_gpg_home(night: Night) -> None:
@@ -811,7 +811,7 @@ def remove_copy(paths: Paths, place: Path) -> None:
     with utils.owned_directory(place) if beside else utils.owned_directory(paths.backup, place.name) as directory:
         check_copy(place, os.listdir(directory))
         try:
-            utils.remove(utils.inside(directory, "tree"))
+            utils.remove_at("tree", directory)
         except OSError as error:
             raise Failure(f"the copy {place} of an earlier run could not be removed, {failure_of(error)}; see lsattr -R there") from error
     place.rmdir()
@@ -1072,7 +1072,7 @@ def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], all
 def grant_group_read(night: Night) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
     with utils.owned_directory(night.paths.backup, night.paths.encrypted.name) as directory:
-        for name in utils.regular_files(utils.inside(directory, ".")):
+        for name in utils.regular_files(directory):
             with contextlib.suppress(FileNotFoundError), utils.opened(name, os.O_RDONLY | os.O_NONBLOCK, directory) as file:
                 status = os.fstat(file)
                 if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):

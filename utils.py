@@ -20,7 +20,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -153,19 +152,18 @@ def owned_directory(path: Path, *below: str) -> Iterator[int]:
         yield descriptor
 
 
-def inside(directory: int, name: str) -> Path:
-    """Return a path to an entry of a directory that is open: wherever that is by now, and whatever stands where it was."""
-    return Path("/proc/self/fd", str(directory), name)
-
-
 def on_one_mount(path: Path, other: Path) -> bool:
-    """Tell whether two directories are on one file system, and one mount of it, so that files can be linked between them."""
-    found = []
-    for directory in (path, other):
-        with opened(os.fspath(directory)) as descriptor:
-            mount = re.search(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_text())
-            found.append((os.fstat(descriptor).st_dev, mount and mount[1]))
-    return found[0] == found[1]
+    """Tell whether two directories are on one file system, and, where /proc tells, one mount of it, so that files can be linked."""
+    return _mount_of(path) == _mount_of(other)
+
+
+def _mount_of(path: Path) -> list[int]:
+    """Return the number of the file system that a directory is on, and of its mount if /proc is there to tell."""
+    with opened(os.fspath(path)) as descriptor:
+        found = [os.fstat(descriptor).st_dev]
+        with contextlib.suppress(FileNotFoundError):
+            found += map(int, re.findall(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_text()))
+        return found
 
 
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
@@ -220,8 +218,11 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
     sync_directory(path.parent)
 
 
-def regular_files(directory: Path) -> dict[str, int]:
-    """Return the sizes in bytes of the regular files in a directory by name; none if it is missing. Links are not followed."""
+def regular_files(directory: Union[Path, int]) -> dict[str, int]:
+    """Return the sizes in bytes of the regular files in a directory by name; none if it is missing. Links are not followed.
+
+    directory: its path or descriptor.
+    """
     sizes: dict[str, int] = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
@@ -310,6 +311,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_at(name: str, directory: int) -> None:
+    """Remove an entry of a directory that is open, with all that is in it, if it is there. directory: the descriptor."""
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        with opened(name, parent=directory) as below:
+            for child in os.listdir(below):
+                remove_at(child, below)
+        os.rmdir(name, dir_fd=directory)
+
+
 def sha1_of(path: Path) -> str:
     """Return the SHA-1 of a file in hexadecimal."""
     digest = hashlib.sha1()
@@ -392,7 +406,7 @@ def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: May
             os.mkdir("tree", 0o700, dir_fd=directory)
             copy = stack.enter_context(opened("tree", parent=directory))
             mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes, settled_ns)
-            needed = spare_bytes + (0 if _can_clone(directory) else _bytes_to_copy(mirror, "", live))
+            needed = spare_bytes + (0 if _can_clone(copy) else _bytes_to_copy(mirror, "", live))
             if _free(copy) < needed:
                 raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free and there are {_free(copy) // 10**6} MB")
         update_mirror(mirror)
@@ -478,7 +492,7 @@ def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: 
             if present.pop(name, None) is None or mirror.seen.get(below) != _identity(entry):
                 _replace(mirror, below, linked, entry, live, copy)
     for name in present:
-        remove(inside(copy, name))
+        remove_at(name, copy)
     if linked and not others:
         _remember(mirror, path, status)
     _set_metadata(".", status, copy)
@@ -533,7 +547,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
     It is never written to what is there: that may be a link to the user's own file.
     """
     name = os.path.basename(path)
-    remove(inside(copy, name))
+    remove_at(name, copy)
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
     try:
@@ -548,7 +562,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
             mirror.unread[path] = os.strerror(error.errno)
         elif not _is_gone(error):
             raise
-        remove(inside(copy, name))
+        remove_at(name, copy)
         return
     _set_metadata(name, status, copy)
     _remember(mirror, path, status)
@@ -626,13 +640,15 @@ def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
         os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=directory, follow_symlinks=False)
 
 
-def _can_clone(directory: int) -> bool:
-    """Tell whether files in a directory can share their blocks. directory: its descriptor. Raises OSError."""
-    place = inside(directory, ".")
-    with tempfile.TemporaryFile(dir=place) as source, tempfile.TemporaryFile(dir=place) as target:
-        source.write(bytes(4096))
-        source.flush()
-        return _clone(source.fileno(), target.fileno())
+def _can_clone(copy: int) -> bool:
+    """Tell whether files in a mirror can share their blocks. copy: its descriptor; a pass removes what is left. Raises OSError."""
+    names, flags = ("clone-source", "clone-target"), os.O_RDWR | os.O_CREAT | os.O_EXCL
+    with opened(names[0], flags, copy) as source, opened(names[1], flags, copy) as target:
+        os.write(source, bytes(4096))
+        can = _clone(source, target)
+    for name in names:
+        os.unlink(name, dir_fd=copy)
+    return can
 
 
 def _bytes_to_copy(mirror: Mirror, path: str, live: int) -> int:
