@@ -305,14 +305,11 @@ def remove_tree(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it, if it is there."""
-    if not path.is_symlink() and path.is_dir():  # is_dir would ask after the link's target, which may be of any length
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    remove_at(os.fspath(path))
 
 
-def remove_at(name: str, directory: int) -> None:
-    """Remove an entry of a directory that is open, with all that is in it, if it is there. directory: the descriptor."""
+def remove_at(name: str, directory: Optional[int] = None) -> None:
+    """Remove an entry of a directory that is open, with all that is in it, if it is there. directory: the descriptor, None for a path."""
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
@@ -333,13 +330,8 @@ def sha1_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def free_bytes(path: Path) -> int:
-    """Return the bytes free for everybody, not only for root, on the file system of path."""
-    return _free(path)
-
-
-def _free(path: Union[Path, int]) -> int:
-    """Return the same of a path or a descriptor."""
+def free_bytes(path: Union[Path, int]) -> int:
+    """Return the bytes free for everybody, not only for root, on the file system of path, which may be a descriptor."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
@@ -407,8 +399,8 @@ def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: May
             copy = stack.enter_context(opened("tree", parent=directory))
             mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes, settled_ns)
             needed = spare_bytes + (0 if _can_clone(copy) else _bytes_to_copy(mirror, "", live))
-            if _free(copy) < needed:
-                raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free and there are {_free(copy) // 10**6} MB")
+            if free_bytes(copy) < needed:
+                raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free and there are {free_bytes(copy) // 10**6} MB")
         update_mirror(mirror)
         yield replace(mirror, spare_bytes=0)  # a second pass with little room left is better than no backup
 
@@ -447,17 +439,14 @@ def opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optiona
 @contextlib.contextmanager
 def _opened_if_there(name: str, parent: int) -> Iterator[Optional[int]]:
     """Keep a directory open while the block runs. Yields None if it has just been removed, or is something else."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    except OSError as error:
-        if not _is_gone(error):
-            raise
-        yield None
-        return
-    try:
+    with contextlib.ExitStack() as stack:
+        descriptor = None
+        try:
+            descriptor = stack.enter_context(opened(name, parent=parent))
+        except OSError as error:
+            if not _is_gone(error):
+                raise
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _statuses(mirror: Mirror, path: str, names: Sequence[str], live: int) -> dict[str, os.stat_result]:
@@ -578,7 +567,7 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         if status.st_size and not _clone(source, target):
-            if mirror.spare_bytes and _free(target) < mirror.spare_bytes + status.st_blocks * 512:
+            if mirror.spare_bytes and free_bytes(target) < mirror.spare_bytes + status.st_blocks * 512:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             _copy_data(source, target, status.st_size)
     return status
@@ -712,11 +701,8 @@ def directory_locked(path: Path, exclusive: bool) -> Iterator[bool]:
 
     Yields whether it is held.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with opened(os.fspath(path)) as descriptor:
         yield _lock_soon(descriptor, fcntl.LOCK_EX, 0) if exclusive else _lock_soon(descriptor, fcntl.LOCK_SH, LOCK_SECONDS)
-    finally:
-        os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:

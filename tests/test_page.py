@@ -19,7 +19,9 @@ import pytest
 
 import backup
 from conftest import Store
-from test_status import DAY, NONE_YET, NOW, ByHand, Status, recent
+from test_status import DAY, NONE_YET, NOW, ByHand, Status, by_hand, recent
+
+__all__ = ["by_hand"]
 
 Attributes = dict[str, Optional[str]]
 
@@ -110,14 +112,6 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     time.tzset()
-
-
-@pytest.fixture
-def by_hand(tmp_path: Path) -> ByHand:
-    """An empty encrypted/."""
-    made = ByHand(tmp_path / "user-data")
-    made.encrypted.mkdir(parents=True)
-    return made
 
 
 @pytest.fixture
