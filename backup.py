@@ -24,7 +24,6 @@ import pwd
 import re
 import secrets
 import shlex
-import shutil
 import stat
 import sys
 import tempfile
@@ -1020,11 +1019,15 @@ def delete_migrated_backups(night: Night, record: Record) -> None:
     if any(migrated.name in warning or warning.endswith(f" {night.paths.root}") for warning in record.unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
-    if not any(name.startswith("duplicity-") for name in os.listdir(migrated)):
-        record.warn(f"{migrated} is kept because it holds no backups; move it to where it belongs, or away")
-        return
-    os.sync()
-    shutil.rmtree(migrated)
+    with utils.owned_directory(migrated) as directory:
+        names = sorted(os.listdir(directory), key=lambda name: name.startswith("duplicity-"))
+        if names and not names[-1].startswith("duplicity-"):
+            record.warn(f"{migrated} is kept because it holds no backups; move it to where it belongs, or away")
+            return
+        os.sync()
+        for name in names:  # what tells that they are backups goes last, so that the run after one that is killed here goes on
+            utils.remove_at(name, directory)
+    migrated.rmdir()
 
 
 def run_after_set(night: Night, record: Record, command: Sequence[str]) -> None:

@@ -426,6 +426,21 @@ def test_good_night_after_one_killed_between_file_systems(old: Store, legacy: Le
         assert_proved(old, legacy)
 
 
+@pytest.mark.parametrize("call", ["unlinkat:when=2", "unlinkat:when=6", "rmdir"])
+def test_good_night_after_one_killed_while_the_migrated_are_deleted(old: Store, legacy: Legacy, call: str) -> None:
+    """What is left of the migrated backups, or of what lies beside them, when a kill comes is deleted by the next night."""
+    name, _, when = call.partition(":")
+    migrated = old.root / MIGRATED
+    (old.backups / "duplicity/notes").mkdir()
+    (old.backups / "duplicity/notes/by hand").touch()
+    old.run("strace", "-qqq", "-o", "/dev/null", "-P", migrated, "-e", f"trace={name}",
+            "-e", ":".join([f"inject={name}:signal=SIGKILL", *filter(None, [when])]), *old.command(), exit_code=-9)
+    assert old.running() == ["dovecot", "postfix"] and migrated.exists()
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    result = old.backup()
+    assert (result.stdout, result.stderr) == ("", "") and not migrated.exists()
+
+
 # What is on the disk when
 
 
