@@ -176,6 +176,11 @@ class BackupSet:
         return next(name for name in self.files if ".manifest." in name)
 
     @property
+    def metadata(self) -> list[str]:
+        """The names of all files but the volumes, the manifest, which is small, first."""
+        return sorted((name for name in self.files if ".difftar." not in name), key=lambda name: (".manifest." not in name, name))
+
+    @property
     def signed(self) -> bool:
         """Whether the set has its signatures, without which no increment can be made on it."""
         return any(".sigtar." in name for name in self.files)
@@ -1490,13 +1495,17 @@ class Reader:
         command = duplicity_command(self.paths, self.archive, action, *options) + ([str(directory)] if directory else [])
         return run_duplicity(command, self.environment, self.verbose, log_lines, watch)
 
+    def open_file(self, name: str, take_text: Optional[utils.TakeLine] = None) -> Finished:
+        """Have gpg open a file of encrypted/, see run_gpg. Returns how it ended."""
+        return run_gpg(self.paths.encrypted / name, self.environment["PASSPHRASE"], {**self.environment, "PASSPHRASE": ""}, take_text)
+
 
 @contextlib.contextmanager
 def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Reader]:
     """Put together what a command that reads needs: directories of its own, so that it neither waits for a backup nor disturbs one.
 
     No backup deletes a set while the block runs. The archive directory begins as hard links to the finished files of cache/ where
-    those can be had; duplicity makes the rest. Raises Failure if there is no backup or no key.
+    those can be had; duplicity makes the rest. Raises Failure if there is no backup, or no key that opens any.
     """
     paths = paths_of(settings)
     if not complete_sets(paths):
@@ -1515,7 +1524,18 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
         archive = own / "archive"
         archive.mkdir()
         link_finished_files(paths.cache, archive)
-        yield Reader(paths, archive, environment, verbose)
+        reader = Reader(paths, archive, environment, verbose)
+        check_reading_key(reader)
+        yield reader
+
+
+def check_reading_key(reader: Reader) -> None:
+    """Check that the key opens something of the backups, the newest manifest if it is right. Raises Failure if it opens nothing."""
+    for backup_set in reversed(complete_sets(reader.paths)):
+        if not all(is_wrong_key(reader.open_file(name)) for name in backup_set.metadata):
+            return
+    raise Failure(f"the backups in {reader.paths.encrypted} were made with another key than that in {reader.paths.key}; "
+                  "put the old key back")
 
 
 def link_finished_files(cache: Path, archive: Path) -> None:
@@ -1532,8 +1552,7 @@ def link_finished_files(cache: Path, archive: Path) -> None:
 def verify(reader: Reader) -> list[str]:
     """Check every file of every backup: volumes against the checksums in their manifest, manifests and signatures by gpg's own check.
 
-    Prints how many sets, files and bytes were checked. Returns what is damaged or missing, a sentence each. Raises Failure if the
-    key is another than the backups'.
+    Prints how many sets, files and bytes were checked. Returns what is damaged or missing, a sentence each.
     """
     sets = read_sets(reader.paths.encrypted)[0]
     complete = [backup_set for backup_set in sets if backup_set.complete]
@@ -1582,10 +1601,10 @@ def verify_set(reader: Reader, backup_set: BackupSet, tell: Callable[[Path], Non
         elif match := re.fullmatch(r"    Hash SHA1 ([0-9a-f]{40})", line):
             checksums[number] = match[1]
 
-    for name in sorted(name for name in backup_set.files if ".difftar." not in name):
-        path, take = reader.paths.encrypted / name, take_manifest_line if ".manifest." in name else None
+    for name in backup_set.metadata:
+        path = reader.paths.encrypted / name
         tell(path)
-        answer = run_gpg(path, reader.environment["PASSPHRASE"], {**reader.environment, "PASSPHRASE": ""}, take)
+        answer = reader.open_file(name, take_manifest_line if ".manifest." in name else None)
         if answer.exit_code:
             why = "another key than this made it, or it is damaged" if is_wrong_key(answer) else "it is damaged"
             wrong.append(f"{path}: {why}")

@@ -100,10 +100,28 @@ def test_verify_finds_a_whole_set_that_is_missing(copy: Store) -> None:
             path.write_bytes(content)
 
 
-def test_verify_with_another_key(copy: Store) -> None:
-    """It is named as a possible cause."""
+@pytest.mark.parametrize("command", ["--verify", "--list", "--restore"])
+def test_another_key(copy: Store, command: str) -> None:
+    """It is said once, with what to do, and nothing is made."""
     (copy.backups / "secret_key.txt").write_text("k" * 64 + "\n")
-    assert "another key" in reads(copy, "--verify", exit_code=3).stderr
+    target = copy.scratch / "restored"
+    errors = reads(copy, command, *([str(target)] if command == "--restore" else []), exit_code=1).stderr
+    assert errors == f"backup: the backups in {copy.encrypted} were made with another key than that in " \
+                     f"{copy.backups / 'secret_key.txt'}; put the old key back\n"
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("damaged", ["newest set", "manifests"])
+def test_key_of_a_part(copy: Store, damaged: str) -> None:
+    """While the key opens something the others are damaged files: those are told of one by one, and the rest is there to be restored."""
+    names = [name for name in names_of(copy) if (name in copy.manifests()[-1:] if damaged == "newest set" else ".manifest." in name)]
+    for name in names:
+        copy.run("gpg", "--batch", "--yes", "--pinentry-mode", "loopback", "--passphrase", "k" * 64, "--output", copy.encrypted / name,
+                 "--symmetric", "/dev/null", environment={"GNUPGHOME": str(copy.gnupg())})
+    copy.clean()
+    errors = reads(copy, "--verify", exit_code=3).stderr
+    assert all(f"{copy.encrypted / name}: another key than this made it" in errors for name in names)
+    assert len(errors.splitlines()) == len(names)
 
 
 def test_compare(copy: Store) -> None:
