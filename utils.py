@@ -36,6 +36,7 @@ LONGEST_LINE_BYTES = 10_000
 SERVICE_SECONDS = 120
 ENDING_SECONDS = 10
 SETTLED_SECONDS = 2
+SHORT_PASS_SECONDS = 1
 FICLONE = 0x40049409  # of linux/fs.h
 LOCK_SECONDS = 10
 START_ATTEMPTS = 3
@@ -371,7 +372,7 @@ class Mirror:
     excluded: frozenset[str]
     may_link: MayLink
     spare_bytes: int
-    settled_ns: int
+    settled_ns: int = 0
     seen: dict[str, _Identity] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
@@ -383,12 +384,7 @@ def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: May
     It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror. place: an empty directory that
     only root may reach; the mirror is `tree` in it. spare_bytes: the room to leave. Raises CannotMirror, and leaves what it has made
     to the caller to remove.
-
-    Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already changes no time stamp; after a
-    sync it does. So what changed later than two seconds before the sync counts as changed in the next pass.
     """
-    settled_ns = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-    os.sync()
     with contextlib.ExitStack() as stack:
         with _told_as_cannot_mirror(source, place):
             live = stack.enter_context(opened(os.fspath(source)))
@@ -397,12 +393,31 @@ def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: May
                 raise CannotMirror(f"{place} is not empty, or others than root can reach it")
             os.mkdir("tree", 0o700, dir_fd=directory)
             copy = stack.enter_context(opened("tree", parent=directory))
-            mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes, settled_ns)
+            mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes)
             needed = spare_bytes + (0 if _can_clone(copy) else _bytes_to_copy(mirror, "", live))
             if free_bytes(copy) < needed:
                 raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free and there are {free_bytes(copy) // 10**6} MB")
-        update_mirror(mirror)
+        mirror = _catch_up(mirror)
         yield replace(mirror, spare_bytes=0)  # a second pass with little room left is better than no backup
+
+
+def _catch_up(mirror: Mirror) -> Mirror:
+    """Make a mirror equal to a tree that may be changing, and again what changed meanwhile, while that took long and gets shorter.
+
+    So little is left for the pass that somebody waits for, however long the first one takes. Returns the mirror as it is then.
+
+    Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already changes no time stamp; after a
+    sync it does. So what changed later than two seconds before the sync counts as changed in the next pass.
+    """
+    seconds = math.inf
+    while True:
+        mirror = replace(mirror, settled_ns=time.time_ns() - int(SETTLED_SECONDS * 1e9))
+        os.sync()
+        began, before = time.monotonic(), seconds
+        update_mirror(mirror)
+        seconds = time.monotonic() - began
+        if seconds < SHORT_PASS_SECONDS or seconds > before / 2:
+            return mirror
 
 
 def update_mirror(mirror: Mirror) -> None:

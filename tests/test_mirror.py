@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import BinaryIO, Optional, cast
 
@@ -210,11 +210,14 @@ def mirrored(root: Path, place: Path, spare_bytes: int = 0) -> Iterator[utils.Mi
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(before=strategies.lists(CHANGES, max_size=12), during=strategies.dictionaries(strategies.integers(1, 150), CHANGES, max_size=6),
-       between=strategies.lists(CHANGES, max_size=12))
+       between=strategies.lists(CHANGES, max_size=12), short_pass=strategies.sampled_from([0, 1]))
 def test_mirror_equals_the_tree(
-    tmp_path_factory: pytest.TempPathFactory, before: list[Change], during: dict[int, Change], between: list[Change]
+    tmp_path_factory: pytest.TempPathFactory, before: list[Change], during: dict[int, Change], between: list[Change], short_pass: int
 ) -> None:
-    """Random changes before, in the midst of and after the first pass: the second makes the mirror equal, and touches nothing."""
+    """Random changes before, in the midst of and after the first pass: the second makes the mirror equal, and touches nothing.
+
+    short_pass: in seconds; no first pass is shorter than 0, so that it is repeated.
+    """
     place = tmp_path_factory.mktemp("mirror")
     root = place / "tree"
     grow(root)
@@ -224,6 +227,7 @@ def test_mirror_equals_the_tree(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sync", lambda: None)
         patch.setattr(utils, "SETTLED_SECONDS", 0.02)
+        patch.setattr(utils, "SHORT_PASS_SECONDS", short_pass)
         stack = contextlib.ExitStack()
         with MEDDLER.at_work(root, during):
             mirror = stack.enter_context(mirrored(root, place / "copy"))
@@ -248,6 +252,30 @@ def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
               if path.is_file() and not path.is_symlink() and (mirror.target / path.relative_to(root)).samefile(path)}
     assert {os.path.dirname(path) for path in linked} == {"box/cur", "box/new", "migrated_unencrypted_backup"} and len(linked) == 9
     assert (mirror.target / "plain/sparse").stat().st_blocks <= (root / "plain/sparse").stat().st_blocks <= 16
+
+
+@pytest.mark.parametrize("always_long", [False, True])
+def test_long_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_long: bool) -> None:
+    """What changed while a first pass took long is caught up with before the second, as long as that takes less and less time."""
+    root, place = tmp_path / "tree", tmp_path / "copy"
+    grow(root)
+    place.mkdir(mode=0o700)
+    begun: list[None] = []
+
+    def begin_pass() -> None:
+        begun.append(None)
+        append(root / "plain/index", root, 0)
+
+    def take_long(path: str, siblings: Set[str]) -> bool:
+        if path == "box" and (always_long or len(begun) == 1):
+            time.sleep(0.3)
+        return may_link(path, siblings)
+
+    monkeypatch.setattr(os, "sync", begin_pass)
+    monkeypatch.setattr(utils, "SHORT_PASS_SECONDS", 0.2)
+    with utils.mirror_of(root, place, frozenset({"backup"}), take_long, 0) as mirror:
+        assert len(begun) == 2
+        assert_equal(mirror)
 
 
 def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
