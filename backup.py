@@ -463,13 +463,7 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
         yield
     finally:
         with utils.signals_deferred(), contextlib.suppress(OSError):  # what is left goes at the start of the next run
-            remove_temporary_directory(paths)
-
-
-def remove_temporary_directory(paths: Paths) -> None:
-    """Remove duplicity's temporary directory, if it is there. Raises Failure or OSError."""
-    with utils.owned_directory(paths.backup) as directory:
-        utils.remove_at(paths.temporary.name, directory)
+            utils.remove_below(paths.backup, paths.temporary)
 
 
 def remove_gpg_home(night: Night) -> None:
@@ -478,7 +472,7 @@ def remove_gpg_home(night: Night) -> None:
         answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night))
         if answer.exit_code:
             log.info("gpgconf --kill all ended with %s", answer)  # an agent whose home is gone ends by itself
-        utils.remove_tree(night.paths.gnupg)
+        utils.remove(night.paths.gnupg)
 
 
 # Step 3: what a run that died has left
@@ -509,8 +503,8 @@ def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
                 raise Failure(f"{paths.encrypted} holds a backup that was not finished, and a --verify, --list or --restore reads there; "
                               "wait for it to end", 4)
             for path in dead:
-                utils.remove(path)
-    remove_temporary_directory(paths)
+                utils.remove_below(paths.backup, path)
+    utils.remove_below(paths.backup, paths.temporary)
 
 
 def dead_files(paths: Paths, sets: Sequence[BackupSet]) -> list[Path]:
@@ -1056,9 +1050,10 @@ def clean_up(night: Night, record: Record, allowed: bool) -> None:
     """Have duplicity delete files of no complete set, and what readers that died have left. allowed: whether nobody reads."""
     if allowed:
         run_after_set(night, record, clean_up_command(night))
-        homes = RUN_DIRECTORY.glob(f"{night.paths.gnupg.name}-*")
-        for directory in (*night.paths.backup.glob(READER_PREFIX + "*"), *homes):  # of commands that read and were killed
-            utils.remove_tree(directory)
+        for directory in night.paths.backup.glob(READER_PREFIX + "*"):  # of commands that read and were killed
+            utils.remove_below(night.paths.backup, directory)
+        for home in RUN_DIRECTORY.glob(f"{night.paths.gnupg.name}-*"):
+            utils.remove(home)
 
 
 def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], allowed: bool) -> None:

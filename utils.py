@@ -296,14 +296,6 @@ def move_file(source: Path, target: Path) -> None:
     source.unlink()
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a directory and all that is in it; what somebody else removes meanwhile, as an agent its sockets, is fine."""
-    def pass_over(_function: object, _path: object, info: Any) -> None:
-        if not isinstance(info[1], FileNotFoundError):
-            raise info[1]
-    shutil.rmtree(path, onerror=pass_over)
-
-
 def remove(path: Path) -> None:
     """Remove a file, or a directory with all that is in it, if it is there."""
     remove_at(os.fspath(path))
@@ -320,6 +312,15 @@ def remove_at(name: str, directory: Optional[int] = None) -> None:
             for child in os.listdir(below):
                 remove_at(child, below)
         os.rmdir(name, dir_fd=directory)
+
+
+def remove_below(top: Path, path: Path) -> None:
+    """Remove a file or a directory with all that is in it, if it is there, so that no renaming meanwhile leads elsewhere.
+
+    top: a directory that holds it, maybe in others: from there on all must be root's, see owned_directory. Raises Failure or OSError.
+    """
+    with owned_directory(top, *path.relative_to(top).parts[:-1]) as directory:
+        remove_at(path.name, directory)
 
 
 def sha1_of(path: Path) -> str:

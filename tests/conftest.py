@@ -3,6 +3,7 @@
 import os
 import pwd
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -45,6 +46,8 @@ stop) rm -f "$1.running";;
 start) touch "$1.running";;
 esac
 """
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # all that is started here inherits it; under nohup it would be ignored
 
 SUMMARY: list[str] = []  # what tests have to tell although they passed
 
@@ -155,7 +158,7 @@ class Store:
         for home in homes:
             if home.exists():
                 self.run("gpgconf", "--kill", "all", environment={"GNUPGHOME": str(home)})
-                utils.remove_tree(home)
+                utils.remove(home)
         self.stopped_list.unlink(missing_ok=True)
 
     def manifests(self) -> list[str]:
