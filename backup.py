@@ -1551,7 +1551,6 @@ def verify(reader: Reader) -> list[str]:
     """
     sets = read_sets(reader.paths.encrypted)[0]
     complete = [backup_set for backup_set in sets if backup_set.complete]
-    chained = {backup_set for chain in chains_of(complete) for backup_set in chain}
     running = utils.is_locked(reader.paths.lock)
     wrong = []
     size = sum(backup_set.size for backup_set in complete)
@@ -1567,6 +1566,17 @@ def verify(reader: Reader) -> list[str]:
 
         for backup_set in complete:
             wrong += verify_set(reader, backup_set, tell)
+    wrong += missing_sets(reader, sets, running)
+    files = sum(len(backup_set.files) for backup_set in complete)
+    print(f"checked {len(complete)} backup sets: {files} files, {human_size(size)}")
+    return wrong
+
+
+def missing_sets(reader: Reader, sets: Sequence[BackupSet], running: bool) -> list[str]:
+    """Return what of whole sets is missing, a sentence each. sets: complete or not. running: a backup may be making the last of them."""
+    wrong = []
+    complete = [backup_set for backup_set in sets if backup_set.complete]
+    chained = {backup_set for chain in chains_of(complete) for backup_set in chain}
     for backup_set in sets:
         if backup_set.complete and backup_set not in chained:
             wrong.append(f"the increment of {backup_set.stamp} leads back to no full backup: sets before it are missing")
@@ -1577,38 +1587,25 @@ def verify(reader: Reader) -> list[str]:
         match = ARCHIVE_FILE.fullmatch(path.name)
         if match and match[1] not in known:
             wrong.append(f"the set of {match[1]} is missing from {reader.paths.encrypted}, all of it")
-    files = sum(len(backup_set.files) for backup_set in complete)
-    print(f"checked {len(complete)} backup sets: {files} files, {human_size(size)}")
     return wrong
 
 
 def verify_set(reader: Reader, backup_set: BackupSet, tell: Callable[[Path], None]) -> list[str]:
     """Check the files of a complete set, see verify. tell: called with each before it is read. Returns what is damaged or missing."""
     wrong = []
-    checksums: dict[str, str] = {}
-    number = ""
-
-    def take_manifest_line(line: str) -> None:
-        nonlocal number
-        if match := re.fullmatch(r"Volume (\d+):", line):
-            number = match[1]
-            checksums[number] = ""
-        elif match := re.fullmatch(r"    Hash SHA1 ([0-9a-f]{40})", line):
-            checksums[number] = match[1]
-
+    manifest: list[str] = []
     for name in backup_set.metadata:
         path = reader.paths.encrypted / name
         tell(path)
-        answer = reader.open_file(name, take_manifest_line if ".manifest." in name else None)
+        answer = reader.open_file(name, manifest.append if name == backup_set.manifest else None)
         if answer.exit_code:
             why = "another key than this made it, or it is damaged" if is_wrong_key(answer) else "it is damaged"
             wrong.append(f"{path}: {why}")
     if not backup_set.signed:
         wrong.append(f"the signatures of {backup_set.stamp} are missing from {reader.paths.encrypted}")
-    stem = backup_set.manifest.split(".manifest.")[0]
-    for number, checksum in checksums.items():
-        path = reader.paths.encrypted / f"{stem}.vol{number}.difftar.gpg"
-        if path.name not in backup_set.files:
+    for name, checksum in checksums_in(manifest, backup_set.manifest).items():
+        path = reader.paths.encrypted / name
+        if name not in backup_set.files:
             wrong.append(f"{path} is missing")
             continue
         tell(path)
@@ -1618,6 +1615,19 @@ def verify_set(reader: Reader, backup_set: BackupSet, tell: Callable[[Path], Non
         except OSError as error:
             wrong.append(f"{path} cannot be read: {error.strerror}")
     return wrong
+
+
+def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
+    """Return the SHA-1 of each volume of a set by the volume's name, empty if the manifest lacks it. manifest: its lines, name: its own."""
+    checksums: dict[str, str] = {}
+    volume = ""
+    for line in manifest:
+        if match := re.fullmatch(r"Volume (\d+):", line):
+            volume = name.replace(".manifest.", f".vol{match[1]}.difftar.")
+            checksums[volume] = ""
+        elif match := re.fullmatch(r"    Hash SHA1 ([0-9a-f]{40})", line):
+            checksums[volume] = match[1]
+    return checksums
 
 
 def compare(reader: Reader) -> list[str]:
@@ -1683,25 +1693,20 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
     Raises Failure.
     """
     options = check_time(reader, time)
-    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
-        raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
-    if not directory.parent.is_dir():
-        raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
     wanted = os.path.normpath(path or ".")
     if path == "" or f"{wanted}/".startswith(("/", "../")):
         raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700)
-    directory.chmod(0o700)
+    if wanted != ".":
+        options += ["-r", wanted]
+    make_restore_directory(directory)
     fresh = directory / f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
     lines: list[str] = []
+    log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything", directory)
     try:
-        part = ["-r", wanted] if wanted != "." else []
-        log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
         with progress(reader.verbose) as draw:
             free = utils.free_bytes(directory)
             watch: utils.Watch = lambda process: draw(free - utils.free_bytes(directory), None) if draw else None
-            answer = reader.run("restore", *options, *part, "--log-fd=LOG", directory=fresh, log_lines=lines, watch=watch)
+            answer = reader.run("restore", *options, "--log-fd=LOG", directory=fresh, log_lines=lines, watch=watch)
     except BaseException:
         log.warning("what was restored until then is in %s", fresh)
         raise
@@ -1711,19 +1716,35 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
         raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
     if answer.exit_code:
         raise Failure(f"{explain('restore', answer)}\nwhat could be restored is in {fresh}")
-    if fresh.is_dir() and not fresh.is_symlink():
-        status = fresh.lstat()
-        for child in fresh.iterdir():
-            child.rename(directory / child.name)
-        fresh.rmdir()
-        os.chown(directory, status.st_uid, status.st_gid)
-        directory.chmod(stat.S_IMODE(status.st_mode))
-        os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns))
-    else:
-        fresh.rename(directory / os.path.basename(wanted))
+    move_up(fresh, directory, os.path.basename(wanted))
     if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)
         raise Failure(f"not all could be restored to {directory}; try another disk: {first_of(lost)}")
     log.info("restored to %s", directory)
+
+
+def make_restore_directory(directory: Path) -> None:
+    """Make the directory to restore to, for nobody but its owner yet; an empty one may be there. Raises Failure (exit code 2)."""
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
+        raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
+    if not directory.parent.is_dir():
+        raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    directory.chmod(0o700)
+
+
+def move_up(fresh: Path, directory: Path, name: str) -> None:
+    """Put what was restored in its place: directory gets a directory's entries, mode, owner and times, a file goes into it by name."""
+    if not fresh.is_dir() or fresh.is_symlink():
+        fresh.rename(directory / name)
+        return
+    status = fresh.lstat()
+    for child in fresh.iterdir():
+        child.rename(directory / child.name)
+    fresh.rmdir()
+    os.chown(directory, status.st_uid, status.st_gid)
+    directory.chmod(stat.S_IMODE(status.st_mode))
+    os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def near_paths(reader: Reader, wanted: str, time: Optional[str]) -> list[str]:
