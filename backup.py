@@ -14,9 +14,11 @@ import base64
 import contextlib
 import errno
 import filecmp
+import functools
 import glob
 import hashlib
 import html
+import io
 import json
 import logging
 import os
@@ -32,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, Concatenate, NoReturn, Optional, ParamSpec, Union
 
 from dateutil.relativedelta import relativedelta
 
@@ -72,8 +74,10 @@ DUPLICITY_EXIT_CODES = {
     2: "duplicity does not take these options; install version 0.8.21 or newer",
     3: "the backups were made under another host name; run duplicity with --allow-source-mismatch by hand to see more",
     4: "duplicity was interrupted; run the backup again",
+    5: "duplicity finds a damaged file in its archive directory; run the backup again",
     17: "duplicity finds no complete chain to add to; run the backup with --full",
     19: "the path is not in the backup; name one that is",
+    20: "duplicity finds no backup; if there is one its archive directory, cache/, is damaged: move that aside",
     21: "a backup file does not match its checksum; see which with --verify, take an older backup with --time, or your copy elsewhere",
     23: "duplicity was refused what it needs, or another duplicity uses the archive directory; end that one",
     30: "duplicity met an error of its own; see its last lines, then run the backup with --full",
@@ -93,8 +97,12 @@ DUPLICITY_EXIT_CODES = {
     utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
 }
 
+# What a damaged archive directory leads to (seen: 0.8.22); it holds nothing that is not in the target, too.
+DAMAGED_ARCHIVE_CODES = (5, 20, 30)
+
 log = logging.getLogger("backup")
 Draw = Callable[[int, Optional[int]], None]
+Arguments = ParamSpec("Arguments")
 
 
 # What a run knows
@@ -140,6 +148,7 @@ class Record:
 
     kind: Optional[str] = None
     source: Optional[str] = None
+    size: int = 0  # of the new set, in bytes
     duplicity_version: Optional[str] = None
     downtime: Downtime = field(default_factory=Downtime)
     unread: list[str] = field(default_factory=list)
@@ -148,11 +157,13 @@ class Record:
 
     def warn(self, message: str) -> None:
         """Say now, and remember, what an admin must look at."""
-        log.warning(message)
-        self.attention.append(message)
+        if message not in self.attention:
+            log.warning(message)
+            self.attention.append(message)
 
 
 SetKey = tuple[Optional[str], str]
+DirectoryState = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -231,7 +242,7 @@ def night_of(settings: Mapping[str, str], verbose: bool = False, now: Optional[d
     if not paths.root.is_dir():
         raise Failure(f"STORAGE_ROOT {paths.root} is not a directory; correct STORAGE_ROOT in the settings", 2)
     if not settings.get("STORAGE_USER"):
-        raise Failure("STORAGE_USER is missing; name the user who owns the user data in the settings", 2)
+        raise Failure(f"STORAGE_USER is missing, or nobody here owns {paths.root}; name the user who owns the user data in the settings", 2)
     try:
         user = pwd.getpwnam(settings["STORAGE_USER"])
     except (KeyError, ValueError) as error:
@@ -259,29 +270,30 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
     """
     make_backup_directory(night)                                                                        # 1
     with utils.exclusive_process(night.paths.lock) as lock, last_run_recorded(night) as record:
+        start_services_left_stopped(night, record)                                                      # of 3, but first of all
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
             check_newest_set(night)                                                                     # 2
-        recover_from_dead_run(night, record)                                                            # 3
+        recover_from_dead_run(night.paths)                                                              # 3
         make_directories(night)
-        migrate_legacy_layout(night.paths)                                                              # 4
+        migrated = migrate_legacy_layout(night.paths)                                                   # 4
         sets = complete_sets(night.paths)
-        reason = decide_full(sets, night.now, force_full)                                               # 5
+        kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"                # 5
         run_hook(night, "before-backup", record)                                                        # 6
         with gpg_home(night), temporary_directory(night.paths):
-            with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, sets):              # 7
+            with copy_of_tree(night, record) as copy, failed_set_thrown_away(night.paths):              # 7
                 with mail_stopped(night, record, lock):                                                 # 8
                     if copy:
                         finish_copy(copy)                                                               # 9
                     else:
-                        make_set(night, record, "full" if reason else "incremental")
+                        make_set(night, record, kind)
                 if copy:                                                                                # 10: mail is back
-                    make_set(night, record, "full" if reason else "incremental", copy)                  # 11
-            delete_migrated_backups(night, record)
+                    make_set(night, record, kind, copy)                                                 # 11
+            delete_migrated_backups(night, record, migrated)
             with deletion_allowed(night.paths) as allowed:
                 remove_old_sets(night, record, sets, allowed)                                           # 12
                 clean_up(night, record, allowed)                                                        # 13
-            grant_group_read(night)                                                                     # 14
+            grant_group_read(night, record)                                                             # 14
         write_last_run(night, record)                                                                   # 15
         run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
@@ -306,13 +318,15 @@ def make_backup_directory(night: Night) -> None:
     backup, group = night.paths.backup, night.user.pw_gid
     if not os.path.lexists(backup):
         utils.make_owned_directory(backup, 0o750, group)
-    status = utils.check_owned_directory(backup)
-    mode = stat.S_IMODE(status.st_mode)
-    if status.st_gid != group and not mode & stat.S_IXOTH:
-        os.chown(backup, -1, group)
-        status = backup.lstat()
-    if status.st_gid == group and not mode & stat.S_IXGRP:
-        backup.chmod(mode | stat.S_IXGRP)
+    utils.check_owned_directory(backup)
+    with utils.owned_directory(backup) as directory:
+        status = os.fstat(directory)
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_gid != group and not mode & stat.S_IXOTH:
+            os.fchown(directory, -1, group)
+            status = os.fstat(directory)
+        if status.st_gid == group and not mode & stat.S_IXGRP:
+            os.fchmod(directory, mode | stat.S_IXGRP)
 
 
 def check_in_place(paths: Paths) -> None:
@@ -346,7 +360,7 @@ def check_surroundings(night: Night) -> str:
     version = duplicity_version(night)
     disk = paths.backup if paths.backup.exists() else paths.root  # before the first run, if it is dry
     needed = TEMPORARY_BYTES + reserve_bytes(disk)
-    free = utils.free_bytes(disk) + sum(utils.tree_size(path) for path in [paths.temporary, *dead_files(paths, complete_sets(paths))])
+    free = utils.free_bytes(disk) + sum(utils.tree_size(path) for path in [paths.temporary, *dead_paths(paths)])
     free += sum(size for name, size in utils.regular_files(paths.encrypted).items() if name.endswith(".enc") and any(
         (directory / name.removesuffix(".enc")).is_file() for directory in (paths.plain, paths.migrated)))
     if free < needed:
@@ -361,15 +375,17 @@ def read_passphrase(path: Path, lenient: bool = False) -> str:
     the file cannot be read, can be read by others, or holds no passphrase worth the name.
     """
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
         first_line = path.read_bytes().partition(b"\n")[0].strip().decode()
     except UnicodeDecodeError as error:
         raise Failure(f"the first line of {path} is not text; put your copy of the key back", 2) from error
     except OSError as error:
         raise Failure(f"cannot read the key {path}: {error.strerror}; put your copy of the key back", 2) from error
     wrong = None
-    if mode & 0o077:
+    if status.st_mode & 0o077:
         wrong = f"the key {path} is open to others than its owner; run: chmod 600 {shlex.quote(str(path))}"
+    elif status.st_uid != os.geteuid():
+        wrong = f"the key {path} is not owned by root; run: chown root {shlex.quote(str(path))}"
     elif len(first_line) < KEY_CHARACTERS or not first_line.isprintable():
         wrong = f"the first line of {path} is no passphrase of {KEY_CHARACTERS} characters or more; put your copy of the key back"
     if wrong and not (lenient and first_line.isprintable()):
@@ -404,12 +420,8 @@ def check_newest_set(night: Night) -> None:
     sets = complete_sets(night.paths)
     if not sets:
         return
-    way_out = f"move {night.paths.encrypted} and {night.paths.cache} aside to start anew"
-    ahead = sets[-1].date - night.now
-    if ahead > timedelta(seconds=CLOCK_SECONDS):
-        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the clock is wrong, or was; "
-                      f"mend the clock, or {way_out}")
-    time.sleep(max(0.0, ahead.total_seconds() + 1))  # an increment that is not dated after the newest set would be an orphan
+    time.sleep(max(0.0, check_clock(night, sets) + 1))  # an increment that is not dated after the newest set would be an orphan
+    way_out = way_out_of(night.paths)
     manifest = night.paths.encrypted / sets[-1].manifest
     passphrase = read_passphrase(night.paths.key)
     answer = run_gpg(manifest, passphrase, gpg_environment(night))
@@ -418,6 +430,20 @@ def check_newest_set(night: Night) -> None:
                       f"put the old key back, or {way_out}")
     if answer.exit_code:
         raise Failure(f"the newest backup's {manifest} is damaged; {way_out}, and check the disk: gpg ended with {answer}")
+
+
+def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
+    """Return how many seconds the newest of some sets is dated in the future. Raises Failure if that is more than a minute."""
+    ahead = (sets[-1].date - night.now).total_seconds()
+    if ahead > CLOCK_SECONDS:
+        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the clock is wrong, or was; "
+                      f"mend the clock, or {way_out_of(night.paths)}")
+    return ahead
+
+
+def way_out_of(paths: Paths) -> str:
+    """Return what can always be done when no set can be added to those there are."""
+    return f"move {paths.encrypted} and {paths.cache} aside to start anew"
 
 
 def run_gpg(path: Path, passphrase: str, environment: Mapping[str, str], take_text: Optional[utils.TakeLine] = None) -> Finished:
@@ -462,8 +488,9 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
     try:
         yield
     finally:
-        with utils.signals_deferred(), contextlib.suppress(OSError):  # what is left goes at the start of the next run
-            utils.remove_below(paths.backup, paths.temporary)
+        with utils.signals_deferred(), contextlib.suppress(OSError, Failure):  # what is left goes at the start of the next run
+            with utils.owned_directory(paths.backup) as directory:
+                utils.remove_at(paths.temporary.name, directory)
 
 
 def remove_gpg_home(night: Night) -> None:
@@ -478,66 +505,90 @@ def remove_gpg_home(night: Night) -> None:
 # Step 3: what a run that died has left
 
 
-def recover_from_dead_run(night: Night, record: Record) -> None:
-    """Start the services that a dead run's keeper had stopped, and delete what the run had not finished.
+def start_services_left_stopped(night: Night, record: Record) -> None:
+    """Start the services that are still on the list of an earlier run's keeper, because it died or because they did not start."""
+    if names := utils.listed_services(night.paths.stopped):
+        log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(names), night.paths.stopped)
+        record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment)[0]
+
+
+def recover_from_dead_run(paths: Paths) -> None:
+    """Delete what a run that died had not finished.
 
     A set that was killed is never resumed: duplicity would believe parts of it that the tree does not bear out any more.
     """
-    if night.paths.stopped.exists():
-        names = night.paths.stopped.read_text().split()
-        log.warning("starting %s, left stopped by a run that died", " and ".join(names))
-        record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment).not_started
-    delete_dead_files(night.paths, complete_sets(night.paths))
-    for place in night.paths.snapshots:
-        remove_copy(night.paths, place)
+    with utils.owned_directory(paths.backup) as directory:
+        delete_dead_files(paths, directory, dead_files(directory))
+    for place in paths.snapshots:
+        remove_copy(paths, place)
 
 
-def delete_dead_files(paths: Paths, sets: Sequence[BackupSet]) -> None:
-    """Delete temporary files and all of a set that does not count, in encrypted/ and cache/. sets: those that count."""
-    check_in_place(paths)
-    dead = dead_files(paths, sets)
+def delete_dead_files(paths: Paths, directory: int, dead: Sequence[Path]) -> None:
+    """Delete the files of a set that does not count, and temporary ones. directory: the descriptor of backup/; dead: relative to it."""
     if dead:
         log.info("deleting %d files of a backup that was not finished", len(dead))
         with deletion_allowed(paths) as allowed:
+            for path in dead:
+                if allowed or ".manifest." in path.name:  # without that no reader that comes takes it for a set
+                    utils.remove_below(directory, path)
             if not allowed:
                 raise Failure(f"{paths.encrypted} holds a backup that was not finished, and a --verify, --list or --restore reads there; "
                               "wait for it to end", 4)
-            for path in dead:
-                utils.remove_below(paths.backup, path)
-    utils.remove_below(paths.backup, paths.temporary)
+    utils.remove_at(paths.temporary.name, directory)
 
 
-def dead_files(paths: Paths, sets: Sequence[BackupSet]) -> list[Path]:
+def dead_files(directory: int) -> list[Path]:
     """Return what belongs to a set that does not count: all that is dated after the newest that does, and duplicity's leavings.
 
-    sets: those that count, oldest first.
+    directory: the descriptor of backup/, for a path can be renamed meanwhile. The answer is relative to it.
     """
+    sets: list[BackupSet] = []
+    with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
+        sets = [backup_set for backup_set in read_sets(encrypted)[0] if backup_set.complete]
     newest = sets[-1].stamp if sets else ""
     alive = {name.split(".sigtar")[0] for backup_set in sets for name in backup_set.files if ".sigtar" in name}
-    found = [paths.encrypted / name for name in utils.regular_files(paths.encrypted)
-             if SET_FILE.fullmatch(name) or SIGNATURES.fullmatch(name)]
-    for directory, directories, names in os.walk(paths.cache):
-        found += [Path(directory, name) for name in names]
-        found += [Path(directory, name) for name in directories if name.endswith("-tempdir")]
-    return [path for path in found if path.name.endswith(("-tempdir", ".part")) or (
+    return [path for path in duplicity_files(directory) if path.name.endswith(("-tempdir", ".part")) or (
         (match := ARCHIVE_FILE.fullmatch(path.name)) and match[1] > newest and path.name.split(".sigtar")[0] not in alive)]
 
 
+def dead_paths(paths: Paths) -> list[Path]:
+    """Return the dead files of backup/, see there, by their whole paths; none if it is missing."""
+    with contextlib.suppress(FileNotFoundError), utils.owned_directory(paths.backup) as directory:
+        return [paths.backup / path for path in dead_files(directory)]
+    return []
+
+
+def duplicity_files(directory: int) -> list[Path]:
+    """Return what duplicity has made in encrypted/ and cache/, relative to backup/. directory: the descriptor of backup/."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
+        found += [Path("encrypted", name) for name in utils.regular_files(encrypted)
+                  if SET_FILE.fullmatch(name) or SIGNATURES.fullmatch(name)]
+    with contextlib.suppress(FileNotFoundError):
+        for place, directories, names, _ in os.fwalk("cache", dir_fd=directory):
+            leavings = [name for name in directories if name.endswith("-tempdir")]
+            found += [Path(place, name) for name in names + leavings]
+            directories[:] = [name for name in directories if name not in leavings]
+    return found
+
+
 @contextlib.contextmanager
-def failed_set_thrown_away(night: Night, sets: Sequence[BackupSet]) -> Iterator[None]:
+def failed_set_thrown_away(paths: Paths) -> Iterator[None]:
     """Delete at once the set that the block was making when it failed, even whole, so that a full disk does not stay full.
 
-    sets: the complete ones from before it.
+    That is all that was not there before, whatever date it bears: the clock may have been set back.
     """
-    try:
-        yield
-    except BaseException:
+    with utils.owned_directory(paths.backup) as directory:
+        before = set(duplicity_files(directory))
         try:
-            with utils.signals_deferred():
-                delete_dead_files(night.paths, sets)
-        except (OSError, Failure) as error:
-            log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
-        raise
+            yield
+        except BaseException:
+            try:
+                with utils.signals_deferred():
+                    delete_dead_files(paths, directory, [path for path in duplicity_files(directory) if path not in before])
+            except (OSError, Failure) as error:
+                log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
+            raise
 
 
 def make_directories(night: Night) -> None:
@@ -552,10 +603,11 @@ def make_directories(night: Night) -> None:
 # Step 4: the layout of old
 
 
-def migrate_legacy_layout(paths: Paths) -> None:
+def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
     """Move plain backups to where the next backup contains them, and remove their openssl copies.
 
-    Each change leaves a state from which the next run goes on. Raises Failure if there is no room to move them to another disk.
+    Each change leaves a state from which the next run goes on. Returns the state of the directory they are in then, if there is one.
+    Raises Failure if there is no room to move them to another disk.
     """
     if os.path.lexists(paths.migrated):
         utils.make_owned_directory(paths.migrated, 0o700, 0)
@@ -564,7 +616,7 @@ def migrate_legacy_layout(paths: Paths) -> None:
             if not half.is_dir() and any(os.path.lexists(place / original) for original in (name, re.sub(r"\.\d+$", "", name))):
                 half.unlink()
     if os.path.lexists(paths.plain):
-        paths.plain.chmod(0o700)  # it is plain mail
+        utils.make_owned_directory(paths.plain, 0o700, 0)  # it is plain mail
         try:
             os.rename(paths.plain, paths.migrated)
         except OSError as error:
@@ -584,6 +636,12 @@ def migrate_legacy_layout(paths: Paths) -> None:
                     paths.legacy, len(orphans))
         for name in orphans:
             move_aside(paths.encrypted / name, paths.legacy / name)
+    return directory_state(paths.migrated.lstat()) if os.path.lexists(paths.migrated) else None
+
+
+def directory_state(status: os.stat_result) -> DirectoryState:
+    """Return what tells a directory from any other, and from itself after it was renamed."""
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def move_directory(source: Path, target: Path) -> None:
@@ -636,8 +694,8 @@ def delete_copy(copy: Path, original: Path) -> bool:
 # Step 5: full or incremental
 
 
-def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
-    """Read from the names in encrypted/ what sets there are, oldest first, complete or not; nothing is opened.
+def read_sets(encrypted: Union[Path, int]) -> tuple[list[BackupSet], int]:
+    """Read from the names in encrypted/ (its path or descriptor) what sets there are, oldest first, complete or not.
 
     A signature file that is dated up to 60 seconds off a complete set without one belongs to that set: some versions date them so.
     Returns the sets, and the bytes of the files that belong to none.
@@ -706,8 +764,13 @@ def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
     return chains
 
 
-def reason_for_full(sets: Sequence[BackupSet], now: datetime) -> Optional[str]:
-    """Return why the next backup must be a full one, None if an incremental will do. sets: the complete ones, oldest first."""
+def reason_for_full(sets: Sequence[BackupSet], now: datetime, force_full: bool = False) -> Optional[str]:
+    """Return why the next backup must be a full one, None if an incremental will do.
+
+    sets: the complete ones, oldest first. force_full: it was asked for.
+    """
+    if force_full:
+        return "it was asked for"
     if not sets:
         return "there is no complete backup yet"
     chain = next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), None)
@@ -717,17 +780,9 @@ def reason_for_full(sets: Sequence[BackupSet], now: datetime) -> Optional[str]:
         return "the increments add up to more than half of the full backup"
     if now - chain[0].date > timedelta(days=FULL_DAYS):
         return f"the full backup is over {FULL_DAYS} days old"
-    return None
-
-
-def decide_full(sets: Sequence[BackupSet], now: datetime, force_full: bool) -> Optional[str]:
-    """Return why this run makes a full backup, None if an incremental. force_full: it was asked for. See reason_for_full."""
-    if force_full:
-        return "it was asked for"
-    reason = reason_for_full(sets, now)
-    if not reason and not all(backup_set.signed for backup_set in chains_of(sets)[-1]):
+    if not all(backup_set.signed for backup_set in chain):
         return "signatures are missing, without which duplicity would exit 17 night after night"
-    return reason
+    return None
 
 
 def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
@@ -811,7 +866,7 @@ def remove_copy(paths: Paths, place: Path) -> None:
         try:
             utils.remove_at("tree", directory)
         except OSError as error:
-            raise Failure(f"the copy {place} of an earlier run could not be removed, {failure_of(error)}; see lsattr -R there") from error
+            raise Failure(f"the copy {place} could not be removed, {failure_of(error)}; see lsattr -R there") from error
     place.rmdir()
 
 
@@ -916,18 +971,14 @@ def run_duplicity(
 def run_nightly_duplicity(
     night: Night, command: Sequence[str], log_lines: Optional[list[str]] = None, watch: utils.Watch = lambda process: None
 ) -> Finished:
-    """Run a duplicity command of the night, see run_duplicity. Raises Failure, and ends it, when mail's last room is about to go."""
-    reserve = reserve_bytes(night.paths.backup)
-
-    def watch_room(process: int) -> None:
-        watch(process)
+    """Run a duplicity command of the night, see run_duplicity. Raises Failure, and ends it, if backup/ is replaced."""
+    def watch_place(process: int) -> None:
         check_in_place(night.paths)
-        if utils.free_bytes(night.paths.backup) < reserve:
-            raise Failure(f"duplicity was ended before it took the last room of {night.paths.backup}; make room there")
+        watch(process)
 
     check_in_place(night.paths)
     environment = {**gpg_environment(night), "PASSPHRASE": read_passphrase(night.paths.key), "TMPDIR": str(night.paths.temporary)}
-    answer = run_duplicity(command, environment, night.verbose, log_lines, watch_room)
+    answer = run_duplicity(command, environment, night.verbose, log_lines, watch_place)
     check_in_place(night.paths)
     return answer
 
@@ -953,33 +1004,45 @@ def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mir
     log.info("duplicity makes the %s backup of %s", action, tree)
     with progress(night.verbose) as draw:
         since = before[-1].date.timestamp() if action == "incremental" else 0.0
-        watch = watch_reading(night, draw, utils.content_size(tree, excluded, since)) if draw else lambda process: None
+        watch = watch_set(night, draw, utils.content_size(tree, excluded, since) if draw else 0)
         answer = run_nightly_duplicity(night, set_command(night, action, copy.target if copy else None), log_lines, watch)
+    if answer.exit_code in DAMAGED_ARCHIVE_CODES:
+        with utils.owned_directory(night.paths.backup) as directory:
+            utils.remove_at(night.paths.cache.name, directory)
+        log.warning("deleted %s, which may be damaged and which the next run makes anew", night.paths.cache)
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(night.paths)
     if after[:-1] != before or not any(chain[-1] == after[-1] and (len(chain) == 1) == (action == "full") for chain in chains_of(after)):
         raise Failure(f"duplicity ended well but no new {action} set is in {night.paths.encrypted}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
-    if reported is None or abs(reported - entries) > len(warnings):
+    # Nothing changes a copy. Others than mail may go on writing to the tree itself: then a hundredth of it may come or go meanwhile.
+    changing = 0 if copy else entries // 100 + abs(utils.count_entries(tree, excluded) - entries)
+    if reported is None or abs(reported - entries) > len(warnings) + changing:
         raise Failure(f"duplicity read {reported} of the {entries} files and directories of {tree}, and did not say why; "
                       "see that nothing but mail writes there, and run the backup again")
+    record.size = after[-1].size
     record.unread = [printable(f"{os.path.join(root, path)}: {why}") for path, why in copy.unread.items()] if copy else []
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
     if record.unread:
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
-def watch_reading(night: Night, draw: Draw, total: int) -> utils.Watch:
-    """Return a watch on duplicity that draws how much of the tree it has read. total: how much there is to read, in bytes.
+def watch_set(night: Night, draw: Optional[Draw], total: int) -> utils.Watch:
+    """Return a watch on duplicity that ends it before it takes the last room, and draws how much of the tree it has read.
 
-    What it reads besides is, of each finished volume, three times as much (seen: 0.8.22, 3.2.1).
+    total: how much there is to read, in bytes. What it reads besides is, of each finished volume, three times as much (seen: 0.8.22,
+    3.2.1).
     """
     before = sum(utils.regular_files(night.paths.encrypted).values())
+    reserve = reserve_bytes(night.paths.backup)
 
     def watch(process: int) -> None:
-        made = sum(utils.regular_files(night.paths.encrypted).values()) - before
-        draw(utils.bytes_read_by(process) - 3 * made, total)
+        if utils.free_bytes(night.paths.backup) < reserve:
+            raise Failure(f"duplicity was ended before it took the last room of {night.paths.backup}; make room there")
+        if draw:
+            made = sum(utils.regular_files(night.paths.encrypted).values()) - before
+            draw(utils.bytes_read_by(process) - 3 * made, total)
 
     return watch
 
@@ -1010,22 +1073,45 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
     return entries, warnings
 
 
-def delete_migrated_backups(night: Night, record: Record) -> None:
-    """Delete the plain backups of the legacy layout, now that a backup contains every file of theirs."""
+def needs_attention_at_most(
+    step: Callable[Concatenate[Night, Record, Arguments], None]
+) -> Callable[Concatenate[Night, Record, Arguments], None]:
+    """Make a step, of those that come when the backup was made, one whose failure needs attention and does not end the run."""
+    @functools.wraps(step)
+    def taken(night: Night, record: Record, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> None:
+        try:
+            step(night, record, *arguments, **named)
+        except (Failure, OSError) as error:
+            record.warn(str(failure_of(error)))
+    return taken
+
+
+@needs_attention_at_most
+def delete_migrated_backups(night: Night, record: Record, state: Optional[DirectoryState]) -> None:
+    """Delete the plain backups of the legacy layout, now that a backup contains every file of theirs.
+
+    state: of their directory from before the backup: one that was renamed meanwhile, even there and back, may not be in it.
+    """
     migrated = night.paths.migrated
-    if not migrated.exists():
+    if state is None:
         return
     if any(migrated.name in warning or warning.endswith(f" {night.paths.root}") for warning in record.unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
     with utils.owned_directory(migrated) as directory:
+        if directory_state(os.fstat(directory)) != state:
+            record.warn(f"{migrated} is kept because it was changed during the backup; run the backup again")
+            return
         names = sorted(os.listdir(directory), key=lambda name: name.startswith("duplicity-"))
         if names and not names[-1].startswith("duplicity-"):
             record.warn(f"{migrated} is kept because it holds no backups; move it to where it belongs, or away")
             return
         os.sync()
-        for name in names:  # what tells that they are backups goes last, so that the run after one that is killed here goes on
-            utils.remove_at(name, directory)
+        try:
+            for name in names:  # what tells that they are backups goes last, so that the run after one that is killed here goes on
+                utils.remove_at(name, directory)
+        except OSError as error:
+            raise Failure(f"{migrated} could not be deleted, {failure_of(error)}; see lsattr -R there") from error
     migrated.rmdir()
 
 
@@ -1046,16 +1132,24 @@ def deletion_allowed(paths: Paths) -> Iterator[bool]:
         yield allowed
 
 
+@needs_attention_at_most
 def clean_up(night: Night, record: Record, allowed: bool) -> None:
-    """Have duplicity delete files of no complete set, and what readers that died have left. allowed: whether nobody reads."""
+    """Have duplicity delete files of no complete set, and delete what readers that died have left. allowed: whether nobody reads."""
     if allowed:
         run_after_set(night, record, clean_up_command(night))
-        for directory in night.paths.backup.glob(READER_PREFIX + "*"):  # of commands that read and were killed
-            utils.remove_below(night.paths.backup, directory)
+        with utils.owned_directory(night.paths.backup) as directory:
+            for place in night.paths.backup.glob(READER_PREFIX + "????????"):  # as tempfile names them
+                if stat.S_ISDIR(place.lstat().st_mode):
+                    with utils.directory_locked(place, exclusive=True) as dead:
+                        if dead:
+                            utils.remove_at(place.name, directory)
         for home in RUN_DIRECTORY.glob(f"{night.paths.gnupg.name}-*"):
-            utils.remove(home)
+            with utils.directory_locked(home, exclusive=True) as dead:
+                if dead:
+                    utils.remove(home)
 
 
+@needs_attention_at_most
 def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], allowed: bool) -> None:
     """Delete the chains that are old enough, unless the clock may have jumped ahead: it would delete all of them.
 
@@ -1072,7 +1166,8 @@ def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], all
     run_after_set(night, record, remove_old_command(night))
 
 
-def grant_group_read(night: Night) -> None:
+@needs_attention_at_most
+def grant_group_read(night: Night, record: Record) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
     with utils.owned_directory(night.paths.backup, night.paths.encrypted.name) as directory:
         for name in utils.regular_files(directory):
@@ -1097,14 +1192,11 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
         yield record
     except (Failure, OSError, Interrupted) as error:
         failure = failure_of(error) if isinstance(error, OSError) else error
-        if failure.exit_code == 2 and record.duplicity_version is None:  # step 1 was not over
+        if failure.exit_code == 2 and record.duplicity_version is None and not record.downtime.not_started:  # step 1 was not over
             raise failure from error
         tell_of_services(record)
         code = 5 if record.downtime.not_started else 1 if failure.exit_code == 2 else failure.exit_code
-        try:
-            write_last_run(night, record, code, str(failure))
-        except (OSError, Failure) as second:
-            log.error(failure_of(second))
+        write_last_run(night, record, code, str(failure))
         failure.exit_code = code
         raise failure from error
     tell_of_services(record)
@@ -1126,14 +1218,12 @@ def tell_what_was_made(night: Night, record: Record) -> None:
     """Say on a terminal, as the last line, what was made, how big it is and how long mail was down."""
     seconds = (datetime.now(timezone.utc) - night.now).total_seconds()
     log.info("made the %s backup, %s, in %.0f seconds; mail was down for %.1f seconds", record.kind,
-             human_size(complete_sets(night.paths)[-1].size), seconds, record.downtime.seconds)
+             human_size(record.size), seconds, record.downtime.seconds)
 
 
+@needs_attention_at_most
 def write_last_run(night: Night, record: Record, exit_code: Optional[int] = None, message: str = "") -> None:
-    """Write last-run.json. exit_code, message: of a run that failed; of one that made a backup the record tells them.
-
-    Raises OSError if that fails.
-    """
+    """Write last-run.json. exit_code, message: of a run that failed; of one that made a backup the record tells them."""
     not_started = [f"{name} could not be started again" for name in record.downtime.not_started]
     messages = not_started + record.attention + record.remarks + [message]
     content = {
@@ -1499,8 +1589,9 @@ class Reader:
 def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Reader]:
     """Put together what a command that reads needs: directories of its own, so that it neither waits for a backup nor disturbs one.
 
-    No backup deletes a set while the block runs. The archive directory begins as hard links to the finished files of cache/ where
-    those can be had; duplicity makes the rest. Raises Failure if there is no backup, or no key that opens any.
+    No backup deletes a set while the block runs, unless the lock on encrypted/ cannot be had. The archive directory begins as hard
+    links to the finished files of cache/ where those can be had; duplicity makes the rest. Raises Failure if there is no backup, or no
+    key that opens any.
     """
     paths = paths_of(settings)
     if not complete_sets(paths):
@@ -1508,12 +1599,18 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
         utils.find_program(program, program_environment())
     passphrase = read_passphrase(paths.key, lenient=True)
+    for directory in (paths.backup, paths.encrypted):
+        try:
+            utils.check_owned_directory(directory)
+        except Failure as error:
+            log.warning("what is read may be somebody else's: %s", error)
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(utils.directory_locked(paths.encrypted, exclusive=False)):
             log.warning("%s is locked by somebody else; a backup that runs meanwhile may delete what is read", paths.encrypted)
-        place = paths.backup if os.access(paths.backup, os.W_OK) else None  # on the same disk as cache/, for the links
-        own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=READER_PREFIX, dir=place)))
+        own = Path(stack.enter_context(reader_directory(paths)))
         gnupg = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{paths.gnupg.name}-", dir=RUN_DIRECTORY)))
+        for directory in (own, gnupg):
+            stack.enter_context(utils.directory_locked(directory, exclusive=True))  # a backup that cleans up sees that we live
         environment = {**program_environment(), "GNUPGHOME": str(gnupg), "TMPDIR": str(own), "PASSPHRASE": passphrase}
         stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""})
         archive = own / "archive"
@@ -1522,6 +1619,14 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
         reader = Reader(paths, archive, environment, verbose)
         check_reading_key(reader)
         yield reader
+
+
+def reader_directory(paths: Paths) -> "tempfile.TemporaryDirectory[str]":
+    """Make a directory for a command that reads: on the same disk as cache/, for the links, or where there is no room in TMPDIR."""
+    if os.access(paths.backup, os.W_OK) and utils.free_bytes(paths.backup) >= TEMPORARY_BYTES:
+        with contextlib.suppress(OSError):  # a disk with an error lets nobody write, whatever access(2) says
+            return tempfile.TemporaryDirectory(prefix=READER_PREFIX, dir=paths.backup)
+    return tempfile.TemporaryDirectory(prefix=READER_PREFIX)
 
 
 def check_reading_key(reader: Reader) -> None:
@@ -1555,20 +1660,20 @@ def verify(reader: Reader) -> list[str]:
     wrong = []
     size = sum(backup_set.size for backup_set in complete)
     with progress(reader.verbose) as draw:
-        done = 0
+        files = done = 0
 
         def tell(path: Path) -> None:
-            nonlocal done
+            nonlocal files, done
             (log.info if reader.verbose else log.debug)("checking %s", path)
             if draw:
                 draw(done, size)
-                done += path.stat().st_size
+            files += 1
+            done += path.stat().st_size
 
         for backup_set in complete:
             wrong += verify_set(reader, backup_set, tell)
     wrong += missing_sets(reader, sets, running)
-    files = sum(len(backup_set.files) for backup_set in complete)
-    print(f"checked {len(complete)} backup sets: {files} files, {human_size(size)}")
+    print(f"checked {len(complete)} backup sets: {files} files, {human_size(done)}")
     return wrong
 
 
@@ -1594,23 +1699,28 @@ def verify_set(reader: Reader, backup_set: BackupSet, tell: Callable[[Path], Non
     """Check the files of a complete set, see verify. tell: called with each before it is read. Returns what is damaged or missing."""
     wrong = []
     manifest: list[str] = []
+    opened = []
     for name in backup_set.metadata:
         path = reader.paths.encrypted / name
         tell(path)
         answer = reader.open_file(name, manifest.append if name == backup_set.manifest else None)
-        if answer.exit_code:
+        if not answer.exit_code:
+            opened.append(name)
+        else:
             why = "another key than this made it, or it is damaged" if is_wrong_key(answer) else "it is damaged"
             wrong.append(f"{path}: {why}")
     if not backup_set.signed:
         wrong.append(f"the signatures of {backup_set.stamp} are missing from {reader.paths.encrypted}")
-    for name, checksum in checksums_in(manifest, backup_set.manifest).items():
+    checksums = checksums_in(manifest, backup_set.manifest)
+    volumes = {name for name in backup_set.files if ".difftar." in name}
+    for name in sorted(checksums.keys() | (volumes if backup_set.manifest in opened else set())):
         path = reader.paths.encrypted / name
-        if name not in backup_set.files:
+        if name not in volumes:
             wrong.append(f"{path} is missing")
             continue
         tell(path)
         try:
-            if utils.sha1_of(path) != checksum:
+            if name not in checksums or utils.sha1_of(path) != checksums[name]:
                 wrong.append(f"{path} is damaged: its checksum is not that in the manifest")
         except OSError as error:
             wrong.append(f"{path} cannot be read: {error.strerror}")
@@ -1678,12 +1788,12 @@ def check_time(reader: Reader, time: Optional[str], now: Optional[datetime] = No
             asked = datetime.fromisoformat(time).astimezone() if "+" in time[10:] or "-" in time[10:] else datetime.fromisoformat(
                 time).replace(tzinfo=now.tzinfo)
     if asked is None:
-        raise Failure(f"{printable(time)} is not a time; give one such as 3D, 2026-11-20 or 2026-11-20T03:00:00", 2)
+        raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as 3D, 2026-11-20 or 2026-11-20T03:00:00", 2)
     sets = complete_sets(reader.paths)
     if asked < sets[0].date:
         dates = ", ".join(backup_set.date.astimezone().isoformat() for backup_set in sets)
         raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, or a later one: {dates}")
-    return ["-t", time]
+    return ["-t", time] if asked < now else []
 
 
 def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional[str]) -> None:
@@ -1698,62 +1808,82 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
         raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
     if wanted != ".":
         options += ["-r", wanted]
-    make_restore_directory(directory)
-    fresh = directory / f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
-    lines: list[str] = []
-    log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything", directory)
-    try:
-        with progress(reader.verbose) as draw:
-            free = utils.free_bytes(directory)
-            watch: utils.Watch = lambda process: draw(free - utils.free_bytes(directory), None) if draw else None
-            answer = reader.run("restore", *options, "--log-fd=LOG", directory=fresh, log_lines=lines, watch=watch)
-    except BaseException:
-        log.warning("what was restored until then is in %s", fresh)
-        raise
-    if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(fresh):
-        utils.remove(fresh)  # 3.2.1 leaves an empty one
-        directory.rmdir()
-        raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
-    if answer.exit_code:
-        raise Failure(f"{explain('restore', answer)}\nwhat could be restored is in {fresh}")
-    move_up(fresh, directory, os.path.basename(wanted))
-    if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)
-        raise Failure(f"not all could be restored to {directory}; try another disk: {first_of(lost)}")
+    with restore_directory(reader.paths, directory) as place:
+        fresh = f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
+        lines: list[str] = []
+        log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything", directory)
+        try:
+            with progress(reader.verbose) as draw:
+                free = utils.free_bytes(place)
+                watch: utils.Watch = lambda process: draw(free - utils.free_bytes(place), None) if draw else None
+                answer = reader.run("restore", *options, "--log-fd=LOG", directory=directory / fresh, log_lines=lines, watch=watch)
+        except BaseException:
+            if fresh in os.listdir(place):
+                log.warning("what was restored until then is in %s", directory / fresh)
+            raise
+        if answer.exit_code == 19 or not answer.exit_code and fresh not in os.listdir(place):
+            utils.remove_at(fresh, place)  # 3.2.1 leaves an empty one
+            raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
+        if answer.exit_code:
+            left = f"\nwhat could be restored is in {directory / fresh}" if fresh in os.listdir(place) else ""
+            raise Failure(f"{explain('restore', answer)}{left}")
+        move_up(fresh, place, os.path.basename(wanted))
+        if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)
+            raise Failure(f"not all could be restored to {directory}; try another disk: {first_of(lost)}")
     log.info("restored to %s", directory)
 
 
-def make_restore_directory(directory: Path) -> None:
-    """Make the directory to restore to, for nobody but its owner yet; an empty one may be there. Raises Failure (exit code 2)."""
-    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
-        raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
+@contextlib.contextmanager
+def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
+    """Make the directory to restore to, for nobody but root yet, and keep it open: who owns what holds it can rename it meanwhile.
+
+    An empty one may be there. Yields its descriptor. One that was made goes again if the block fails and leaves it empty. Raises Failure.
+    """
+    if paths.backup in directory.resolve().parents:
+        raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; name another place", 2)
     if not directory.parent.is_dir():
         raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
-    with contextlib.suppress(FileExistsError):
+    made = not os.path.lexists(directory)
+    if made:
         directory.mkdir(mode=0o700)
-    directory.chmod(0o700)
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
+    try:
+        with utils.opened(os.path.realpath(directory)) as place:
+            os.fchmod(place, 0o700)
+            yield place
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
 
 
-def move_up(fresh: Path, directory: Path, name: str) -> None:
-    """Put what was restored in its place: directory gets a directory's entries, mode, owner and times, a file goes into it by name."""
-    if not fresh.is_dir() or fresh.is_symlink():
-        fresh.rename(directory / name)
+def move_up(fresh: str, place: int, name: str) -> None:
+    """Put what was restored in its place: place gets a directory's entries, mode, owner and times, a file goes into it by name.
+
+    place: the descriptor of the directory to restore to. fresh: what was restored, an entry of it.
+    """
+    status = os.stat(fresh, dir_fd=place, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
+        os.rename(fresh, name, src_dir_fd=place, dst_dir_fd=place)
         return
-    status = fresh.lstat()
-    for child in fresh.iterdir():
-        child.rename(directory / child.name)
-    fresh.rmdir()
-    os.chown(directory, status.st_uid, status.st_gid)
-    directory.chmod(stat.S_IMODE(status.st_mode))
-    os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with utils.opened(fresh, parent=place) as source:
+        for child in os.listdir(source):
+            os.rename(child, child, src_dir_fd=source, dst_dir_fd=place)
+    os.rmdir(fresh, dir_fd=place)
+    os.fchown(place, status.st_uid, status.st_gid)
+    os.fchmod(place, stat.S_IMODE(status.st_mode))
+    os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def near_paths(reader: Reader, wanted: str, time: Optional[str]) -> list[str]:
     """Return what there is in the backup where a path was looked for: the entries of the directory nearest to it, 20 at most."""
     names = list_files(reader, time)
-    parent = os.path.dirname(wanted)
-    while parent and parent not in names:
-        parent = os.path.dirname(parent)
-    found = [name for name in names if name != "." and os.path.dirname(name) == parent]
+    found: list[str] = []
+    while wanted and not found:
+        wanted = os.path.dirname(wanted)
+        found = [name for name in names if name != "." and os.path.dirname(name) == wanted]
     return found[:20] + (["…"] if len(found) > 20 else [])
 
 
@@ -1761,14 +1891,19 @@ def near_paths(reader: Reader, wanted: str, time: Optional[str]) -> list[str]:
 
 
 def show_plan(night: Night, force_full: bool) -> None:
-    """Print the steps of a backup made now, and the commands it would run; nothing is touched. Raises Failure as a backup would."""
+    """Print the steps of a backup made now, and the commands it would run; nothing is touched, so the key is not tried.
+
+    Raises Failure as the other checks of a backup do.
+    """
     check_root()
     paths = night.paths
     with contextlib.suppress(FileNotFoundError):
         utils.check_owned_directory(paths.backup)
     check_surroundings(night)
     sets = complete_sets(paths)
-    reason = decide_full(sets, night.now, force_full)
+    if sets:
+        check_clock(night, sets)
+    reason = reason_for_full(sets, night.now, force_full)
     stop = utils.running_services(night.services, night.environment)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
     manifests = [paths.encrypted / sets[-1].manifest] if sets else []
@@ -1776,7 +1911,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     plan: list[tuple[str, Sequence[object]]] = [
         ("check settings, directories, programs, key and room; take the lock", [paths.lock]),
         ("check that the key opens the newest backup", [shlex.join(gpg_command(path)) for path in manifests]),
-        ("delete what a run that died has left", dead_files(paths, sets)),
+        ("delete what a run that died has left", dead_paths(paths)),
         ("move the layout of old to where the next backup contains it", [paths.plain] if paths.plain.exists() else []),
         (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
         ("run the before-backup hook", hooks["before-backup"]),
@@ -1926,8 +2061,8 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
         owner = pwd.getpwuid(os.stat(root).st_uid).pw_name
     except OSError as error:
         raise Failure(f"cannot read {printable(root)}: {error.strerror}; name another directory with --storage-root", 2) from error
-    except KeyError as error:
-        raise Failure(f"the owner of {printable(root)} is no user of this system; run: chown root {shlex.quote(root)}", 2) from error
+    except KeyError:  # as on a rescue system, which does not need it to read
+        owner = ""
     return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
 
 
@@ -1978,13 +2113,14 @@ def main(arguments: Sequence[str]) -> int:
     handler.setFormatter(_Prefixed())
     log.addHandler(handler)
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
     utils.end_on_signals()
     try:
         code = run(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: nothing is left to say
+    except BrokenPipeError:  # nobody reads on: nothing is left to say
         return 1
     except OSError as error:
         log.error(failure_of(error))
@@ -1992,6 +2128,8 @@ def main(arguments: Sequence[str]) -> int:
     except (Failure, Interrupted) as error:
         log.error(error)
         return error.exit_code
+    finally:
+        utils.give_up_broken_streams()
 
 
 if __name__ == "__main__":

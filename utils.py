@@ -15,6 +15,7 @@ import os
 import pwd
 import re
 import select
+import shlex
 import shutil
 import signal
 import stat
@@ -35,6 +36,7 @@ TAIL_LINES = 25
 LONGEST_LINE_BYTES = 10_000
 SERVICE_SECONDS = 120
 ENDING_SECONDS = 10
+BACKGROUND_SECONDS = 5
 SETTLED_SECONDS = 2
 SHORT_PASS_SECONDS = 1
 FICLONE = 0x40049409  # of linux/fs.h
@@ -131,9 +133,10 @@ def _check_owned(path: Path, status: os.stat_result) -> None:
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
         raise Failure(f"{path} is {kind}; put a directory owned by root in its place", 2)
     if status.st_uid != os.geteuid():
-        raise Failure(f"{path} is not owned by root; check who made it, then run: chown root {path}", 2)
+        raise Failure(f"{path} is not owned by root; check who made it, then run: chown root {shlex.quote(str(path))}", 2)
     if status.st_mode & 0o022:
-        raise Failure(f"{path} can be written to by others than root; check what is in it, then run: chmod go-w {path}", 2)
+        way_out = f"check what is in it, then run: chmod go-w {shlex.quote(str(path))}"
+        raise Failure(f"{path} can be written to by others than root; {way_out}", 2)
 
 
 @contextlib.contextmanager
@@ -174,11 +177,13 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    status = check_owned_directory(path)
-    if status.st_gid != group:
-        os.chown(path, -1, group)
-    if stat.S_IMODE(status.st_mode) != mode:
-        path.chmod(mode)
+    check_owned_directory(path)
+    with owned_directory(path) as directory:
+        status = os.fstat(directory)
+        if status.st_gid != group:
+            os.fchown(directory, -1, group)
+        if stat.S_IMODE(status.st_mode) != mode:
+            os.fchmod(directory, mode)
 
 
 def sync_directory(path: Path) -> None:
@@ -314,12 +319,11 @@ def remove_at(name: str, directory: Optional[int] = None) -> None:
         os.rmdir(name, dir_fd=directory)
 
 
-def remove_below(top: Path, path: Path) -> None:
-    """Remove a file or a directory with all that is in it, if it is there, so that no renaming meanwhile leads elsewhere.
-
-    top: a directory that holds it, maybe in others: from there on all must be root's, see owned_directory. Raises Failure or OSError.
-    """
-    with owned_directory(top, *path.relative_to(top).parts[:-1]) as directory:
+def remove_below(directory: int, path: Path) -> None:
+    """Remove an entry somewhere below a directory that is open, see remove_at. path: relative to it; no link in it is followed."""
+    with contextlib.ExitStack() as stack:
+        for name in path.parts[:-1]:
+            directory = stack.enter_context(opened(name, parent=directory))
         remove_at(path.name, directory)
 
 
@@ -363,7 +367,8 @@ class Mirror:
     top of source that are left out. may_link: tells, of a directory's relative path and the names of all directories beside it,
     itself among them, whether the regular files in it are never rewritten in place: those become hard links, at no cost.
     spare_bytes: the room to leave when something is copied. settled_ns: what has a later ctime counts as changed. seen: what entries
-    were when they were mirrored, by relative path. unread: why files could not be read, by relative path; target lacks them.
+    were when they were mirrored, by relative path; known: the same of the pass before. unread: why files could not be read, by
+    relative path; target lacks them.
     """
 
     source: Path
@@ -375,6 +380,7 @@ class Mirror:
     spare_bytes: int
     settled_ns: int = 0
     seen: dict[str, _Identity] = field(default_factory=dict)
+    known: dict[str, _Identity] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
 
@@ -427,6 +433,9 @@ def update_mirror(mirror: Mirror) -> None:
     Raises CannotMirror.
     """
     mirror.unread.clear()
+    mirror.known.clear()
+    mirror.known.update(mirror.seen)
+    mirror.seen.clear()  # what is not met in this pass is not known in the next, should it come back
     with _told_as_cannot_mirror(mirror.source, mirror.target):
         _mirror_directory(mirror, "", False, mirror.live, mirror.copy)
 
@@ -491,10 +500,10 @@ def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: 
             present.pop(name, None)
             may_link = mirror.may_link(below, directories)
             # One that has not changed and that holds nothing but links is not read.
-            if not (may_link and mirror.seen.get(below) == _identity(entry)):
+            if not (may_link and _is_known(mirror, below, entry)):
                 _mirror_child(mirror, below, may_link, live, copy)
         elif not stat.S_ISSOCK(entry.st_mode):
-            if present.pop(name, None) is None or mirror.seen.get(below) != _identity(entry):
+            if present.pop(name, None) is None or not _is_known(mirror, below, entry):
                 _replace(mirror, below, linked, entry, live, copy)
     for name in present:
         remove_at(name, copy)
@@ -625,6 +634,14 @@ def _is_gone(error: OSError) -> bool:
 def _identity(status: os.stat_result) -> _Identity:
     """Return what changes when a file does, even one whose mtime and size are put back."""
     return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
+
+
+def _is_known(mirror: Mirror, path: str, status: os.stat_result) -> bool:
+    """Tell whether an entry is what it was when it was mirrored; then it is remembered on."""
+    known = mirror.known.get(path) == _identity(status)
+    if known:
+        mirror.seen[path] = _identity(status)
+    return known
 
 
 def _remember(mirror: Mirror, path: str, status: os.stat_result) -> None:
@@ -785,6 +802,15 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
 
 
+def give_up_broken_streams() -> None:
+    """Let go of what standard output or error refuse, as when nobody reads them: left for Python to write it would exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a program ended. exit_code: negative if by a signal, as in subprocess. last_lines: the end of what it printed, escaped."""
@@ -885,7 +911,7 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
         yield writing
     finally:
         os.close(writing)
-        reader.join(timeout=1)  # a process left in the background may hold the pipe: its output is nobody's business
+        reader.join(BACKGROUND_SECONDS)  # a process left in the background may hold the pipe: its output is nobody's business
 
 
 @contextlib.contextmanager
@@ -950,12 +976,19 @@ def running_services(names: Sequence[str], environment: Mapping[str, str]) -> li
     return [name for name, answer in answers.items() if answer.exit_code == 0]
 
 
-def start_services(names: Sequence[str], list_path: Path, environment: Mapping[str, str]) -> Downtime:
+def listed_services(list_path: Path) -> list[str]:
+    """Return the services that are to come back, from the file that lists them; none if it is missing."""
+    with contextlib.suppress(FileNotFoundError):
+        return list_path.read_text().split()
+    return []
+
+
+def start_services(names: Sequence[str], list_path: Path, environment: Mapping[str, str]) -> tuple[dict[str, str], float]:
     """Start services in this order, each up to three times, every one even when another fails.
 
     A start is believed when the service runs after it: of a postfix with a broken main.cf it exits 0 (seen: 3.7.11).
     list_path: the file that lists the services that are to come back: afterwards those that could not be started, else gone.
-    Returns what each of those said last, and when, in seconds of the monotonic clock, the last start ended.
+    Returns what each of those said last, by name, and when, in seconds of the monotonic clock, the last start ended.
     """
     failed = dict.fromkeys(names, "")
     ended = 0.0
@@ -971,7 +1004,7 @@ def start_services(names: Sequence[str], list_path: Path, environment: Mapping[s
             write_atomically(list_path, "".join(f"{name}\n" for name in failed))
     else:
         list_path.unlink(missing_ok=True)
-    return Downtime(ended, failed)
+    return failed, ended
 
 
 @contextlib.contextmanager
@@ -981,8 +1014,9 @@ def services_stopped(
     """Stop the services of names that run while the block runs, and start them again whatever happens, even to this process.
 
     A keeper (see keep_services) does both. names: in the order in which they start. list_path: where the keeper notes what it
-    stops. environment: with a PATH on which `service` is. lock: a descriptor that the keeper holds until the services are back.
-    downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are started again then.
+    stops; what is listed there already is started too. environment: with a PATH on which `service` is. lock: a descriptor that the
+    keeper holds until the services are back. downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
+    started again then.
     """
     running = running_services(names, environment)
     if not running:
@@ -1001,16 +1035,19 @@ def services_stopped(
         yield
     finally:
         with signals_deferred():
-            if keeper:
-                _stream(keeper.stdin).close()
-                answer = json.loads(_stream(keeper.stdout).readline() or "null")
-                keeper.wait()
-                if answer:
-                    back = Downtime(**answer)
-                else:
-                    back = start_services(running, list_path, environment)
-                    back.seconds -= began
-                downtime.not_started, downtime.seconds = back.not_started, back.seconds
+            back = _dismiss(keeper) if keeper else None
+            if back is None:
+                not_started, ended = start_services(list(dict.fromkeys([*running, *listed_services(list_path)])), list_path, environment)
+                back = Downtime(ended - began, not_started)
+            downtime.not_started, downtime.seconds = back.not_started, back.seconds
+
+
+def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
+    """Have the keeper start the services, and wait until it has. Returns what it answers, None if it died before."""
+    _stream(keeper.stdin).close()
+    answers = [json.loads(line) for line in _stream(keeper.stdout)]  # the first may not have been read, if a signal came then
+    keeper.wait()
+    return Downtime(**answers[-1]) if answers and isinstance(answers[-1], dict) else None
 
 
 def _stream(stream: Optional[IO[str]]) -> IO[str]:
@@ -1031,8 +1068,9 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the daemons that it starts would inherit
     environment = dict(os.environ)
+    listed = list(dict.fromkeys([*names, *listed_services(list_path)]))  # one that could not be started last night is tried again
     try:
-        write_atomically(list_path, "".join(f"{name}\n" for name in names))
+        write_atomically(list_path, "".join(f"{name}\n" for name in listed))
     except OSError as error:
         _tell(f"cannot write {list_path}: {error.strerror}")
         return 1
@@ -1046,9 +1084,9 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
     _tell(failed)
     if not failed:
         sys.stdin.read()
-    back = start_services(names, list_path, environment)
-    _tell(asdict(replace(back, seconds=back.seconds - began)))
-    return 5 if back.not_started else 0
+    not_started, ended = start_services(listed, list_path, environment)
+    _tell(asdict(Downtime(ended - began, not_started)))
+    return 5 if not_started else 0
 
 
 def _tell(answer: object) -> None:

@@ -257,7 +257,8 @@ def make_store(tmp_path: Path) -> Store:
         (programs / f"{name}.running").touch()
     settings = tmp_path / "mailinabox.conf"
     settings.write_text(f"STORAGE_ROOT={root}\nSTORAGE_USER={USER}\n")
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {**inherited, "PATH": f"{programs}:{os.environ['PATH']}", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
     return Store(root, settings, programs, tmp_path, environment)
 
 

@@ -155,6 +155,17 @@ def test_another_file_system_in_the_tree(keyed: Store) -> None:
         keyed.assert_restores("direct-again")
 
 
+def test_tree_that_is_written_to_while_duplicity_reads_it(keyed: Store) -> None:
+    """Where duplicity reads the tree itself, a file or two that others than mail make meanwhile do not cost the night."""
+    with disk_at(keyed, keyed.root / "mail/archive", "4M"):
+        keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) touch {keyed.root}/ssl/one {keyed.root}/ssl/two;; esac
+exec REAL "$@"
+""")
+        keyed.backup()
+        assert last_run(keyed)["source"] == "direct" and len(keyed.manifests()) == 1
+
+
 def test_no_room_for_the_copy(keyed: Store) -> None:
     """No room for the files that must be copied: duplicity reads the tree itself; messages alone need no room."""
     keyed.run("rm", "-r", keyed.backups)

@@ -77,6 +77,7 @@ def survive(place: Path, legacy: Legacy, instant: int, kind: str) -> None:
         wait_for(lambda: store.running() == ["dovecot", "postfix"], seconds=5)
     wait_for(lambda: [line for line in processes_of(store) if "gpg-agent" not in line] == [])
     assert_good_next_night(store, legacy)
+    store.clean()
     shutil.rmtree(place)
 
 

@@ -299,6 +299,35 @@ exec REAL "$@"
     assert_proved(old, legacy)
 
 
+def test_migrated_backup_that_is_hidden_from_the_copy(old: Store, legacy: Legacy) -> None:
+    """STORAGE_USER gives the directory another name while the copy is made, and then its own again: it is in no backup, and is kept."""
+    migrated = old.root / MIGRATED
+    hidden = old.root / ".backup-snapshot"
+    old.stand_in("nice", f"#!/bin/sh\nmv {hidden} {migrated}\nexec REAL \"$@\"\n")
+    (old.backups / "before-backup").write_text(f"#!/bin/sh\nmv {migrated} {hidden}\n")
+    (old.backups / "before-backup").chmod(0o755)
+    assert f"{migrated} is kept because it was changed" in old.backup(exit_code=3).stderr
+    assert {path.name: path.read_bytes() for path in migrated.iterdir()} == legacy.plain
+    (old.backups / "before-backup").unlink()
+    (old.bin / "nice").unlink()
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    old.backup()
+    assert_proved(old, legacy)
+
+
+def test_migrated_backup_that_cannot_be_deleted(old: Store) -> None:
+    """The backup was made: the rest of the night goes on, and what is to be looked at is said."""
+    (old.backups / "after-backup").write_text("#!/bin/sh\n")
+    (old.backups / "after-backup").chmod(0o755)
+    migrated = old.root / MIGRATED
+    result = old.run("strace", "-qqq", "-o", "/dev/null", "-P", migrated, "-e", "trace=unlinkat", "-e", "inject=unlinkat:error=EPERM",
+                     *old.command("-v"), exit_code=3)
+    assert f"{migrated} could not be deleted, " in result.stderr and "running the hook" in result.stderr
+    time.sleep(1.1)  # duplicity dates sets in whole seconds
+    old.backup()
+    assert not migrated.exists()
+
+
 def test_new_backups_are_left_alone(keyed: Store, legacy: Legacy) -> None:
     """Files of the new format beside openssl copies stay to the byte, and an increment takes the old backups in."""
     keyed.backup()

@@ -210,13 +210,15 @@ def mirrored(root: Path, place: Path, spare_bytes: int = 0) -> Iterator[utils.Mi
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(before=strategies.lists(CHANGES, max_size=12), during=strategies.dictionaries(strategies.integers(1, 150), CHANGES, max_size=6),
-       between=strategies.lists(CHANGES, max_size=12), short_pass=strategies.sampled_from([0, 1]))
+       between=strategies.lists(CHANGES, max_size=12), later=strategies.lists(CHANGES, max_size=4),
+       short_pass=strategies.sampled_from([0, 1]))
 def test_mirror_equals_the_tree(
-    tmp_path_factory: pytest.TempPathFactory, before: list[Change], during: dict[int, Change], between: list[Change], short_pass: int
+    tmp_path_factory: pytest.TempPathFactory, before: list[Change], during: dict[int, Change], between: list[Change], later: list[Change],
+    short_pass: int
 ) -> None:
-    """Random changes before, in the midst of and after the first pass: the second makes the mirror equal, and touches nothing.
+    """Random changes before, in the midst of and after the first pass: the second makes the mirror equal, and the third again.
 
-    short_pass: in seconds; no first pass is shorter than 0, so that it is repeated.
+    Nothing of the tree is touched. short_pass: in seconds; no first pass is shorter than 0, so that it is repeated.
     """
     place = tmp_path_factory.mktemp("mirror")
     root = place / "tree"
@@ -231,13 +233,14 @@ def test_mirror_equals_the_tree(
         stack = contextlib.ExitStack()
         with MEDDLER.at_work(root, during):
             mirror = stack.enter_context(mirrored(root, place / "copy"))
-    for change in between:
-        apply(root, change)
-    found = statuses(root)
     with stack:
-        utils.update_mirror(mirror)
-    assert_equal(mirror)
-    assert statuses(root) == found
+        for changes in (between, later):
+            for change in changes:
+                apply(root, change)
+            found = statuses(root)
+            utils.update_mirror(mirror)
+            assert_equal(mirror)
+            assert statuses(root) == found
     shutil.rmtree(place)
 
 
@@ -275,6 +278,30 @@ def test_long_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always
     monkeypatch.setattr(utils, "SHORT_PASS_SECONDS", 0.2)
     with utils.mirror_of(root, place, frozenset({"backup"}), take_long, 0) as mirror:
         assert len(begun) == 2
+        assert_equal(mirror)
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_directory_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool) -> None:
+    """What is away during a pass, or stands for another meanwhile, is mirrored anew when it is back, though nothing in it has changed."""
+    root = tmp_path / "tree"
+    grow(root)
+    for name in ("cur", "new", "tmp"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+    time.sleep(0.05)
+    monkeypatch.setattr(utils, "SETTLED_SECONDS", 0.02)
+    with mirrored(root, tmp_path / "copy") as mirror:
+        assert "box/new" in mirror.seen
+        (root / "box").rename(tmp_path / "away")
+        if exchanged:
+            (tmp_path / "other/new/message").touch()
+            (tmp_path / "other").rename(root / "box")
+        utils.update_mirror(mirror)
+        assert_equal(mirror)
+        if exchanged:
+            (root / "box").rename(tmp_path / "other")
+        (tmp_path / "away").rename(root / "box")
+        utils.update_mirror(mirror)
         assert_equal(mirror)
 
 

@@ -5,17 +5,21 @@ import shutil
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import backup
+import utils
 from conftest import Result, Store, tree_of
+from utils import Failure
 
 MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with two chains: a full and two increments, and a full. One message is only in the first set. Never written to."""
     import conftest
     place = tmp_path_factory.mktemp("made")
@@ -29,17 +33,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
         store.backup()
     time.sleep(1.1)
     store.backup("--full")
-    return store
+    yield store
+    store.clean()
 
 
 @pytest.fixture
-def copy(made: Store, tmp_path: Path) -> Store:
+def copy(made: Store, tmp_path: Path) -> Iterator[Store]:
     """A copy of that store, to be damaged."""
     root = tmp_path / "user-data"
     subprocess.run(["cp", "-a", made.root, root], check=True)
     settings = tmp_path / "settings"
     settings.write_text(made.settings.read_text().replace(str(made.root), str(root)))
-    return Store(root, settings, made.bin, tmp_path, made.environment)
+    store = Store(root, settings, made.bin, tmp_path, made.environment)
+    yield store
+    store.clean()
 
 
 def reads(store: Store, *arguments: str, exit_code: int = 0) -> Result:
@@ -118,7 +125,6 @@ def test_key_of_a_part(copy: Store, damaged: str) -> None:
     for name in names:
         copy.run("gpg", "--batch", "--yes", "--pinentry-mode", "loopback", "--passphrase", "k" * 64, "--output", copy.encrypted / name,
                  "--symmetric", "/dev/null", environment={"GNUPGHOME": str(copy.gnupg())})
-    copy.clean()
     errors = reads(copy, "--verify", exit_code=3).stderr
     assert all(f"{copy.encrypted / name}: another key than this made it" in errors for name in names)
     assert len(errors.splitlines()) == len(names)
@@ -270,9 +276,12 @@ time.sleep(60)
 
 def test_directories_of_a_killed_reader_go(copy: Store) -> None:
     """A --restore that was killed leaves a directory; the next backup removes it, and not that of one that lives."""
-    (copy.backups / "reader-dead").mkdir()
-    copy.backup()
-    assert not (copy.backups / "reader-dead").exists()
+    for name in ("reader-dead1234", "reader-living12", "reader-notes"):
+        (copy.backups / name).mkdir()
+    (copy.backups / "reader-is_a_file").touch()
+    with utils.directory_locked(copy.backups / "reader-living12", exclusive=True):
+        copy.backup()
+    assert sorted(path.name for path in copy.backups.glob("reader-*")) == ["reader-is_a_file", "reader-living12", "reader-notes"]
 
 
 def test_reading_needs_no_room_in_backup(copy: Store) -> None:
@@ -321,3 +330,47 @@ def test_encrypted_that_is_locked_by_others(copy: Store) -> None:
     finally:
         subprocess.run(["pkill", "-P", str(holder.pid)], check=True)
         holder.wait()
+
+
+def test_volume_that_no_manifest_names(copy: Store) -> None:
+    """A manifest that gpg opens and that names no volumes does not make --verify pass over them."""
+    manifest = copy.manifests()[0]
+    copy.run("gpg", "--batch", "--yes", "--pinentry-mode", "loopback", "--passphrase-file", copy.backups / "secret_key.txt",
+             "--output", copy.encrypted / manifest, "--symmetric", "/dev/null", environment={"GNUPGHOME": str(copy.gnupg())})
+    volume = manifest.replace(".manifest.", ".vol1.difftar.")
+    assert f"{copy.encrypted / volume} is damaged" in reads(copy, "--verify", exit_code=3).stderr
+
+
+def test_restore_where_others_can_rename(made: Store, tmp_path: Path) -> None:
+    """Who owns what holds DIR exchanges DIR for a link during the restore: what that leads to is not touched."""
+    target, precious = tmp_path / "target", tmp_path / "precious"
+    precious.mkdir(mode=0o711)
+    before = tree_of(precious)
+    with pytest.raises((OSError, Failure)), backup.reader_of({"STORAGE_ROOT": str(made.root)}) as reader:
+        real = backup.move_up
+
+        def exchange(fresh: str, place: int, name: str) -> None:
+            target.rename(tmp_path / "away")
+            target.symlink_to(precious)
+            real(fresh, place, name)
+            raise Failure("seen")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backup, "move_up", exchange)
+            backup.restore(reader, target, "ssl", None)
+    assert tree_of(precious) == before and (tmp_path / "away/private.pem").exists()
+
+
+def test_restore_of_nothing_keeps_the_directory(made: Store, tmp_path: Path) -> None:
+    """An empty directory that was there is there afterwards, whatever came of the restore; one that was made is not."""
+    (tmp_path / "there").mkdir()
+    for name in ("there", "made"):
+        assert "is not in the backup" in reads(made, "--restore", str(tmp_path / name), "--path", "no/such", exit_code=1).stderr
+    assert (tmp_path / "there").is_dir() and not (tmp_path / "made").exists()
+    assert "could be deleted" in reads(made, "--restore", str(made.backups / "tmp"), exit_code=2).stderr
+
+
+def test_backups_of_somebody_else(copy: Store) -> None:
+    """STORAGE_USER can put a directory of its own in place of backup/: a rescue goes on, and it is said."""
+    os.chown(copy.backups, 65534, -1)
+    assert "may be somebody else's" in reads(copy, "--list").stderr

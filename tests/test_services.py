@@ -170,7 +170,7 @@ def test_next_run_starts_services_if_script_and_keeper_die(direct: Store) -> Non
     (direct.bin / "duplicity").unlink()
     direct.forget_calls()
     result = direct.backup()
-    assert "left stopped by a run that died" in result.stderr
+    assert "which an earlier run left stopped" in result.stderr
     assert direct.calls("stop", "start") == STARTS + STOPS + STARTS
     direct.assert_restores()
 
@@ -292,3 +292,42 @@ def test_start_that_exits_well_but_starts_nothing(keyed: Store) -> None:
     (keyed.bin / "service").write_text(script)
     keyed.backup()
     assert keyed.running() == ["dovecot", "postfix"]
+
+
+def test_service_that_never_starts_again(keyed: Store) -> None:
+    """Every night tries it, and says so with exit 5, until it starts."""
+    (keyed.bin / "postfix.fails-start").write_text("15")
+    for night in range(3):
+        time.sleep(1.1)  # duplicity dates sets in whole seconds
+        result = keyed.backup(exit_code=5)
+        assert "postfix could not be started again" in result.stderr and keyed.running() == ["dovecot"]
+        assert keyed.stopped_list.read_text().split() == ["postfix"]
+        assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 5
+    time.sleep(1.1)
+    keyed.backup()
+    assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_signal_while_a_stop_is_under_way(keyed: Store, fails: bool) -> None:
+    """The keeper ends its stop, well or not, and starts each service once; exit 143."""
+    (keyed.bin / "postfix.sleeps-stop").write_text("0.7")
+    if fails:
+        (keyed.bin / "postfix.fails-stop").write_text("1")
+    process = start_and_reach(keyed, "postfix stop")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in errors
+    assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 143
+    assert keyed.calls("start") == STARTS and keyed.running() == ["dovecot", "postfix"]
+    assert_good_night(keyed)
+
+
+def test_services_left_stopped_come_back_before_a_refusal(keyed: Store) -> None:
+    """A run that refuses its settings or key starts first what a run that died left stopped."""
+    keyed.stopped_list.write_text("dovecot\npostfix\n")
+    for name in ("dovecot", "postfix"):
+        (keyed.bin / f"{name}.running").unlink()
+    (keyed.backups / "secret_key.txt").chmod(0o644)
+    assert "chmod 600" in keyed.backup(exit_code=2).stderr
+    assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()

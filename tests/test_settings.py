@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pwd
 import shutil
 import stat
 import time
@@ -12,6 +13,7 @@ import pytest
 import backup
 import utils
 from conftest import PYTHON, SCRIPT, USER, Store, tree_of
+from utils import Failure
 
 
 def refused(store: Store, told: str, exit_code: int = 2, *arguments: str) -> None:
@@ -87,7 +89,7 @@ def test_storage_root_needs_no_settings_file(store: Store) -> None:
     store.assert_restores()
 
 
-@pytest.mark.parametrize("directory, told", [("/no/such", "cannot read /no/such: No such file"), ("unowned", "is no user of this system")])
+@pytest.mark.parametrize("directory, told", [("/no/such", "cannot read /no/such: No such file"), ("unowned", "nobody here owns")])
 def test_wrong_storage_root(store: Store, directory: str, told: str) -> None:
     """A directory that is missing, or whose owner has no name."""
     if directory == "unowned":
@@ -379,3 +381,71 @@ def test_path_that_is_too_long(keyed: Store) -> None:
     keyed.backup(exit_code=3)
     assert len(keyed.manifests()) == 1
     shutil.rmtree(keyed.root / ("d" * 240))
+
+
+@pytest.mark.parametrize("make", ["make_owned_directory", "make_backup_directory"])
+def test_directory_that_is_exchanged_for_a_link(keyed: Store, monkeypatch: pytest.MonkeyPatch, make: str) -> None:
+    """STORAGE_USER exchanges a directory for a link when it was checked: what that leads to keeps its mode and owner."""
+    precious = keyed.scratch / "precious"
+    precious.mkdir(mode=0o711)
+    before = precious.stat()
+    real = utils.check_owned_directory
+
+    def exchange(path: Path) -> os.stat_result:
+        status = real(path)
+        path.rename(path.with_name("away"))
+        path.symlink_to(precious)
+        return status
+
+    monkeypatch.setattr(utils, "check_owned_directory", exchange)
+    with pytest.raises((OSError, Failure)):
+        if make == "make_owned_directory":
+            utils.make_owned_directory(keyed.backups, 0o750, 1)
+        else:
+            backup.make_backup_directory(backup.night_of({"STORAGE_ROOT": str(keyed.root), "STORAGE_USER": USER}))
+    assert (precious.stat().st_mode, precious.stat().st_gid) == (before.st_mode, before.st_gid)
+
+
+def test_backup_that_is_renamed_while_the_dead_are_looked_for(keyed: Store) -> None:
+    """STORAGE_USER renames backup/ at any instant: what is there is never taken for dead because it is not where it was."""
+    keyed.backup()
+    before = tree_of(keyed.backups, "")
+    paths = backup.paths_of({"STORAGE_ROOT": str(keyed.root)})
+    with pytest.raises(RuntimeError), backup.failed_set_thrown_away(paths):
+        keyed.backups.rename(keyed.root / "away")
+        keyed.backups.mkdir(mode=0o700)
+        raise RuntimeError
+    keyed.backups.rmdir()
+    with utils.owned_directory(keyed.root / "away") as directory:
+        assert backup.dead_files(directory) == []
+    (keyed.root / "away").rename(keyed.backups)
+    assert tree_of(keyed.backups, "").keys() == before.keys()
+
+
+def test_key_of_another_owner(keyed: Store) -> None:
+    """Its owner could read it, and put another in its place."""
+    os.chown(keyed.backups / "secret_key.txt", pwd.getpwnam(USER).pw_uid, -1)
+    refused(keyed, "is not owned by root; run: chown root")
+
+
+def test_rescue_system_that_does_not_know_the_owner(keyed: Store) -> None:
+    """What only reads needs no STORAGE_USER."""
+    keyed.backup()
+    os.chown(keyed.root, 54321, -1)
+    result = keyed.run(PYTHON, keyed.command()[1], "--storage-root", keyed.root, "--list")
+    assert "ssl/private.pem" in result.stdout
+
+
+def test_dry_run_tells_of_a_wrong_clock(keyed: Store) -> None:
+    """As the run that it shows would."""
+    keyed.run("faketime", "+3 hours", *keyed.command())
+    assert "the clock is wrong, or was" in keyed.backup("--dry-run", exit_code=1).stderr
+
+
+def test_name_that_the_terminal_cannot_show(store: Store) -> None:
+    """It is shown with escapes."""
+    root = store.root.with_name("\u5a18")
+    store.root.rename(root)
+    result = store.run(PYTHON, store.command()[1], "--storage-root", root, "--status", exit_code=3,
+                       environment={"PYTHONIOENCODING": "latin-1:strict"})
+    assert "\\u5a18/backup" in result.stdout and "Traceback" not in result.stderr

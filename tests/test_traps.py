@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import utils
 from conftest import Result, Store, tree_of
 from test_services import processes_of, wait_for
 
@@ -262,4 +263,45 @@ def test_signals_are_known(keyed: Store) -> None:
     assert "SIGTERM" in process.communicate()[1] and process.returncode == 143
     assert list(keyed.encrypted.iterdir()) == []
     assert keyed.backup().stderr == ""
+    keyed.assert_restores()
+
+
+def test_rejected_set_while_somebody_reads(keyed: Store) -> None:
+    """A set that is not believed loses its manifest at once, even if a reader keeps the rest from being deleted: it is no backup."""
+    keyed.backup()
+    time.sleep(1.1)
+    keyed.stand_in("duplicity", "#!/bin/sh\nREAL \"$@\" || exit\ncase $1 in full) exit 50;; esac\n")
+    with utils.directory_locked(keyed.encrypted, exclusive=False):
+        keyed.backup("--full", exit_code=1)
+        assert len(keyed.manifests()) == 1 and len(list(keyed.encrypted.glob("duplicity-full.*.vol1.*"))) == 2
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup()
+    assert len(list(keyed.encrypted.glob("duplicity-full.*.vol1.*"))) == 1
+    keyed.assert_restores()
+
+
+@pytest.mark.parametrize("action", ["full", "incremental"])
+def test_clock_that_is_set_back_during_the_run(keyed: Store, action: str) -> None:
+    """A set dated before the newest is an orphan, or no backup of now: it is thrown away at once, and the next run is a good one."""
+    keyed.backup()
+    time.sleep(1.1)
+    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exec faketime -f -2h REAL \"$@\";; esac\nexec REAL \"$@\"\n")
+    keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
+    assert len(keyed.manifests()) == 1 and len(list(keyed.encrypted.iterdir())) == 3
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup()
+    keyed.assert_restores()
+
+
+@pytest.mark.parametrize("what, content", [("*.manifest", b""), ("*.manifest", b"rubbish"), ("*.sigtar.gz", bytes(500))])
+def test_damaged_archive_directory(keyed: Store, what: str, content: bytes) -> None:
+    """What a power cut makes of cache/ fails one night at most: it can be had anew."""
+    keyed.backup()
+    time.sleep(1.1)
+    for path in (keyed.backups / "cache").rglob(what):
+        path.write_bytes(content)
+    result = keyed.backup(exit_code=None)
+    assert result.returncode == 0 or result.returncode == 1 and "deleted" in result.stderr
+    time.sleep(1.1)
+    keyed.backup()
     keyed.assert_restores()
