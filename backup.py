@@ -358,6 +358,12 @@ def check_surroundings(night: Night) -> str:
     elif any(name.startswith("duplicity-") for name in utils.regular_files(paths.encrypted)) or os.path.lexists(paths.plain):
         raise Failure(f"{paths.key} is missing although there are backups, which only that key opens; put it back from your copy", 2)
     version = duplicity_version(night)
+    check_room(paths)
+    return version
+
+
+def check_room(paths: Paths) -> None:
+    """Check that there is room for duplicity's temporary files, with what the run will delete first taken for free. Raises Failure."""
     disk = paths.backup if paths.backup.exists() else paths.root  # before the first run, if it is dry
     needed = TEMPORARY_BYTES + reserve_bytes(disk)
     free = utils.free_bytes(disk) + sum(utils.tree_size(path) for path in [paths.temporary, *dead_paths(paths)])
@@ -365,7 +371,6 @@ def check_surroundings(night: Night) -> str:
         (directory / name.removesuffix(".enc")).is_file() for directory in (paths.plain, paths.migrated)))
     if free < needed:
         raise Failure(f"{paths.backup} has {human_size(free)} free and a backup needs {human_size(needed)} at least; make room there")
-    return version
 
 
 def read_passphrase(path: Path, lenient: bool = False) -> str:
@@ -2070,8 +2075,8 @@ def failure_of(error: Exception) -> Failure:
     """Return what the operating system refused as a sentence; a failure as it is."""
     if not isinstance(error, OSError):
         return error if isinstance(error, Failure) else Failure(str(error))
-    what = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
-    return Failure(f"{what}{error.strerror or error}; see to that and run this again")
+    path = utils.path_in(error)
+    return Failure(f"{path}{': ' if path else ''}{error.strerror or error}; see to that and run this again")
 
 
 def run(arguments: Sequence[str]) -> int:

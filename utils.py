@@ -87,6 +87,23 @@ def printable(text: str) -> str:
     return "".join(map(escape, text))
 
 
+def path_in(error: OSError) -> str:
+    """Return the path that an error of the operating system is about, escaped, empty if it tells none: for a descriptor it does not."""
+    return printable(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else ""
+
+
+@contextlib.contextmanager
+def _whole_path_told(directory: Optional[int]) -> Iterator[None]:
+    """Make an OSError about an entry of a directory that is open name its whole path, where /proc tells it. directory: None for a path."""
+    try:
+        yield
+    except OSError as error:
+        if directory is not None and isinstance(error.filename, str):
+            with contextlib.suppress(OSError):
+                error.filename = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), error.filename)
+        raise
+
+
 def load_environment(path: Path) -> dict[str, str]:
     """Read a settings file of KEY=VALUE lines; blank lines and lines that begin with # are passed over.
 
@@ -308,15 +325,16 @@ def remove(path: Path) -> None:
 
 def remove_at(name: str, directory: Optional[int] = None) -> None:
     """Remove an entry of a directory that is open, with all that is in it, if it is there. directory: the descriptor, None for a path."""
-    try:
-        os.unlink(name, dir_fd=directory)
-    except FileNotFoundError:
-        pass
-    except IsADirectoryError:
-        with opened(name, parent=directory) as below:
-            for child in os.listdir(below):
-                remove_at(child, below)
-        os.rmdir(name, dir_fd=directory)
+    with _whole_path_told(directory):
+        try:
+            os.unlink(name, dir_fd=directory)
+        except FileNotFoundError:
+            pass
+        except IsADirectoryError:
+            with opened(name, parent=directory) as below:
+                for child in os.listdir(below):
+                    remove_at(child, below)
+            os.rmdir(name, dir_fd=directory)
 
 
 def remove_below(directory: int, path: Path) -> None:
@@ -447,14 +465,15 @@ def _told_as_cannot_mirror(source: Path, target: Path) -> Iterator[None]:
         yield
     except (OSError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "too many directories inside each other"
-        name = f": {printable(os.fsdecode(error.filename))}" if isinstance(error, OSError) and error.filename else ""
-        raise CannotMirror(f"{source} could not be copied to {target}{name}: {why}") from error
+        name = path_in(error) if isinstance(error, OSError) else ""
+        raise CannotMirror(f"{source} could not be copied to {target}{': ' if name else ''}{name}: {why}") from error
 
 
 @contextlib.contextmanager
 def opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None) -> Iterator[int]:
     """Keep a file open while the block runs; a symbolic link is refused. parent: the descriptor of the directory that holds it."""
-    descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
+    with _whole_path_told(parent):
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
     try:
         yield descriptor
     finally:
