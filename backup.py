@@ -425,7 +425,7 @@ def check_newest_set(night: Night) -> None:
     sets = complete_sets(night.paths)
     if not sets:
         return
-    time.sleep(max(0.0, check_clock(night, sets) + 1))  # an increment that is not dated after the newest set would be an orphan
+    utils.pause(max(0.0, check_clock(night, sets) + 1))  # an increment that is not dated after the newest set would be an orphan
     way_out = way_out_of(night.paths)
     manifest = night.paths.encrypted / sets[-1].manifest
     passphrase = read_passphrase(night.paths.key)
@@ -482,8 +482,7 @@ def gpg_home(night: Night) -> Iterator[None]:
     try:
         yield
     finally:
-        with utils.signals_deferred():
-            remove_gpg_home(night)
+        remove_gpg_home(night)
 
 
 @contextlib.contextmanager
@@ -493,7 +492,7 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
     try:
         yield
     finally:
-        with utils.signals_deferred(), contextlib.suppress(OSError, Failure):  # what is left goes at the start of the next run
+        with contextlib.suppress(OSError, Failure):  # what is left goes at the start of the next run
             with utils.owned_directory(paths.backup) as directory:
                 utils.remove_at(paths.temporary.name, directory)
 
@@ -501,7 +500,7 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
 def remove_gpg_home(night: Night) -> None:
     """End the agent of gpg's home, if there is one, and remove the home."""
     if night.paths.gnupg.exists():
-        answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night))
+        answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night), interruptible=False)
         if answer.exit_code:
             log.info("gpgconf --kill all ended with %s", answer)  # an agent whose home is gone ends by itself
         utils.remove(night.paths.gnupg)
@@ -589,8 +588,7 @@ def failed_set_thrown_away(paths: Paths) -> Iterator[None]:
             yield
         except BaseException:
             try:
-                with utils.signals_deferred():
-                    delete_dead_files(paths, directory, [path for path in duplicity_files(directory) if path not in before])
+                delete_dead_files(paths, directory, [path for path in duplicity_files(directory) if path not in before])
             except (OSError, Failure) as error:
                 log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
             raise
@@ -851,8 +849,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
 def remove_copy_at_last(paths: Paths, place: Path, record: Record) -> None:
     """Remove the copy when it has served; a failure needs attention, no more."""
     try:
-        with utils.signals_deferred():
-            remove_copy(paths, place)
+        remove_copy(paths, place)
     except (OSError, Failure) as error:
         record.warn(f"the copy could not be removed, the next run will: {failure_of(error)}")
 
@@ -1617,7 +1614,7 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
         for directory in (own, gnupg):
             stack.enter_context(utils.directory_locked(directory, exclusive=True))  # a backup that cleans up sees that we live
         environment = {**program_environment(), "GNUPGHOME": str(gnupg), "TMPDIR": str(own), "PASSPHRASE": passphrase}
-        stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""})
+        stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""}, interruptible=False)
         archive = own / "archive"
         archive.mkdir()
         link_finished_files(paths.cache, archive)
@@ -2123,6 +2120,7 @@ def main(arguments: Sequence[str]) -> int:
     utils.end_on_signals()
     try:
         code = run(arguments)
+        utils.raise_if_interrupted()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nobody reads on: nothing is left to say

@@ -35,10 +35,12 @@ SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 TAIL_LINES = 25
 LONGEST_LINE_BYTES = 10_000
 SERVICE_SECONDS = 120
+WATCH_SECONDS = 0.5
 ENDING_SECONDS = 10
 BACKGROUND_SECONDS = 5
 SETTLED_SECONDS = 2
 SHORT_PASS_SECONDS = 1
+BLOCK_BYTES = 1 << 24
 FICLONE = 0x40049409  # of linux/fs.h
 LOCK_SECONDS = 10
 START_ATTEMPTS = 3
@@ -270,6 +272,7 @@ def walk_entries(root: Path, excluded: Collection[Path] = ()) -> Iterator["os.Di
     left_out = {os.fspath(path) for path in excluded}
     pending = [os.fspath(root)]
     while pending:
+        raise_if_interrupted()
         with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 try:
@@ -349,8 +352,9 @@ def sha1_of(path: Path) -> str:
     """Return the SHA-1 of a file in hexadecimal."""
     digest = hashlib.sha1()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(BLOCK_BYTES):
             digest.update(block)
+            raise_if_interrupted()
     return digest.hexdigest()
 
 
@@ -505,6 +509,7 @@ def _statuses(mirror: Mirror, path: str, names: Sequence[str], live: int) -> dic
 
 def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: int) -> None:
     """Make one directory and all below it equal. path: relative. linked: whether its files may be links. live, copy: descriptors."""
+    raise_if_interrupted()
     status = os.fstat(live)
     if status.st_dev != os.fstat(copy).st_dev:
         raise CannotMirror(f"{mirror.source / path} and {mirror.target} are not on the same file system")
@@ -641,8 +646,9 @@ def _copy_data(source: int, target: int, size: int) -> None:
             return  # nothing but a hole is left
         end = os.lseek(source, begin, os.SEEK_HOLE)
         os.lseek(target, begin, os.SEEK_SET)
-        while begin < end and (sent := os.sendfile(target, source, begin, end - begin)):
+        while begin < end and (sent := os.sendfile(target, source, begin, min(end - begin, BLOCK_BYTES))):
             begin += sent
+            raise_if_interrupted()
 
 
 def _is_gone(error: OSError) -> bool:
@@ -694,6 +700,7 @@ def _can_clone(copy: int) -> bool:
 
 def _bytes_to_copy(mirror: Mirror, path: str, live: int) -> int:
     """Return the room that the files below a directory take which a mirror must copy; those that are linked are not looked at."""
+    raise_if_interrupted()
     found = _statuses(mirror, path, os.listdir(live), live)
     directories = {name for name, status in found.items() if stat.S_ISDIR(status.st_mode)}
     total = sum(status.st_blocks * 512 for name, status in found.items() if name not in directories)
@@ -744,7 +751,7 @@ def _lock_soon(descriptor: int, kind: int, seconds: float) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(0.02)
+            pause(0.02)
 
 
 @contextlib.contextmanager
@@ -773,41 +780,40 @@ def is_locked(path: Path) -> bool:
 
 
 class _Signals:
-    """Which signal has come, and whether it has to wait: a handler has nowhere but module state to keep them."""
+    """Which signal has come, and whether it was told of: a handler has nowhere but module state to keep them."""
 
     came: Optional[int] = None
     raised = False
-    deferrals = 0
 
 
 def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
     _Signals.came = _Signals.came or number
-    _raise_signal()
-
-
-def _raise_signal() -> None:
-    """Raise the first signal that came, once, and not while signals are deferred: ending in good order is never itself interrupted."""
-    if _Signals.came and not _Signals.raised and not _Signals.deferrals:
-        _Signals.raised = True
-        raise Interrupted(_Signals.came)
 
 
 def end_on_signals() -> None:
-    """Make SIGTERM, SIGINT and SIGHUP raise Interrupted; a SIGHUP that was ignored at the start, as under nohup, stays ignored."""
+    """Make SIGTERM, SIGINT and SIGHUP end the program, see raise_if_interrupted. A SIGHUP that is ignored, as under nohup, stays so."""
     for number in ENDING_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)
 
 
-@contextlib.contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Let a signal that comes while the block runs raise Interrupted only after it."""
-    _Signals.deferrals += 1
-    try:
-        yield
-    finally:
-        _Signals.deferrals -= 1
-        _raise_signal()
+def raise_if_interrupted() -> None:
+    """Raise Interrupted, once, if a signal has come.
+
+    All that takes long asks this every now and then. A handler that raises would do so between any two instructions, and so in the
+    middle of putting things in order.
+    """
+    if _Signals.came and not _Signals.raised:
+        _Signals.raised = True
+        raise Interrupted(_Signals.came)
+
+
+def pause(seconds: float) -> None:
+    """Sleep. Raises Interrupted."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        raise_if_interrupted()
+        time.sleep(min(left, WATCH_SECONDS))
 
 
 # Programs
@@ -867,6 +873,7 @@ def shell(
     user: Optional[pwd.struct_passwd] = None,
     umask: int = -1,
     starts_daemons: bool = False,
+    interruptible: bool = True,
     timeout_seconds: float = math.inf,
     on_line: TakeLine = lambda line: None,
     on_log: Optional[TakeLine] = None,
@@ -877,10 +884,10 @@ def shell(
     command: program and arguments; in one that ends in "=LOG" that word becomes the number of a descriptor whose lines go to
     on_log. environment: all of the program's environment. secret: hidden in whatever the program prints. standard_input: a few
     lines for it to read. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an
-    output pipe open for ever, so a file takes the output. timeout_seconds: then it is ended, with exit code 124. on_line, on_log:
-    called for each line as it comes, escaped. watch: called every second with its process id; what it raises ends the program.
-    Returns how it ended, with exit code 126 if it could not be executed. The program and its process group have ended when an
-    exception leaves.
+    output pipe open for ever, so a file takes the output. interruptible: whether a signal to this process ends it, and raises
+    Interrupted. timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each line as it comes, escaped.
+    watch: called twice a second with its process id; what it raises ends the program. Returns how it ended, with exit code 126 if it
+    could not be executed. The program and its process group have ended when an exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -888,6 +895,11 @@ def shell(
         line = line.replace(secret, "[secret]") if secret else line
         tail.append(line)
         on_line(line)
+
+    def check(process: int) -> None:
+        if interruptible:
+            raise_if_interrupted()
+        watch(process)
 
     identity: dict[str, Any] = {}
     if user:
@@ -897,18 +909,21 @@ def shell(
         output = stack.enter_context(_file_to(take_line) if starts_daemons else _pipe_to(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
         arguments = [part.removesuffix("LOG") + str(*log) if part.endswith("=LOG") else part for part in command]
+        if interruptible:
+            raise_if_interrupted()
         try:
-            with signals_deferred():
-                process = subprocess.Popen(
-                    arguments, env=environment, stdin=subprocess.PIPE if standard_input else subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, cwd="/", pass_fds=log, start_new_session=True, umask=umask, **identity)
-                stack.callback(_end_group, process)
+            process = subprocess.Popen(
+                arguments, env=environment, stdin=subprocess.PIPE if standard_input else subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, cwd="/", pass_fds=log, start_new_session=True, umask=umask, **identity)
         except OSError as error:
             return Finished(NOT_EXECUTABLE, (f"{printable(command[0])}: {error.strerror}",))
+        stack.callback(_end_group, process)
         if process.stdin:
             with contextlib.suppress(BrokenPipeError), process.stdin as stream:
                 stream.write(standard_input.encode("utf-8", "surrogateescape"))
-        in_time = _wait(process, timeout_seconds, watch)
+        in_time = _wait(process, timeout_seconds, check)
+        if interruptible:
+            raise_if_interrupted()  # rather than take for a failure what the signal did to the program
     if not in_time:
         tail.append(f"no answer within {timeout_seconds:.0f} seconds")
     return Finished(process.returncode if in_time else TIMED_OUT, tuple(tail))
@@ -943,15 +958,15 @@ def _file_to(take_line: TakeLine) -> Iterator[int]:
             take_line(printable(os.fsdecode(line)))
 
 
-def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, watch: Watch = lambda process: None) -> bool:
-    """Wait for a program, watching it every second. Returns whether it ended in time."""
+def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Watch) -> bool:
+    """Wait for a program, and call check twice a second meanwhile. Returns whether it ended in time."""
     deadline = time.monotonic() + timeout_seconds
     descriptor = os.pidfd_open(process.pid)
     try:
-        while not select.select([descriptor], [], [], max(0.0, min(1.0, deadline - time.monotonic())))[0]:
+        while not select.select([descriptor], [], [], max(0.0, min(WATCH_SECONDS, deadline - time.monotonic())))[0]:
             if time.monotonic() >= deadline:
                 return False
-            watch(process.pid)
+            check(process.pid)
     finally:
         os.close(descriptor)
     process.wait()
@@ -961,9 +976,9 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, watch: Wat
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """End a program that still runs, and all of its process group: SIGTERM, at most ten seconds later SIGKILL."""
     if process.returncode is None:
-        with signals_deferred(), contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-            _wait(process, ENDING_SECONDS)
+            _wait(process, ENDING_SECONDS, lambda process: None)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -981,14 +996,14 @@ class Downtime:
     not_started: dict[str, str] = field(default_factory=dict)
 
 
-def control_service(name: str, action: str, environment: Mapping[str, str]) -> Finished:
+def control_service(name: str, action: str, environment: Mapping[str, str], interruptible: bool = False) -> Finished:
     """Run `service NAME ACTION`, with 120 seconds to answer, and return how it ended: status answers 0 for a running service."""
-    return shell(["service", name, action], environment, starts_daemons=True, timeout_seconds=SERVICE_SECONDS)
+    return shell(["service", name, action], environment, starts_daemons=True, interruptible=interruptible, timeout_seconds=SERVICE_SECONDS)
 
 
 def running_services(names: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """Return those of the services that run. Raises Failure if one of them does not answer."""
-    answers = {name: control_service(name, "status", environment) for name in names}
+    answers = {name: control_service(name, "status", environment, interruptible=True) for name in names}
     for name, answer in answers.items():
         if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
             raise Failure(f"it cannot be told whether {name} runs; mend it first: service {name} status ended with {answer}")
@@ -1044,29 +1059,28 @@ def services_stopped(
     began = time.monotonic()
     keeper = None
     try:
-        with signals_deferred():
-            keeper = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), os.fspath(list_path), *running], env=environment, text=True, cwd="/",
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
+        keeper = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), os.fspath(list_path), *running], env=environment, text=True, cwd="/",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
         failed = json.loads(_stream(keeper.stdout).readline() or '"the process that stops and starts services died"')
+        raise_if_interrupted()
         if failed:
             raise Failure(f"mail was not stopped, and services are started again: {failed}")
         yield
     finally:
-        with signals_deferred():
-            back = _dismiss(keeper) if keeper else None
-            if back is None:
-                not_started, ended = start_services(list(dict.fromkeys([*running, *listed_services(list_path)])), list_path, environment)
-                back = Downtime(ended - began, not_started)
-            downtime.not_started, downtime.seconds = back.not_started, back.seconds
+        back = _dismiss(keeper) if keeper else None
+        if back is None:
+            not_started, ended = start_services(list(dict.fromkeys([*running, *listed_services(list_path)])), list_path, environment)
+            back = Downtime(ended - began, not_started)
+        downtime.not_started, downtime.seconds = back.not_started, back.seconds
 
 
 def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
     """Have the keeper start the services, and wait until it has. Returns what it answers, None if it died before."""
     _stream(keeper.stdin).close()
-    answers = [json.loads(line) for line in _stream(keeper.stdout)]  # the first may not have been read, if a signal came then
+    answer = _stream(keeper.stdout).readline()
     keeper.wait()
-    return Downtime(**answers[-1]) if answers and isinstance(answers[-1], dict) else None
+    return Downtime(**json.loads(answer)) if answer else None
 
 
 def _stream(stream: Optional[IO[str]]) -> IO[str]:
