@@ -348,7 +348,7 @@ def test_page_hook(keyed: Store) -> None:
         assert datetime.fromisoformat(last["start"]).timestamp() <= seconds <= datetime.fromisoformat(last["end"]).timestamp()
         assert page.stat().st_mode & 0o777 == 0o644
         time.sleep(1.1)  # duplicity dates sets in whole seconds
-    (keyed.bin / "postfix.fails-start").write_text("9")
+    (keyed.bin / "postfix.fails-start").write_text("3")
     result = keyed.backup(exit_code=5)
     assert "FAILED: the last run failed: postfix could not be started again" in page.read_text()
     assert "after-backup failed" in result.stderr and "exit code 3" in result.stderr

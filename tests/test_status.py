@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -396,7 +396,8 @@ class VanishingFile(AbstractContextManager["VanishingFile"]):
     scandir = staticmethod(os.scandir)
     times = 0
 
-    def __init__(self, directory: Union[str, Path]) -> None:
+    def __init__(self, directory: Union[str, Path, int]) -> None:
+        self.directory = directory
         self.entries = list(self.scandir(directory))
         self.victims = [entry.path for entry in self.entries if entry.name == "vanishing"]
         VanishingFile.times += len(self.victims)
@@ -410,7 +411,8 @@ class VanishingFile(AbstractContextManager["VanishingFile"]):
         if self.entries:
             return self.entries.pop()
         for path in self.victims:
-            Path(path).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path, dir_fd=self.directory if isinstance(self.directory, int) else None)
         raise StopIteration
 
     def __exit__(
@@ -474,17 +476,25 @@ def read(text: str) -> datetime:
     return datetime.strptime(text, "%Y%m%dT%H%M%S%z")
 
 
-def expected_full(sizes: dict[RowKey, int]) -> Optional[bool]:
-    """Return whether a full must come next, None where two sets of one date, or on one set, leave it open which chain is meant."""
+def expected_full(sizes: dict[RowKey, int], signatures: set[RowKey]) -> Optional[bool]:
+    """Return whether a full must come next, None where two sets of one date, or on one set, leave it open which chain is meant.
+
+    signatures: the stamps of the signature files. Which set those belong to that are dated off all sets is left open too.
+    """
     if len({key[1] for key in sizes}) < len(sizes) or len({key[0] for key in sizes if key[0]}) < len([key for key in sizes if key[0]]):
         return None
+    unsigned = open_to_doubt = False
     grown, goal = 0, max((key[1] for key in sizes), default="")
     while goal:
         key = next((key for key in sizes if key[1] == goal), None)
         if key is None or (key[0] or "") >= key[1]:
             return True
+        if key not in signatures:
+            near = any(is_near(other, key) for other in signatures - sizes.keys())
+            unsigned, open_to_doubt = unsigned or not near, open_to_doubt or near
         if key[0] is None:
-            return grown * 2 > sizes[key] or NOW - read(goal) > 31 * DAY
+            full = grown * 2 > sizes[key] or NOW - read(goal) > 31 * DAY or unsigned
+            return None if open_to_doubt and not full else full
         grown, goal = grown + sizes[key], key[0]
     return True
 
@@ -523,7 +533,7 @@ def test_any_names(tmp_path_factory: pytest.TempPathFactory, listing: dict[bytes
     assert sum(found.values()) + status["unmatched_file_size"] == sum(sizes.values())
     assert sum(found.values()) <= sum(own.values()) + sum(perhaps)
     assert all(re.fullmatch(rf"{SOON}|approx\. \d+ days?|\d+ \w+(, \d+ \w+)?", row["deleted_in"]) for row in status["backups"])
-    assert expected_full(found) in (by_hand.full_is_next(), None)
+    assert expected_full(found, {key for is_signature, key in keys.values() if is_signature}) in (by_hand.full_is_next(), None)
     lines = backup.status_text(status, NOW).splitlines()
     assert [line[:25].strip() for line in lines if re.match(r"[12]\d{3}-", line)] == [row["date_str"] for row in status["backups"]]
     assert (NONE_YET in lines) == (dates == [])
