@@ -97,8 +97,8 @@ DUPLICITY_EXIT_CODES = {
     utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
 }
 
-# What a damaged archive directory leads to (seen: 0.8.22); it holds nothing that is not in the target, too.
-DAMAGED_ARCHIVE_CODES = (5, 20, 30)
+# What a damaged archive directory leads to (seen: 0.8.22; 1 of 3.2.1); it holds nothing that is not in the target, too.
+DAMAGED_ARCHIVE_CODES = (1, 5, 20, 30)
 
 log = logging.getLogger("backup")
 Draw = Callable[[int, Optional[int]], None]
@@ -1660,6 +1660,7 @@ def verify(reader: Reader) -> list[str]:
     complete = [backup_set for backup_set in sets if backup_set.complete]
     running = utils.is_locked(reader.paths.lock)
     wrong = []
+    sizes = utils.regular_files(reader.paths.encrypted)
     size = sum(backup_set.size for backup_set in complete)
     with progress(reader.verbose) as draw:
         files = done = 0
@@ -1670,7 +1671,7 @@ def verify(reader: Reader) -> list[str]:
             if draw:
                 draw(done, size)
             files += 1
-            done += path.stat().st_size
+            done += sizes.get(path.name, 0)
 
         for backup_set in complete:
             wrong += verify_set(reader, backup_set, tell)
