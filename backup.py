@@ -26,6 +26,7 @@ import pwd
 import re
 import secrets
 import shlex
+import signal
 import stat
 import sys
 import tempfile
@@ -58,6 +59,7 @@ SPARE_BYTES = 2_000_000_000
 READER_PREFIX = "reader-"
 SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
+GPGCONF_SECONDS = 20
 OLDEST_DUPLICITY = (0, 8, 21)
 
 # Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part and .gz only in the archive directory.
@@ -482,7 +484,10 @@ def gpg_home(night: Night) -> Iterator[None]:
     try:
         yield
     finally:
-        remove_gpg_home(night)
+        try:
+            remove_gpg_home(night)
+        except OSError as error:  # the next run will
+            log.info("%s could not be removed: %s", night.paths.gnupg, failure_of(error))
 
 
 @contextlib.contextmanager
@@ -500,7 +505,7 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
 def remove_gpg_home(night: Night) -> None:
     """End the agent of gpg's home, if there is one, and remove the home."""
     if night.paths.gnupg.exists():
-        answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night), interruptible=False)
+        answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night), interruptible=False, timeout_seconds=GPGCONF_SECONDS)
         if answer.exit_code:
             log.info("gpgconf --kill all ended with %s", answer)  # an agent whose home is gone ends by itself
         utils.remove(night.paths.gnupg)
@@ -531,14 +536,19 @@ def delete_dead_files(paths: Paths, directory: int, dead: Sequence[Path]) -> Non
     """Delete the files of a set that does not count, and temporary ones. directory: the descriptor of backup/; dead: relative to it."""
     if dead:
         log.info("deleting %d files of a backup that was not finished", len(dead))
+    # What others read must wait for them; but without a manifest no reader that comes takes it for a set.
+    read_by_others = [path for path in dead if path.parts[0] == "encrypted" and ".manifest." not in path.name]
+    for path in dead:
+        if path not in read_by_others:
+            utils.remove_below(directory, path)
+    utils.remove_at(paths.temporary.name, directory)
+    if read_by_others:
         with deletion_allowed(paths) as allowed:
-            for path in dead:
-                if allowed or ".manifest." in path.name:  # without that no reader that comes takes it for a set
-                    utils.remove_below(directory, path)
             if not allowed:
                 raise Failure(f"{paths.encrypted} holds a backup that was not finished, and a --verify, --list or --restore reads there; "
                               "wait for it to end", 4)
-    utils.remove_at(paths.temporary.name, directory)
+            for path in read_by_others:
+                utils.remove_below(directory, path)
 
 
 def dead_files(directory: int) -> list[Path]:
@@ -546,13 +556,24 @@ def dead_files(directory: int) -> list[Path]:
 
     directory: the descriptor of backup/, for a path can be renamed meanwhile. The answer is relative to it.
     """
-    sets: list[BackupSet] = []
-    with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
-        sets = [backup_set for backup_set in read_sets(encrypted)[0] if backup_set.complete]
+    sets = sets_in(directory)
     newest = sets[-1].stamp if sets else ""
     alive = {name.split(".sigtar")[0] for backup_set in sets for name in backup_set.files if ".sigtar" in name}
     return [path for path in duplicity_files(directory) if path.name.endswith(("-tempdir", ".part")) or (
-        (match := ARCHIVE_FILE.fullmatch(path.name)) and match[1] > newest and path.name.split(".sigtar")[0] not in alive)]
+        stamp_of(path) > newest and path.name.split(".sigtar")[0] not in alive)]
+
+
+def sets_in(directory: int) -> list[BackupSet]:
+    """Return the complete sets of a backup/ that is open, oldest first. directory: its descriptor."""
+    with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
+        return [backup_set for backup_set in read_sets(encrypted)[0] if backup_set.complete]
+    return []
+
+
+def stamp_of(path: Path) -> str:
+    """Return the stamp of the set that a file of duplicity's belongs to, empty if it bears none."""
+    match = ARCHIVE_FILE.fullmatch(path.name)
+    return match[1] if match else ""
 
 
 def dead_paths(paths: Paths) -> list[Path]:
@@ -580,15 +601,18 @@ def duplicity_files(directory: int) -> list[Path]:
 def failed_set_thrown_away(paths: Paths) -> Iterator[None]:
     """Delete at once the set that the block was making when it failed, even whole, so that a full disk does not stay full.
 
-    That is all that was not there before, whatever date it bears: the clock may have been set back.
+    That is what was not there before and is dated after the newest set, or as the new files of cache/: the clock may have been set back.
     """
     with utils.owned_directory(paths.backup) as directory:
-        before = set(duplicity_files(directory))
+        before, sets = set(duplicity_files(directory)), sets_in(directory)
         try:
             yield
         except BaseException:
             try:
-                delete_dead_files(paths, directory, [path for path in duplicity_files(directory) if path not in before])
+                new = [path for path in duplicity_files(directory) if path not in before]
+                stamps = {stamp_of(path) for path in new if path.parts[0] == "cache"}
+                delete_dead_files(paths, directory, [
+                    path for path in new if stamp_of(path) in stamps or not sets or stamp_of(path) > sets[-1].stamp])
             except (OSError, Failure) as error:
                 log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
             raise
@@ -655,6 +679,7 @@ def move_directory(source: Path, target: Path) -> None:
     target.mkdir(mode=0o700, exist_ok=True)
     utils.sync_directory(target.parent)
     for path in sorted(source.iterdir()):
+        utils.raise_if_interrupted()
         goal = target / path.name
         if path.is_dir() and not path.is_symlink():
             taken = os.path.lexists(goal) and (goal.is_symlink() or not goal.is_dir())
@@ -1009,9 +1034,9 @@ def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mir
         watch = watch_set(night, draw, utils.content_size(tree, excluded, since) if draw else 0)
         answer = run_nightly_duplicity(night, set_command(night, action, copy.target if copy else None), log_lines, watch)
     if answer.exit_code in DAMAGED_ARCHIVE_CODES:
-        with utils.owned_directory(night.paths.backup) as directory:
+        with contextlib.suppress(OSError), utils.owned_directory(night.paths.backup) as directory:
             utils.remove_at(night.paths.cache.name, directory)
-        log.warning("deleted %s, which may be damaged and which the next run makes anew", night.paths.cache)
+            log.warning("deleted %s, which may be damaged and which the next run makes anew", night.paths.cache)
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(night.paths)
@@ -1192,6 +1217,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     record = Record()
     try:
         yield record
+        utils.raise_if_interrupted()
     except (Failure, OSError, Interrupted) as error:
         failure = failure_of(error) if isinstance(error, OSError) else error
         if failure.exit_code == 2 and record.duplicity_version is None and not record.downtime.not_started:  # step 1 was not over
@@ -1614,7 +1640,8 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
         for directory in (own, gnupg):
             stack.enter_context(utils.directory_locked(directory, exclusive=True))  # a backup that cleans up sees that we live
         environment = {**program_environment(), "GNUPGHOME": str(gnupg), "TMPDIR": str(own), "PASSPHRASE": passphrase}
-        stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""}, interruptible=False)
+        stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""}, interruptible=False,
+                       timeout_seconds=GPGCONF_SECONDS)
         archive = own / "archive"
         archive.mkdir()
         link_finished_files(paths.cache, archive)
@@ -1723,7 +1750,9 @@ def verify_set(reader: Reader, backup_set: BackupSet, tell: Callable[[Path], Non
             continue
         tell(path)
         try:
-            if name not in checksums or utils.sha1_of(path) != checksums[name]:
+            if name not in checksums:
+                wrong.append(f"{path} is not in its set's manifest")
+            elif utils.sha1_of(path) != checksums[name]:
                 wrong.append(f"{path} is damaged: its checksum is not that in the manifest")
         except OSError as error:
             wrong.append(f"{path} cannot be read: {error.strerror}")
@@ -1811,7 +1840,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
         raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
     if wanted != ".":
         options += ["-r", wanted]
-    with restore_directory(reader.paths, directory) as place:
+    with restore_directory(reader.paths, directory) as (place, mode):
         fresh = f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
         lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything", directory)
@@ -1830,19 +1859,20 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
         if answer.exit_code:
             left = f"\nwhat could be restored is in {directory / fresh}" if fresh in os.listdir(place) else ""
             raise Failure(f"{explain('restore', answer)}{left}")
-        move_up(fresh, place, os.path.basename(wanted))
+        move_up(fresh, place, os.path.basename(wanted), mode)
         if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)
             raise Failure(f"not all could be restored to {directory}; try another disk: {first_of(lost)}")
     log.info("restored to %s", directory)
 
 
 @contextlib.contextmanager
-def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
+def restore_directory(paths: Paths, directory: Path) -> Iterator[tuple[int, int]]:
     """Make the directory to restore to, for nobody but root yet, and keep it open: who owns what holds it can rename it meanwhile.
 
-    An empty one may be there. Yields its descriptor. One that was made goes again if the block fails and leaves it empty. Raises Failure.
+    An empty one may be there. Yields its descriptor and the mode that it had. If the block fails it has that again, or, if it was
+    made and is empty, goes. Raises Failure.
     """
-    if paths.backup in directory.resolve().parents:
+    if paths.backup in Path(os.path.realpath(directory)).parents:
         raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; name another place", 2)
     if not directory.parent.is_dir():
         raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
@@ -1853,8 +1883,13 @@ def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
         raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
     try:
         with utils.opened(os.path.realpath(directory)) as place:
+            mode = stat.S_IMODE(os.fstat(place).st_mode)
             os.fchmod(place, 0o700)
-            yield place
+            try:
+                yield place, mode
+            except BaseException:
+                os.fchmod(place, mode)
+                raise
     except BaseException:
         if made:
             with contextlib.suppress(OSError):
@@ -1862,14 +1897,15 @@ def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
         raise
 
 
-def move_up(fresh: str, place: int, name: str) -> None:
+def move_up(fresh: str, place: int, name: str, mode: int) -> None:
     """Put what was restored in its place: place gets a directory's entries, mode, owner and times, a file goes into it by name.
 
-    place: the descriptor of the directory to restore to. fresh: what was restored, an entry of it.
+    place: the descriptor of the directory to restore to. fresh: what was restored, an entry of it. mode: what place had.
     """
     status = os.stat(fresh, dir_fd=place, follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode):
         os.rename(fresh, name, src_dir_fd=place, dst_dir_fd=place)
+        os.fchmod(place, mode)
         return
     with utils.opened(fresh, parent=place) as source:
         for child in os.listdir(source):
@@ -2091,22 +2127,26 @@ def run(arguments: Sequence[str]) -> int:
     if options.dry_run:
         show_plan(night, options.full)
         return 0
-    return perform_backup(night, options.full)
+    with utils.ended_in_good_order():
+        return perform_backup(night, options.full)
 
 
 def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
     """Verify, list or restore. Returns the exit code: 3 for damage or differences. Raises Failure or OSError."""
-    with reader_of(settings, options.verbose) as reader:
+    names, wrong = [], []
+    with utils.ended_in_good_order(), reader_of(settings, options.verbose) as reader:
         if options.list:
-            print("\n".join(list_files(reader, options.time)))
+            names = list_files(reader, options.time)
         elif options.restore is not None:
             restore(reader, options.restore.absolute(), options.path, options.time)
         else:
             wrong = verify(reader) + (compare(reader) if options.compare else [])
-            for sentence in wrong:
-                log.error(sentence)
-            return 3 if wrong else 0
-    return 0
+    utils.raise_if_interrupted()
+    for sentence in wrong:
+        log.error(sentence)
+    for name in names:  # who reads them may be slow, and nothing is held meanwhile
+        print(name)
+    return 3 if wrong else 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -2118,10 +2158,11 @@ def main(arguments: Sequence[str]) -> int:
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
-    utils.end_on_signals()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         code = run(arguments)
-        utils.raise_if_interrupted()
+        if code != 5:  # which comes before any other
+            utils.raise_if_interrupted()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nobody reads on: nothing is left to say

@@ -543,6 +543,7 @@ def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
     others = []
     with os.scandir(live) as entries:
         for entry in entries:
+            raise_if_interrupted()
             name = entry.name
             if not entry.is_file(follow_symlinks=False):
                 others.append(name)
@@ -790,11 +791,21 @@ def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
     _Signals.came = _Signals.came or number
 
 
-def end_on_signals() -> None:
-    """Make SIGTERM, SIGINT and SIGHUP end the program, see raise_if_interrupted. A SIGHUP that is ignored, as under nohup, stays so."""
+@contextlib.contextmanager
+def ended_in_good_order() -> Iterator[None]:
+    """Have SIGTERM, SIGINT and SIGHUP end the block only where it can be ended, see raise_if_interrupted.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
+    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
     for number in ENDING_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or before[number] != signal.SIG_IGN:
             signal.signal(number, _on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def raise_if_interrupted() -> None:
@@ -881,13 +892,13 @@ def shell(
 ) -> Finished:
     """Run a program and wait for it: the one gateway for all of them. No shell reads the command.
 
-    command: program and arguments; in one that ends in "=LOG" that word becomes the number of a descriptor whose lines go to
-    on_log. environment: all of the program's environment. secret: hidden in whatever the program prints. standard_input: a few
-    lines for it to read. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an
-    output pipe open for ever, so a file takes the output. interruptible: whether a signal to this process ends it, and raises
-    Interrupted. timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each line as it comes, escaped.
-    watch: called twice a second with its process id; what it raises ends the program. Returns how it ended, with exit code 126 if it
-    could not be executed. The program and its process group have ended when an exception leaves.
+    command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of a descriptor whose lines go to on_log.
+    environment: all of the program's environment. secret: hidden in whatever the program prints. standard_input: a few lines for it
+    to read. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an output pipe open
+    for ever, so a file takes the output. interruptible: whether a signal to this process ends it, and raises Interrupted.
+    timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each line as it comes, escaped. watch: called
+    twice a second with its process id; what it raises ends the program. Returns how it ended, with exit code 126 if it could not be
+    executed. The program and its process group have ended when an exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -908,7 +919,7 @@ def shell(
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_file_to(take_line) if starts_daemons else _pipe_to(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
-        arguments = [part.removesuffix("LOG") + str(*log) if part.endswith("=LOG") else part for part in command]
+        arguments = [f"--log-fd={log[0]}" if part == "--log-fd=LOG" else part for part in command]
         if interruptible:
             raise_if_interrupted()
         try:
@@ -1013,7 +1024,7 @@ def running_services(names: Sequence[str], environment: Mapping[str, str]) -> li
 def listed_services(list_path: Path) -> list[str]:
     """Return the services that are to come back, from the file that lists them; none if it is missing."""
     with contextlib.suppress(FileNotFoundError):
-        return list_path.read_text().split()
+        return os.fsdecode(list_path.read_bytes()).split()
     return []
 
 

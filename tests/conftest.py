@@ -246,9 +246,10 @@ def make_store(tmp_path: Path) -> Store:
     root, programs = tmp_path / "user-data", tmp_path / "bin"
     root.mkdir()
     programs.mkdir()
-    os.chmod(tmp_path, 0o755)
-    for parent in list(tmp_path.parents)[:3]:
-        os.chmod(parent, 0o755)  # the hooks run as another user
+    for directory in (tmp_path, *tmp_path.parents):  # the hooks run as another user
+        mode = stat.S_IMODE(directory.stat().st_mode)
+        if mode & 0o055 != 0o055:
+            directory.chmod(mode | 0o055)
     write_messages(root)
     os.chown(root, pwd.getpwnam(USER).pw_uid, pwd.getpwnam(USER).pw_gid)
     (programs / "service").write_text(SERVICE)

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 import backup
 import utils
-from conftest import Store, tree_of
+from conftest import PYTHON, SCRIPT, Store, tree_of
+from test_services import wait_for
 
 RECORDING = '#!/bin/sh\necho "duplicity $*" >> "$(dirname "$0")/calls"\nexec REAL "$@"\n'
 
@@ -127,10 +129,23 @@ def test_names_are_shown_safely() -> None:
 
 def test_main_can_be_called_in_process(store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a control panel would see of a wrong call."""
-    monkeypatch.setattr(utils, "end_on_signals", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     handlers = list(logging.getLogger("backup").handlers)
     try:
         assert backup.main(["--config", str(Path("/no/such"))]) == 2
     finally:
         logging.getLogger("backup").handlers = handlers
     assert "backup: cannot read the settings file /no/such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_nothing_is_held(store: Store, number: signal.Signals) -> None:
+    """A status that waits for ever, here for its settings, is ended by a signal as any program is."""
+    os.mkfifo(store.scratch / "settings")
+    (store.scratch / "calls").touch()
+    process = subprocess.Popen(["strace", "-qqq", "-e", "trace=openat", "-o", store.scratch / "calls", PYTHON, SCRIPT, "--config",
+                                store.scratch / "settings", "--status"], env=store.environment, stderr=subprocess.PIPE)
+    wait_for(lambda: str(store.scratch / "settings") in (store.scratch / "calls").read_text())
+    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+    os.kill(child, number)
+    assert process.communicate(timeout=10)[1] == b"" and process.returncode == -number

@@ -264,6 +264,9 @@ time.sleep(60)
         assert reader.stdout and reader.stdout.readline()
         result = copy.backup(exit_code=3)
         assert "no old backups were deleted because" in result.stderr and len(copy.manifests()) == 5
+        time.sleep(1.1)
+        (copy.backups / "cache/duplicity-left-tempdir").mkdir()
+        copy.backup(exit_code=3)
         dead = copy.encrypted / "duplicity-full.20990101T000000Z.vol1.difftar.gpg"
         dead.touch()
         assert "reads there" in copy.backup(exit_code=4).stderr and dead.exists()
@@ -338,7 +341,7 @@ def test_volume_that_no_manifest_names(copy: Store) -> None:
     copy.run("gpg", "--batch", "--yes", "--pinentry-mode", "loopback", "--passphrase-file", copy.backups / "secret_key.txt",
              "--output", copy.encrypted / manifest, "--symmetric", "/dev/null", environment={"GNUPGHOME": str(copy.gnupg())})
     volume = manifest.replace(".manifest.", ".vol1.difftar.")
-    assert f"{copy.encrypted / volume} is damaged" in reads(copy, "--verify", exit_code=3).stderr
+    assert f"{copy.encrypted / volume} is not in its set's manifest" in reads(copy, "--verify", exit_code=3).stderr
 
 
 def test_restore_where_others_can_rename(made: Store, tmp_path: Path) -> None:
@@ -349,10 +352,10 @@ def test_restore_where_others_can_rename(made: Store, tmp_path: Path) -> None:
     with pytest.raises((OSError, Failure)), backup.reader_of({"STORAGE_ROOT": str(made.root)}) as reader:
         real = backup.move_up
 
-        def exchange(fresh: str, place: int, name: str) -> None:
+        def exchange(fresh: str, place: int, name: str, mode: int) -> None:
             target.rename(tmp_path / "away")
             target.symlink_to(precious)
-            real(fresh, place, name)
+            real(fresh, place, name, mode)
             raise Failure("seen")
 
         with pytest.MonkeyPatch.context() as patch:
@@ -364,9 +367,14 @@ def test_restore_where_others_can_rename(made: Store, tmp_path: Path) -> None:
 def test_restore_of_nothing_keeps_the_directory(made: Store, tmp_path: Path) -> None:
     """An empty directory that was there is there afterwards, whatever came of the restore; one that was made is not."""
     (tmp_path / "there").mkdir()
+    (tmp_path / "there").chmod(0o1777)
     for name in ("there", "made"):
         assert "is not in the backup" in reads(made, "--restore", str(tmp_path / name), "--path", "no/such", exit_code=1).stderr
-    assert (tmp_path / "there").is_dir() and not (tmp_path / "made").exists()
+    assert stat.S_IMODE((tmp_path / "there").stat().st_mode) == 0o1777 and not (tmp_path / "made").exists()
+    reads(made, "--restore", str(tmp_path / "there"), "--path", "ssl/private.pem")
+    assert stat.S_IMODE((tmp_path / "there").stat().st_mode) == 0o1777
+    (tmp_path / "loop").symlink_to("loop")
+    reads(made, "--restore", str(tmp_path / "loop"), exit_code=2)
     assert "could be deleted" in reads(made, "--restore", str(made.backups / "tmp"), exit_code=2).stderr
 
 

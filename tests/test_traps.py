@@ -305,3 +305,14 @@ def test_damaged_archive_directory(keyed: Store, what: str, content: bytes) -> N
     time.sleep(1.1)
     keyed.backup()
     keyed.assert_restores()
+
+
+def test_backups_that_are_put_back_during_a_run_that_fails(keyed: Store) -> None:
+    """What an admin copies into encrypted/ meanwhile is not taken for the set that failed."""
+    keyed.backup()
+    time.sleep(1.1)
+    older = "duplicity-full.20200101T000000Z.manifest.gpg"
+    failing = f"touch {keyed.encrypted}/{older}; REAL \"$@\"; exit 50"
+    keyed.stand_in("duplicity", f"#!/bin/sh\ncase $1 in full) {failing};; esac\nexec REAL \"$@\"\n")
+    keyed.backup("--full", exit_code=1)
+    assert len(keyed.manifests()) == 2 and older in keyed.manifests()
