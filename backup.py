@@ -21,6 +21,7 @@ import html
 import io
 import json
 import logging
+import math
 import os
 import pwd
 import re
@@ -164,6 +165,19 @@ class Record:
             self.attention.append(message)
 
 
+def needs_attention_at_most(
+    step: Callable[Concatenate[Night, Record, Arguments], None]
+) -> Callable[Concatenate[Night, Record, Arguments], None]:
+    """Make a step, of those that come when the backup was made, one whose failure needs attention and does not end the run."""
+    @functools.wraps(step)
+    def taken(night: Night, record: Record, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> None:
+        try:
+            step(night, record, *arguments, **named)
+        except (Failure, OSError) as error:
+            record.warn(str(failure_of(error)))
+    return taken
+
+
 SetKey = tuple[Optional[str], str]
 DirectoryState = tuple[int, int, int]
 
@@ -279,7 +293,7 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
         recover_from_dead_run(night.paths)                                                              # 3
         make_directories(night)
         migrated = migrate_legacy_layout(night.paths)                                                   # 4
-        sets = complete_sets(night.paths)
+        sets = complete_sets(night.paths.encrypted)
         kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"                # 5
         run_hook(night, "before-backup", record)                                                        # 6
         with gpg_home(night), temporary_directory(night.paths):
@@ -320,7 +334,6 @@ def make_backup_directory(night: Night) -> None:
     backup, group = night.paths.backup, night.user.pw_gid
     if not os.path.lexists(backup):
         utils.make_owned_directory(backup, 0o750, group)
-    utils.check_owned_directory(backup)
     with utils.owned_directory(backup) as directory:
         status = os.fstat(directory)
         mode = stat.S_IMODE(status.st_mode)
@@ -424,7 +437,7 @@ def check_newest_set(night: Night) -> None:
 
     duplicity 0.8.22 would add a set under another key, or an orphan before a set of the future, and exit 0. Raises Failure.
     """
-    sets = complete_sets(night.paths)
+    sets = complete_sets(night.paths.encrypted)
     if not sets:
         return
     utils.pause(max(0.0, check_clock(night, sets) + 1))  # an increment that is not dated after the newest set would be an orphan
@@ -433,8 +446,7 @@ def check_newest_set(night: Night) -> None:
     passphrase = read_passphrase(night.paths.key)
     answer = run_gpg(manifest, passphrase, gpg_environment(night))
     if is_wrong_key(answer):
-        raise Failure(f"the backups in {night.paths.encrypted} were made with another key than that in {night.paths.key}; "
-                      f"put the old key back, or {way_out}")
+        raise Failure(f"{wrong_key_of(night.paths)}, or {way_out}")
     if answer.exit_code:
         raise Failure(f"the newest backup's {manifest} is damaged; {way_out}, and check the disk: gpg ended with {answer}")
 
@@ -446,6 +458,11 @@ def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
         raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the clock is wrong, or was; "
                       f"mend the clock, or {way_out_of(night.paths)}")
     return ahead
+
+
+def wrong_key_of(paths: Paths) -> str:
+    """Return the sentence on a key that does not open the backups."""
+    return f"the backups in {paths.encrypted} were made with another key than that in {paths.key}; put the old key back"
 
 
 def way_out_of(paths: Paths) -> str:
@@ -497,9 +514,9 @@ def temporary_directory(paths: Paths) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, Failure):  # what is left goes at the start of the next run
-            with utils.owned_directory(paths.backup) as directory:
-                utils.remove_at(paths.temporary.name, directory)
+        # What is left goes at the start of the next run.
+        with contextlib.suppress(OSError, Failure), utils.owned_directory(paths.backup) as directory:
+            utils.remove_at(paths.temporary.name, directory)
 
 
 def remove_gpg_home(night: Night) -> None:
@@ -516,7 +533,7 @@ def remove_gpg_home(night: Night) -> None:
 
 def start_services_left_stopped(night: Night, record: Record) -> None:
     """Start the services that are still on the list of an earlier run's keeper, because it died or because they did not start."""
-    if names := utils.listed_services(night.paths.stopped):
+    if names := utils.services_to_start(night.paths.stopped):
         log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(names), night.paths.stopped)
         record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment)[0]
 
@@ -537,10 +554,9 @@ def delete_dead_files(paths: Paths, directory: int, dead: Sequence[Path]) -> Non
     if dead:
         log.info("deleting %d files of a backup that was not finished", len(dead))
     # What others read must wait for them; but without a manifest no reader that comes takes it for a set.
-    read_by_others = [path for path in dead if path.parts[0] == "encrypted" and ".manifest." not in path.name]
-    for path in dead:
-        if path not in read_by_others:
-            utils.remove_below(directory, path)
+    read_by_others = {path for path in dead if path.parts[0] == "encrypted" and ".manifest." not in path.name}
+    for path in set(dead) - read_by_others:
+        utils.remove_below(directory, path)
     utils.remove_at(paths.temporary.name, directory)
     if read_by_others:
         with deletion_allowed(paths) as allowed:
@@ -566,7 +582,7 @@ def dead_files(directory: int) -> list[Path]:
 def sets_in(directory: int) -> list[BackupSet]:
     """Return the complete sets of a backup/ that is open, oldest first. directory: its descriptor."""
     with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
-        return [backup_set for backup_set in read_sets(encrypted)[0] if backup_set.complete]
+        return complete_sets(encrypted)
     return []
 
 
@@ -768,9 +784,9 @@ def key_of(match: Optional[re.Match[str]]) -> Optional[SetKey]:
     return None
 
 
-def complete_sets(paths: Paths) -> list[BackupSet]:
-    """Return the sets whose manifest, which duplicity writes last, is in encrypted/, oldest first."""
-    return [backup_set for backup_set in read_sets(paths.encrypted)[0] if backup_set.complete]
+def complete_sets(encrypted: Union[Path, int]) -> list[BackupSet]:
+    """Return the sets whose manifest, which duplicity writes last, is in encrypted/ (its path or descriptor), oldest first."""
+    return [backup_set for backup_set in read_sets(encrypted)[0] if backup_set.complete]
 
 
 def stamp_date(stamp: str) -> datetime:
@@ -815,7 +831,7 @@ def reason_for_full(sets: Sequence[BackupSet], now: datetime, force_full: bool =
 
 def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
     """Tell whether the next backup of the STORAGE_ROOT in env must be a full one. now: default the clock's time."""
-    return reason_for_full(complete_sets(paths_of(env)), now or datetime.now(timezone.utc)) is not None
+    return reason_for_full(complete_sets(paths_of(env).encrypted), now or datetime.now(timezone.utc)) is not None
 
 
 # Steps 6 and 15: hooks
@@ -860,7 +876,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
     copy = None
     log.info("copying %s while mail runs", paths.root)
     with contextlib.ExitStack() as stack:
-        stack.callback(remove_copy_at_last, paths, place, record)
+        stack.callback(remove_copy_at_last, night, record, place)
         try:
             utils.make_owned_directory(place, 0o700, 0)
             copy = stack.enter_context(utils.mirror_of(paths.root, place, excluded, may_link, spare))
@@ -871,12 +887,10 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
         yield copy
 
 
-def remove_copy_at_last(paths: Paths, place: Path, record: Record) -> None:
-    """Remove the copy when it has served; a failure needs attention, no more."""
-    try:
-        remove_copy(paths, place)
-    except (OSError, Failure) as error:
-        record.warn(f"the copy could not be removed, the next run will: {failure_of(error)}")
+@needs_attention_at_most
+def remove_copy_at_last(night: Night, record: Record, place: Path) -> None:
+    """Remove the copy when it has served."""
+    remove_copy(night.paths, place)
 
 
 def remove_copy(paths: Paths, place: Path) -> None:
@@ -1024,7 +1038,7 @@ def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mir
     """
     root, tree = str(night.paths.root), copy.target if copy else night.paths.root
     record.kind, record.source = action, "copy" if copy else "direct"
-    before = complete_sets(night.paths)
+    before = complete_sets(night.paths.encrypted)
     excluded = [] if copy else [night.paths.backup, night.paths.snapshots[1]]
     entries = utils.count_entries(tree, excluded)
     log_lines: list[str] = []
@@ -1039,13 +1053,13 @@ def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mir
             log.warning("deleted %s, which may be damaged and which the next run makes anew", night.paths.cache)
     if answer.exit_code:
         raise Failure(explain(action, answer))
-    after = complete_sets(night.paths)
+    after = complete_sets(night.paths.encrypted)
     if after[:-1] != before or not any(chain[-1] == after[-1] and (len(chain) == 1) == (action == "full") for chain in chains_of(after)):
         raise Failure(f"duplicity ended well but no new {action} set is in {night.paths.encrypted}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
+    unexplained = math.inf if reported is None else abs(reported - entries) - len(warnings)
     # Nothing changes a copy. Others than mail may go on writing to the tree itself: then a hundredth of it may come or go meanwhile.
-    changing = 0 if copy else entries // 100 + abs(utils.count_entries(tree, excluded) - entries)
-    if reported is None or abs(reported - entries) > len(warnings) + changing:
+    if unexplained > 0 and (copy or unexplained > entries // 100 + abs(utils.count_entries(tree, excluded) - entries)):
         raise Failure(f"duplicity read {reported} of the {entries} files and directories of {tree}, and did not say why; "
                       "see that nothing but mail writes there, and run the backup again")
     record.size = after[-1].size
@@ -1098,19 +1112,6 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
         elif level == "WARNING" and text and text not in warnings[-1:]:
             warnings.append(text)
     return entries, warnings
-
-
-def needs_attention_at_most(
-    step: Callable[Concatenate[Night, Record, Arguments], None]
-) -> Callable[Concatenate[Night, Record, Arguments], None]:
-    """Make a step, of those that come when the backup was made, one whose failure needs attention and does not end the run."""
-    @functools.wraps(step)
-    def taken(night: Night, record: Record, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> None:
-        try:
-            step(night, record, *arguments, **named)
-        except (Failure, OSError) as error:
-            record.warn(str(failure_of(error)))
-    return taken
 
 
 @needs_attention_at_most
@@ -1622,7 +1623,7 @@ def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Re
     key that opens any.
     """
     paths = paths_of(settings)
-    if not complete_sets(paths):
+    if not complete_sets(paths.encrypted):
         raise Failure(f"there is no complete backup in {paths.encrypted}; make one, or put your copy of the backups there")
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
         utils.find_program(program, program_environment())
@@ -1660,11 +1661,10 @@ def reader_directory(paths: Paths) -> "tempfile.TemporaryDirectory[str]":
 
 def check_reading_key(reader: Reader) -> None:
     """Check that the key opens something of the backups, the newest manifest if it is right. Raises Failure if it opens nothing."""
-    for backup_set in reversed(complete_sets(reader.paths)):
+    for backup_set in reversed(complete_sets(reader.paths.encrypted)):
         if not all(is_wrong_key(reader.open_file(name)) for name in backup_set.metadata):
             return
-    raise Failure(f"the backups in {reader.paths.encrypted} were made with another key than that in {reader.paths.key}; "
-                  "put the old key back")
+    raise Failure(wrong_key_of(reader.paths))
 
 
 def link_finished_files(cache: Path, archive: Path) -> None:
@@ -1821,7 +1821,7 @@ def check_time(reader: Reader, time: Optional[str], now: Optional[datetime] = No
                 time).replace(tzinfo=now.tzinfo)
     if asked is None:
         raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as 3D, 2026-11-20 or 2026-11-20T03:00:00", 2)
-    sets = complete_sets(reader.paths)
+    sets = complete_sets(reader.paths.encrypted)
     if asked < sets[0].date:
         dates = ", ".join(backup_set.date.astimezone().isoformat() for backup_set in sets)
         raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, or a later one: {dates}")
@@ -1872,7 +1872,8 @@ def restore_directory(paths: Paths, directory: Path) -> Iterator[tuple[int, int]
     An empty one may be there. Yields its descriptor and the mode that it had. If the block fails it has that again, or, if it was
     made and is empty, goes. Raises Failure.
     """
-    if paths.backup in Path(os.path.realpath(directory)).parents:
+    real = Path(os.path.realpath(directory))
+    if paths.backup in real.parents:
         raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; name another place", 2)
     if not directory.parent.is_dir():
         raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
@@ -1882,7 +1883,7 @@ def restore_directory(paths: Paths, directory: Path) -> Iterator[tuple[int, int]
     if not directory.is_dir() or any(directory.iterdir()):
         raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
     try:
-        with utils.opened(os.path.realpath(directory)) as place:
+        with utils.opened(os.fspath(real)) as place:
             mode = stat.S_IMODE(os.fstat(place).st_mode)
             os.fchmod(place, 0o700)
             try:
@@ -1939,7 +1940,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     with contextlib.suppress(FileNotFoundError):
         utils.check_owned_directory(paths.backup)
     check_surroundings(night)
-    sets = complete_sets(paths)
+    sets = complete_sets(paths.encrypted)
     if sets:
         check_clock(night, sets)
     reason = reason_for_full(sets, night.now, force_full)
@@ -2158,7 +2159,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once, without Python's traceback
     try:
         code = run(arguments)
         if code != 5:  # which comes before any other

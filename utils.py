@@ -165,6 +165,7 @@ def owned_directory(path: Path, *below: str) -> Iterator[int]:
     below: names that lead from path to it. Each must be a directory that only root can write to, and no symbolic link. Yields its
     descriptor. Raises Failure (exit code 2), or OSError.
     """
+    check_owned_directory(path)  # which says what else it is; what is opened may be something else already
     with contextlib.ExitStack() as stack:
         descriptor = stack.enter_context(opened(os.fspath(path)))
         _check_owned(path, os.fstat(descriptor))
@@ -196,7 +197,6 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    check_owned_directory(path)
     with owned_directory(path) as directory:
         status = os.fstat(directory)
         if status.st_gid != group:
@@ -1021,11 +1021,12 @@ def running_services(names: Sequence[str], environment: Mapping[str, str]) -> li
     return [name for name, answer in answers.items() if answer.exit_code == 0]
 
 
-def listed_services(list_path: Path) -> list[str]:
-    """Return the services that are to come back, from the file that lists them; none if it is missing."""
+def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]:
+    """Return the services that are to come back: those stopped, then what else is listed in the file, which may be missing."""
+    listed: list[str] = []
     with contextlib.suppress(FileNotFoundError):
-        return os.fsdecode(list_path.read_bytes()).split()
-    return []
+        listed = os.fsdecode(list_path.read_bytes()).split()
+    return list(dict.fromkeys([*stopped, *listed]))
 
 
 def start_services(names: Sequence[str], list_path: Path, environment: Mapping[str, str]) -> tuple[dict[str, str], float]:
@@ -1081,7 +1082,7 @@ def services_stopped(
     finally:
         back = _dismiss(keeper) if keeper else None
         if back is None:
-            not_started, ended = start_services(list(dict.fromkeys([*running, *listed_services(list_path)])), list_path, environment)
+            not_started, ended = start_services(services_to_start(list_path, running), list_path, environment)
             back = Downtime(ended - began, not_started)
         downtime.not_started, downtime.seconds = back.not_started, back.seconds
 
@@ -1112,7 +1113,7 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the daemons that it starts would inherit
     environment = dict(os.environ)
-    listed = list(dict.fromkeys([*names, *listed_services(list_path)]))  # one that could not be started last night is tried again
+    listed = services_to_start(list_path, names)  # one that could not be started last night is tried again
     try:
         write_atomically(list_path, "".join(f"{name}\n" for name in listed))
     except OSError as error:

@@ -221,7 +221,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.workeroutput["summary"] = SUMMARY
 
 
-@pytest.hookimpl(optionalhook=True)  # type: ignore[misc]  # Debian 12's pluggy has no types
 def pytest_testnodedown(node: Any) -> None:
     """Take it from a worker that has ended."""
     SUMMARY.extend(getattr(node, "workeroutput", {}).get("summary", []))

@@ -12,7 +12,7 @@ MAIL_DIRECTORY = Path("/run/sent-by-cron")
 PRINTED = "printed by the job beside it"
 SENDMAIL = f"""\
 #!/bin/sh
-exec cat > "$(mktemp {MAIL_DIRECTORY}/XXXXXXXX)"
+exec cat > "$(mktemp --tmpdir={MAIL_DIRECTORY})"
 """
 
 
