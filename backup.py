@@ -1791,7 +1791,9 @@ def list_files(reader: Reader, time: Optional[str]) -> list[str]:
     answer = reader.run("list-current-files", *check_time(reader, time), "--log-fd=LOG", log_lines=lines)
     if answer.exit_code:
         raise Failure(explain("list-current-files", answer))
-    names = [match[1] for line in lines if (match := re.fullmatch(r"INFO 10 \S+ '(.*)' \S+", line))]
+    # Whatever is not ASCII duplicity escapes (its util.py, 0.8.22 and 3.2.1).
+    names = [printable(match[1].encode("ascii", "backslashreplace").decode("unicode-escape"))
+             for line in lines if (match := re.fullmatch(r"INFO 10 \S+ '(.*)' \S+", line))]
     # Records that were lost, for names that are not UTF-8, are the date in 24 characters and the name, as Python shows a string.
     for line in lines:
         if re.match(r"\. [\"']\w{3} \w{3} [ \d]\d ", line):

@@ -382,3 +382,13 @@ def test_backups_of_somebody_else(copy: Store) -> None:
     """STORAGE_USER can put a directory of its own in place of backup/: a rescue goes on, and it is said."""
     os.chown(copy.backups, 65534, -1)
     assert "may be somebody else's" in reads(copy, "--list").stderr
+
+
+def test_name_that_is_not_ascii(keyed: Store) -> None:
+    """--list shows it as it is, and as --path takes it."""
+    name = "ssl/Einkäufe 娘 it's \\ odd"
+    (keyed.root / name).write_text("found")
+    keyed.backup()
+    assert name in reads(keyed, "--list").stdout.splitlines()
+    reads(keyed, "--restore", str(keyed.scratch / "target"), "--path", name)
+    assert (keyed.scratch / "target" / os.path.basename(name)).read_text() == "found"
