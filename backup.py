@@ -408,7 +408,7 @@ def read_passphrase(path: Path, lenient: bool = False) -> str:
         wrong = f"the key {path} is not owned by root; run: chown root {shlex.quote(str(path))}"
     elif len(first_line) < KEY_CHARACTERS or not first_line.isprintable():
         wrong = f"the first line of {path} is no passphrase of {KEY_CHARACTERS} characters or more; put your copy of the key back"
-    if wrong and not (lenient and first_line.isprintable()):
+    if wrong and not (lenient and first_line and first_line.isprintable()):
         raise Failure(wrong, 2)
     if wrong:
         log.warning(wrong)

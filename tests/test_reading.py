@@ -392,3 +392,10 @@ def test_name_that_is_not_ascii(keyed: Store) -> None:
     assert name in reads(keyed, "--list").stdout.splitlines()
     reads(keyed, "--restore", str(keyed.scratch / "target"), "--path", name)
     assert (keyed.scratch / "target" / os.path.basename(name)).read_text() == "found"
+
+
+@pytest.mark.parametrize("command", ["--verify", "--list"])
+def test_empty_key(copy: Store, command: str) -> None:
+    """It is not tried: gpg would call every file damaged."""
+    (copy.backups / "secret_key.txt").write_text("")
+    assert "is no passphrase" in reads(copy, command, exit_code=2).stderr
