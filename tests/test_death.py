@@ -36,7 +36,7 @@ def run_hooked(store: Store, instant: int, kind: str) -> Result:
     prefixes = f"{store.root}:/run/backup-"
     return store.run(*store.command(), exit_code=None, environment={
         "PYTHONPATH": str(Path(__file__).parent / "fault_hook"), "FAULT_DIRECTORY": str(directory), "FAULT_PREFIXES": prefixes,
-        "FAULT_AT": str(instant), "FAULT_KIND": kind, "TMPDIR": str(store.scratch)})
+        "FAULT_AT": str(instant), "FAULT_KIND": kind, "TMPDIR": str(store.scratch), "PYTHONDONTWRITEBYTECODE": "1"})  # an instant, once
 
 
 def instants_of(store: Store) -> list[str]:
