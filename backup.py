@@ -1852,14 +1852,14 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
                 watch: utils.Watch = lambda process: draw(free - utils.free_bytes(place), None) if draw else None
                 answer = reader.run("restore", *options, "--log-fd=LOG", directory=directory / fresh, log_lines=lines, watch=watch)
         except BaseException:
-            if fresh in os.listdir(place):
+            if utils.is_in(place, fresh):
                 log.warning("what was restored until then is in %s", directory / fresh)
             raise
-        if answer.exit_code == 19 or not answer.exit_code and fresh not in os.listdir(place):
+        if answer.exit_code == 19 or not answer.exit_code and not utils.is_in(place, fresh):
             utils.remove_at(fresh, place)  # 3.2.1 leaves an empty one
             raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
         if answer.exit_code:
-            left = f"\nwhat could be restored is in {directory / fresh}" if fresh in os.listdir(place) else ""
+            left = f"\nwhat could be restored is in {directory / fresh}" if utils.is_in(place, fresh) else ""
             raise Failure(f"{explain('restore', answer)}{left}")
         move_up(fresh, place, os.path.basename(wanted), mode)
         if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)

@@ -243,6 +243,15 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
     sync_directory(path.parent)
 
 
+def is_in(directory: int, name: str) -> bool:
+    """Tell whether a directory that is open holds an entry; to list it would not, on btrfs, if it came since."""
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def regular_files(directory: Union[Path, int]) -> dict[str, int]:
     """Return the sizes in bytes of the regular files in a directory by name; none if it is missing. Links are not followed.
 
@@ -458,8 +467,11 @@ def update_mirror(mirror: Mirror) -> None:
     mirror.known.clear()
     mirror.known.update(mirror.seen)
     mirror.seen.clear()  # what is not met in this pass is not known in the next, should it come back
-    with _told_as_cannot_mirror(mirror.source, mirror.target):
-        _mirror_directory(mirror, "", False, mirror.live, mirror.copy)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told_as_cannot_mirror(mirror.source, mirror.target))
+        # Opened anew: on btrfs a directory that is open lists what it held when it was opened (seen: Linux 6.18).
+        live, copy = [stack.enter_context(opened(".", parent=directory)) for directory in (mirror.live, mirror.copy)]
+        _mirror_directory(mirror, "", False, live, copy)
 
 
 @contextlib.contextmanager

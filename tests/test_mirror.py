@@ -370,6 +370,26 @@ def test_clone(store: Store, mkfs: tuple[str, ...]) -> None:
         assert_equal(mirror)
 
 
+@pytest.mark.parametrize("mkfs", [("mkfs.ext4", "-q"), ("mkfs.xfs", "-q"), ("mkfs.btrfs", "-q")])
+def test_entries_that_change_between_the_passes(store: Store, mkfs: tuple[str, ...]) -> None:
+    """What is made, renamed or removed at the top or below is in the copy as it is in the tree, whatever the file system is."""
+    with disk(store, *mkfs, size="512M") as place:
+        root = place / "tree"
+        grow(root)
+        for directory in (root, root / "plain", root / "box/cur"):
+            for name in ("stays", "old", "goes"):
+                (directory / name).write_text(name)
+        time.sleep(utils.SETTLED_SECONDS + 0.3)
+        with mirrored(root, place / "copy") as mirror:
+            for changes in ("first", "second"):
+                for directory in (root, root / "plain", root / "box/cur"):
+                    (directory / f"made {changes}").write_text(changes)
+                    (directory / ("old" if changes == "first" else "older")).rename(directory / ("older" if changes == "first" else "oldest"))
+                    (directory / ("goes" if changes == "first" else "stays")).unlink()
+                utils.update_mirror(mirror)
+                assert_equal(mirror)
+
+
 def test_no_room(store: Store) -> None:
     """Where room is short nothing is copied; where the disk fills all the same it is said."""
     with disk(store, "mkfs.ext4", "-q", "-m", "0") as place:

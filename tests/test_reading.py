@@ -167,6 +167,20 @@ def test_restore_of_everything(copy: Store, cached: bool) -> None:
         assert tree_of(target) == tree_of(copy.root)
 
 
+def test_restore_to_btrfs(made: Store, tmp_path: Path) -> None:
+    """There a directory that is open does not list what was restored into it since."""
+    image, place = tmp_path / "image", tmp_path / "disk"
+    place.mkdir()
+    made.run("truncate", "-s", "300M", image)
+    made.run("mkfs.btrfs", "-q", image)
+    made.run("mount", "-o", "loop", image, place)
+    try:
+        reads(made, "--restore", str(place / "restored"))
+        assert tree_of(place / "restored") == tree_of(made.root)
+    finally:
+        made.run("umount", place)
+
+
 def test_restore_of_a_part(made: Store, tmp_path: Path) -> None:
     """A single message as of a time, a mailbox, a directory; the directory made is root's alone when a file goes there."""
     first = made.manifests()[0].split(".")[1]
