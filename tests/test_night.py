@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import time
 from datetime import datetime, timedelta, timezone
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import Store
+from conftest import PYTHON, Store
 
 # Records its arguments and runs the real one.
 RECORDING = """#!/bin/sh
@@ -116,6 +117,22 @@ def test_existing_backup_directory_gets_group_search(keyed: Store, mode: int, ow
     keyed.backups.chmod(mode)
     keyed.backup()
     assert stat.S_IMODE(keyed.backups.stat().st_mode) == expected
+
+
+def test_key_is_hardly_stretched(keyed: Store) -> None:
+    """1,048,576 times for each file; a set of before, stretched 65 million times, is built on and opens as it did."""
+    old = keyed.changed_program("KEY_ITERATIONS = 1_048_576", "KEY_ITERATIONS = 65_011_712")
+    keyed.run("faketime", "1 hour ago", PYTHON, old, "--config", keyed.settings)
+    (keyed.root / "later").write_text("later")
+    keyed.backup()
+    counts = []
+    for name in keyed.manifests():
+        packets = keyed.run("gpg", "--batch", "--pinentry-mode", "cancel", "--list-packets", keyed.encrypted / name, exit_code=None,
+                            environment={"GNUPGHOME": str(keyed.gnupg())}).stdout
+        counts += re.findall(r"\tsalt \w+, count (\d+)", packets)
+    assert counts == ["65011712", "1048576"]
+    keyed.assert_restores()
+    assert keyed.backup("--verify").stdout.startswith("checked 2 backup sets")
 
 
 def test_passphrase_is_nowhere_but_in_duplicitys_environment(keyed: Store) -> None:

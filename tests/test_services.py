@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from conftest import PROJECT, Store
+from conftest import PYTHON, Store
 
 STOPS = ["postfix stop", "dovecot stop"]
 STARTS = ["dovecot start", "postfix start"]
@@ -236,11 +236,8 @@ def test_stop_that_fails(keyed: Store, service: str) -> None:
 
 def run_impatiently(store: Store) -> str:
     """Run a copy of the program that gives a service one second to answer; it must exit 1. Returns what it said."""
-    copy = store.scratch / "program"
-    copy.mkdir()
-    for name in ("backup.py", "utils.py"):
-        (copy / name).write_text((PROJECT / name).read_text().replace("SERVICE_SECONDS = 120", "SERVICE_SECONDS = 1"))
-    return store.run("/usr/bin/python3", copy / "backup.py", "--config", store.settings, exit_code=1).stderr
+    program = store.changed_program("SERVICE_SECONDS = 120", "SERVICE_SECONDS = 1")
+    return store.run(PYTHON, program, "--config", store.settings, exit_code=1).stderr
 
 
 def test_stop_that_hangs(keyed: Store) -> None:
