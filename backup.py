@@ -1958,7 +1958,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
         ("run the before-backup hook", hooks["before-backup"]),
         ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [copy]),
-        ("stop mail", [f"service {name} stop" for name in reversed(stop)]),
+        ("stop mail", [f"service {name} stop" for name in stop]),
         ("bring the copy up to date", []),
         ("start mail", [f"service {name} start" for name in stop]),
         ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", copy))]),

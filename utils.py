@@ -1071,7 +1071,7 @@ def services_stopped(
 ) -> Iterator[None]:
     """Stop the services of names that run while the block runs, and start them again whatever happens, even to this process.
 
-    A keeper (see keep_services) does both. names: in the order in which they start. list_path: where the keeper notes what it
+    A keeper (see keep_services) does both. names: in the order in which they stop and start. list_path: where the keeper notes what it
     stops; what is listed there already is started too. environment: with a PATH on which `service` is. lock: a descriptor that the
     keeper holds until the services are back. downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
     started again then.
@@ -1118,7 +1118,7 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
 
     The kernel closes the other end of standard input even when its holder is killed, and a stop that is under way then still ends
     before the start begins. No signal but SIGKILL disturbs it. It answers with two lines of JSON: null, or why a service could not
-    be stopped; then what could not be started, and the seconds of downtime. names: in the order in which they start. list_path:
+    be stopped; then what could not be started, and the seconds of downtime. names: in the order in which they stop and start. list_path:
     lists the services from before the first stop until after the last start. Returns its exit code: 0, 1 if nothing was stopped,
     5 if a service is down.
     """
@@ -1133,7 +1133,7 @@ def keep_services(names: Sequence[str], list_path: Path) -> int:
         return 1
     began = time.monotonic()
     failed = None
-    for name in reversed(names):
+    for name in names:
         answer = control_service(name, "stop", environment)
         if answer.exit_code:
             failed = f"service {name} stop ended with {answer}"

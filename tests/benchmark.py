@@ -146,7 +146,7 @@ class Bench:
 
     def stop_and_start(self, *command: object) -> float:
         """Stop mail, run a command, if any, and start mail. Returns the megabytes that it needed."""
-        for name in ("postfix", "dovecot"):
+        for name in ("dovecot", "postfix"):
             self.run("service", name, "stop")
         megabytes = self.run(*command) if command else 0.0
         for name in ("dovecot", "postfix"):
@@ -307,7 +307,7 @@ def measure_real_services() -> None:
     start_services()
     create_key()
     script = [PYTHON, str(BACKUP_PROGRAM), "--config", str(SETTINGS_FILE)]
-    stop, start = "service postfix stop; service dovecot stop", "service dovecot start; service postfix start"
+    stop, start = "service dovecot stop; service postfix stop", "service dovecot start; service postfix start"
     old = f"duplicity full --exclude {STORAGE_ROOT}/backup {STORAGE_ROOT} file:///var/mail/2015"
     environment = {**os.environ, "PASSPHRASE": KEY}
     for name, command in (("bare restart", ["sh", "-c", f"{stop}; {start}"]), ("this script, full", script),

@@ -67,7 +67,7 @@ def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
     inodes = {path: path.lstat().st_ino for path in keyed.root.rglob("*") if "backup" not in path.parts}
     process = start_and_wait_for_duplicity(keyed)
     assert keyed.running() == ["dovecot", "postfix"]
-    assert keyed.calls("stop", "start") == ["postfix stop", "dovecot stop", "dovecot start", "postfix start"]
+    assert keyed.calls("stop", "start") == ["dovecot stop", "postfix stop", "dovecot start", "postfix start"]
     assert (keyed.scratch / "priority").read_text().split() == ["19", "idle"]
     snapshot = keyed.backups / "snapshot"
     assert (snapshot.stat().st_mode & 0o7777, snapshot.stat().st_uid) == (0o700, 0)

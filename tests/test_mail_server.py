@@ -123,13 +123,13 @@ def back_up_while_mail_arrives() -> None:
 
 
 def kill_while_dovecot_stops() -> None:
-    """Kill the program when postfix has stopped: `service dovecot stop` is under way then, for a second."""
-    kill_and_back_up_again(lambda watcher: watcher.has_been_down(SMTP_PORT))
+    """Kill the program while `service dovecot stop` is under way, which takes a second or two."""
+    kill_and_back_up_again(lambda watcher: any("service dovecot stop" in command for command in running_commands(RUN_MARK)))
 
 
 def kill_while_mail_is_down() -> None:
-    """Kill the program when dovecot has stopped, too."""
-    kill_and_back_up_again(lambda watcher: watcher.has_been_down(IMAP_PORT))
+    """Kill the program when both have stopped."""
+    kill_and_back_up_again(lambda watcher: watcher.has_been_down(IMAP_PORT) and watcher.has_been_down(SMTP_PORT))
 
 
 def kill_while_duplicity_runs() -> None:

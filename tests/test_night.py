@@ -56,7 +56,7 @@ def test_every_byte_in_names(keyed: Store) -> None:
 
 
 def test_order_of_the_night(keyed: Store) -> None:
-    """Mail is stopped only for the copy, postfix first and dovecot last, and started the other way round; then duplicity."""
+    """Mail is stopped only for the copy, dovecot first, and started in that order; then duplicity."""
     keyed.stand_in("duplicity", RECORDING)
     for name in ("before-backup", "after-backup"):
         hook = keyed.backups / name
@@ -67,7 +67,7 @@ def test_order_of_the_night(keyed: Store) -> None:
     keyed.backup()
     calls = [" ".join(call.split()[:2]) for call in keyed.calls()]
     assert calls == [
-        "duplicity --version", "hook before-backup", "dovecot status", "postfix status", "postfix stop", "dovecot stop",
+        "duplicity --version", "hook before-backup", "dovecot status", "postfix status", "dovecot stop", "postfix stop",
         "dovecot start", "postfix start", "dovecot status", "postfix status", "duplicity full", "duplicity remove-older-than",
         "duplicity cleanup", "hook after-backup"]
 
@@ -208,7 +208,7 @@ def test_failing_duplicity(keyed: Store, code: int) -> None:
     assert backup.DUPLICITY_EXIT_CODES.get(code, "see its last lines") in result.stderr
     assert all(line.startswith("backup: ") for line in result.stderr.splitlines())
     assert sorted(path.name for path in keyed.encrypted.iterdir()) == before
-    assert keyed.calls("stop", "start") == ["postfix stop", "dovecot stop", "dovecot start", "postfix start"]
+    assert keyed.calls("stop", "start") == ["dovecot stop", "postfix stop", "dovecot start", "postfix start"]
     content = last_run(keyed)
     assert content["exit_code"] == 1 and "duplicity incremental failed" in str(content["message"])
     (keyed.bin / "duplicity").unlink()
@@ -286,7 +286,7 @@ exec REAL "$@"
         keyed.run("fallocate", "-l", str(free - reserve - 600_000_000), keyed.backups / "filler")
         result = keyed.backup(exit_code=1)
         assert "before it took the last room" in result.stderr
-        assert keyed.calls("stop", "start") == ["postfix stop", "dovecot stop", "dovecot start", "postfix start"]
+        assert keyed.calls("stop", "start") == ["dovecot stop", "postfix stop", "dovecot start", "postfix start"]
         assert list(keyed.encrypted.iterdir()) == [] and not (keyed.backups / "tmp").exists()
         keyed.forget_calls()
         (keyed.bin / "duplicity").unlink()

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import PYTHON, Store
 
-STOPS = ["postfix stop", "dovecot stop"]
+STOPS = ["dovecot stop", "postfix stop"]
 STARTS = ["dovecot start", "postfix start"]
 
 # Waits for the test in the middle of a full backup, then goes on.
@@ -188,11 +188,11 @@ def test_service_that_is_not_running_is_left_alone(keyed: Store) -> None:
 
 
 def test_services_setting(keyed: Store) -> None:
-    """BACKUP_SERVICES lists them in the order they start; they stop in reverse."""
+    """BACKUP_SERVICES lists them in the order in which they stop and start."""
     keyed.settings.write_text(keyed.settings.read_text() + "BACKUP_SERVICES=solr dovecot postfix\n")
     (keyed.bin / "solr.running").touch()
     keyed.backup()
-    assert keyed.calls("stop", "start") == STOPS + ["solr stop", "solr start"] + STARTS
+    assert keyed.calls("stop", "start") == ["solr stop", *STOPS, "solr start", *STARTS]
 
 
 @pytest.mark.parametrize("times", [1, 2])
