@@ -361,7 +361,8 @@ def check_surroundings(night: Night) -> str:
     Returns duplicity's version. Raises Failure: exit code 1 if there is no room, 2 for all else that is not as it must be.
     """
     paths = night.paths
-    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", *(["service"] if night.services else [])):
+    service_programs = [utils.service_manager(night.environment).program] if night.services else []
+    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", *service_programs):
         utils.find_program(program, night.environment)
     for directory in (paths.encrypted, paths.cache, paths.temporary, *paths.snapshots, paths.plain, paths.legacy, paths.migrated):
         with contextlib.suppress(FileNotFoundError):
@@ -535,7 +536,7 @@ def start_services_left_stopped(night: Night, record: Record) -> None:
     """Start the services that are still on the list of an earlier run's keeper, because it died or because they did not start."""
     if names := utils.services_to_start(night.paths.stopped):
         log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(names), night.paths.stopped)
-        record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment)[0]
+        record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment)
 
 
 def recover_from_dead_run(paths: Paths) -> None:
@@ -1234,8 +1235,8 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
 
 def tell_of_services(record: Record) -> None:
     """Say which services could not be started again, and why."""
-    for name, answer in record.downtime.not_started.items():
-        log.error("%s could not be started again; run: service %s start; it ended with %s", name, name, answer)
+    for name, why in record.downtime.not_started.items():
+        log.error("%s could not be started again; mend it, the next run tries it, too: %s", name, why)
 
 
 def exit_code_of(record: Record) -> int:
@@ -1946,7 +1947,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     if sets:
         check_clock(night, sets)
     reason = reason_for_full(sets, night.now, force_full)
-    stop = utils.running_services(night.services, night.environment)
+    stop = utils.service_manager(night.environment).running(night.services)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
     manifests = [paths.encrypted / sets[-1].manifest] if sets else []
     copy = snapshot_of(paths) / "tree"
@@ -1958,9 +1959,9 @@ def show_plan(night: Night, force_full: bool) -> None:
         (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
         ("run the before-backup hook", hooks["before-backup"]),
         ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [copy]),
-        ("stop mail", [f"service {name} stop" for name in stop]),
+        ("stop mail", stop),
         ("bring the copy up to date", []),
-        ("start mail", [f"service {name} start" for name in stop]),
+        ("start mail", stop),
         ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", copy))]),
         ("delete old backups", [shlex.join(remove_old_command(night))]),
         ("clean up", [shlex.join(clean_up_command(night))]),
@@ -2120,7 +2121,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the command line asks for. Returns the exit code. Raises Failure, Interrupted or OSError."""
     options = parse_arguments(arguments)
     if options.verbose or sys.stderr.isatty():
-        log.setLevel(logging.INFO)
+        logging.getLogger().setLevel(logging.INFO)
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json, options.html)
@@ -2157,7 +2158,7 @@ def main(arguments: Sequence[str]) -> int:
     utils.open_closed_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(_Prefixed())
-    log.addHandler(handler)
+    logging.getLogger().addHandler(handler)
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import pwd
@@ -48,6 +49,11 @@ TIMED_OUT = 124
 NOT_EXECUTABLE = 126
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+# Of systemd's units, see systemctl(1): states in which they run, and which others stop with one or would start it again.
+RUNNING_STATES = ("active", "reloading", "activating")
+RELATED_UNITS = ("ConsistsOf", "RequiredBy", "RequisiteOf", "BoundBy", "TriggeredBy")
+
+log = logging.getLogger(__name__)
 
 TakeLine = Callable[[str], None]
 Watch = Callable[[int], None]
@@ -1011,58 +1017,191 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 @dataclass
 class Downtime:
-    """What became of the services. seconds: from the first stop to the last start. not_started: what a service that could not be
-    started again said last, by name.
+    """What became of the services.
+
+    seconds: from the first stop until all are known to run again. not_started: why services could
+    not be started again, by their line, see ServiceManager.
     """
 
     seconds: float = 0.0
     not_started: dict[str, str] = field(default_factory=dict)
 
 
-def control_service(name: str, action: str, environment: Mapping[str, str], interruptible: bool = False) -> Finished:
-    """Run `service NAME ACTION`, with 120 seconds to answer, and return how it ended: status answers 0 for a running service."""
-    return shell(["service", name, action], environment, starts_daemons=True, interruptible=interruptible, timeout_seconds=SERVICE_SECONDS)
+class ServiceManager:
+    """How services are controlled where systemd is not process 1: with `service`.
+
+    What is stopped and started for a service is a line of text: here the service's name.
+    environment: for the programs, with a PATH on which they are.
+    """
+
+    program = "service"
+    starts_daemons = True
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+
+    def run(self, *command: str, on_line: TakeLine = lambda line: None, interruptible: bool = False) -> Finished:
+        """Run a command that has 120 seconds to answer, see shell. Returns how it ended."""
+        return shell(command, self.environment, on_line=on_line, interruptible=interruptible,
+                     starts_daemons=self.starts_daemons, timeout_seconds=SERVICE_SECONDS)
+
+    def failure(self, *command: str) -> str:
+        """Run a command. Returns why it failed, empty if it did not."""
+        answer = self.run(*command)
+        return f"{shlex.join(command)} ended with {answer}" if answer.exit_code else ""
+
+    def running(self, names: Sequence[str]) -> list[str]:
+        """Return the lines of those services that run. Raises Failure if one does not answer."""
+        answers = {name: self.run("service", name, "status", interruptible=True) for name in names}
+        for name, answer in answers.items():
+            if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
+                raise Failure(f"it cannot be told whether {name} runs; mend it first: "
+                              f"service {name} status ended with {answer}")
+        return [name for name, answer in answers.items() if answer.exit_code == 0]
+
+    def command(self, action: str, line: str) -> list[str]:
+        """Return the command that does this to a service: stop, start or status."""
+        return ["service", line, action]
+
+    def stop(self, lines: Sequence[str]) -> str:
+        """Stop services in this order. Returns why one could not be stopped, empty if all are."""
+        failures = (self.failure(*self.command("stop", line)) for line in lines)
+        return next(filter(None, failures), "")
+
+    def start(self, lines: Sequence[str]) -> dict[str, str]:
+        """Start services in this order, every one even when another fails.
+
+        A start is believed when the service runs after it: of a postfix with a broken main.cf
+        it exits 0 (seen: 3.7.11). Returns why services do not run, by their line.
+        """
+        failed = {line: self.failure(*self.command("start", line)) for line in lines}
+        failed.update(self.not_running([line for line in lines if not failed[line]]))
+        return {line: why for line, why in failed.items() if why}
+
+    def not_running(self, lines: Sequence[str]) -> dict[str, str]:
+        """Return how those services answered that do not run, by their line."""
+        return {line: self.failure(*self.command("status", line)) for line in lines}
+
+    def outliving(self) -> list[str]:
+        """Return what to put before a command so that it outlives this process: here nothing."""
+        return []
 
 
-def running_services(names: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """Return those of the services that run. Raises Failure if one of them does not answer."""
-    answers = {name: control_service(name, "status", environment, interruptible=True) for name in names}
-    for name, answer in answers.items():
-        if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
-            raise Failure(f"it cannot be told whether {name} runs; mend it first: service {name} status ended with {answer}")
-    return [name for name, answer in answers.items() if answer.exit_code == 0]
+class Systemd(ServiceManager):
+    """How services are controlled where systemd is process 1: a line is a service's units.
+
+    `service` tells lies there: on Debian 12 postfix.service only stands for postfix@-.service,
+    and can be stopped and started whatever becomes of that (seen: systemd 252, postfix 3.7.11).
+    """
+
+    program = "systemctl"
+    starts_daemons = False  # they are systemd's children, not systemctl's
+
+    def running(self, names: Sequence[str]) -> list[str]:
+        """Return the lines of those services that run, see ServiceManager.
+
+        A line has all running units that go down with the service, and before them the sockets
+        that would start it again, lest they do so between their stop and its own.
+        """
+        lines = []
+        for name in names:
+            states: dict[str, str] = {}
+            wanted = {name}
+            while wanted:
+                found = self.show(wanted)
+                states.update((unit["Id"], unit["ActiveState"]) for unit in found)
+                related = " ".join(unit[key] for unit in found for key in RELATED_UNITS).split()
+                wanted = {unit for unit in related if unit.endswith((".service", ".socket"))} - states.keys()
+            running = [unit for unit, state in states.items() if state in RUNNING_STATES]
+            if running:
+                lines.append(" ".join(sorted(running, key=lambda unit: unit.endswith(".service"))))
+        return lines
+
+    def show(self, units: Collection[str]) -> list[dict[str, str]]:
+        """Return what systemd tells of units: name, state and related units. Raises Failure."""
+        lines: list[str] = []
+        command = ["systemctl", "show", f"--property=Id,ActiveState,{','.join(RELATED_UNITS)}", "--", *units]
+        answer = self.run(*command, on_line=lines.append, interruptible=True)
+        if answer.exit_code:
+            raise Failure("it cannot be told which services run; mend that first: "
+                          f"{shlex.join(command)} ended with {answer}")
+        blocks = "\n".join(lines).split("\n\n")
+        return [dict(line.split("=", 1) for line in block.splitlines()) for block in blocks]
+
+    def command(self, action: str, line: str) -> list[str]:
+        """Return the command that does this to a service, see ServiceManager."""
+        return ["systemctl", action, "--", *line.split()]
+
+    def stop(self, lines: Sequence[str]) -> str:
+        """Stop services in this order, see ServiceManager; each unit must then have ended."""
+        return super().stop(lines) or "; ".join(self.states_but(lines, "inactive", "failed").values())
+
+    def start(self, lines: Sequence[str]) -> dict[str, str]:
+        """Start services in this order, see ServiceManager, past the limit on frequent starts."""
+        self.run(*self.command("reset-failed", " ".join(lines)))
+        return super().start(lines)
+
+    def not_running(self, lines: Sequence[str]) -> dict[str, str]:
+        """Return in which states the units of those services are that do not run, by their line."""
+        return self.states_but(lines, "active")
+
+    def states_but(self, lines: Sequence[str], *wanted: str) -> dict[str, str]:
+        """Return the states of units that are in none of the wanted ones, by their line."""
+        answers: list[str] = []
+        self.run(*self.command("is-active", " ".join(lines)), on_line=answers.append)
+        states = dict(zip(" ".join(lines).split(), answers))
+        told = {line: [f"{unit} is {states.get(unit, 'in an unknown state')}" for unit in line.split()
+                       if states.get(unit) not in wanted] for line in lines}
+        return {line: ", ".join(others) for line, others in told.items() if others}
+
+    def outliving(self) -> list[str]:
+        """Return what to put before a command so that it outlives the end of this control group.
+
+        That is what `systemctl kill` and the out-of-memory killer end. Where no scope can be had
+        it is nothing.
+        """
+        scope = ["systemd-run", "--scope", "--quiet", "--collect", "--property=TimeoutStopSec=10"]
+        why = self.failure(*scope, "true")
+        if why:
+            log.info("mail stays down if this run's control group is killed while it is: %s", why)
+        return [] if why else scope
+
+
+def service_manager(environment: Mapping[str, str]) -> ServiceManager:
+    """Return how services are controlled on this machine, see sd_booted(3)."""
+    booted_by_systemd = os.path.isdir("/run/systemd/system")
+    return Systemd(environment) if booted_by_systemd else ServiceManager(environment)
 
 
 def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]:
-    """Return the services that are to come back: those stopped, then what else is listed in the file, which may be missing."""
+    """Return the lines of the services that are to come back.
+
+    Those are the stopped ones, then what else is listed in the file, which may be missing.
+    """
     listed: list[str] = []
     with contextlib.suppress(FileNotFoundError):
-        listed = os.fsdecode(list_path.read_bytes()).split()
+        listed = os.fsdecode(list_path.read_bytes()).splitlines()
     return list(dict.fromkeys([*stopped, *listed]))
 
 
-def start_services(names: Sequence[str], list_path: Path, environment: Mapping[str, str]) -> tuple[dict[str, str], float]:
+def start_services(lines: Sequence[str], list_path: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
-    A start is believed when the service runs after it: of a postfix with a broken main.cf it exits 0 (seen: 3.7.11).
-    list_path: the file that lists the services that are to come back: afterwards those that could not be started, else gone.
-    Returns what each of those said last, by name, and when, in seconds of the monotonic clock, the last start ended.
+    lines: see ServiceManager. list_path: the file that lists the services that are to come back:
+    afterwards those that could not be started, else gone. Returns why they could not, by line.
     """
-    failed = dict.fromkeys(names, "")
-    ended = 0.0
+    manager = service_manager(environment)
+    failed = dict.fromkeys(lines, "")
     for attempt in range(START_ATTEMPTS):
         if failed:
             time.sleep(min(attempt, 1))
-            answers = {name: control_service(name, "start", environment) for name in failed}
-            ended = time.monotonic()
-            answers.update({name: control_service(name, "status", environment) for name in failed if not answers[name].exit_code})
-            failed = {name: str(answer) for name, answer in answers.items() if answer.exit_code}
+            failed = manager.start(list(failed))
     if failed:
-        with contextlib.suppress(OSError):  # where /run is full the list of before stays, and the exit code tells of them all the same
-            write_atomically(list_path, "".join(f"{name}\n" for name in failed))
+        with contextlib.suppress(OSError):  # where /run is full the list of before stays
+            write_atomically(list_path, "".join(f"{line}\n" for line in failed))
     else:
         list_path.unlink(missing_ok=True)
-    return failed, ended
+    return failed
 
 
 @contextlib.contextmanager
@@ -1071,21 +1210,23 @@ def services_stopped(
 ) -> Iterator[None]:
     """Stop the services of names that run while the block runs, and start them again whatever happens, even to this process.
 
-    A keeper (see keep_services) does both. names: in the order in which they stop and start. list_path: where the keeper notes what it
-    stops; what is listed there already is started too. environment: with a PATH on which `service` is. lock: a descriptor that the
-    keeper holds until the services are back. downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
-    started again then.
+    A keeper (see keep_services) does both. names: in the order in which they stop and start. list_path: where the keeper notes
+    what it stops; what is listed there already is started too. environment: with a PATH on which `service` is. lock: a descriptor
+    that the keeper holds until the services are back. downtime: filled in at the end. Raises Failure if a service cannot be stopped;
+    all are started again then.
     """
-    running = running_services(names, environment)
+    manager = service_manager(environment)
+    running = manager.running(names)
     if not running:
         yield
         return
+    keeper_command = [*manager.outliving(), sys.executable, os.path.abspath(__file__), os.fspath(list_path), *running]
     began = time.monotonic()
     keeper = None
     try:
         keeper = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), os.fspath(list_path), *running], env=environment, text=True, cwd="/",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
+            keeper_command, env=environment, text=True, cwd="/", stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
         failed = json.loads(_stream(keeper.stdout).readline() or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
@@ -1094,8 +1235,8 @@ def services_stopped(
     finally:
         back = _dismiss(keeper) if keeper else None
         if back is None:
-            not_started, ended = start_services(services_to_start(list_path, running), list_path, environment)
-            back = Downtime(ended - began, not_started)
+            not_started = start_services(services_to_start(list_path, running), list_path, environment)
+            back = Downtime(time.monotonic() - began, not_started)
         downtime.not_started, downtime.seconds = back.not_started, back.seconds
 
 
@@ -1113,36 +1254,31 @@ def _stream(stream: Optional[IO[str]]) -> IO[str]:
     return stream
 
 
-def keep_services(names: Sequence[str], list_path: Path) -> int:
+def keep_services(lines: Sequence[str], list_path: Path) -> int:
     """Stop services, say so, wait for the end of standard input, start them again: the life of the keeper.
 
     The kernel closes the other end of standard input even when its holder is killed, and a stop that is under way then still ends
-    before the start begins. No signal but SIGKILL disturbs it. It answers with two lines of JSON: null, or why a service could not
-    be stopped; then what could not be started, and the seconds of downtime. names: in the order in which they stop and start. list_path:
-    lists the services from before the first stop until after the last start. Returns its exit code: 0, 1 if nothing was stopped,
-    5 if a service is down.
+    before the start begins. No signal but SIGKILL disturbs it. It answers with two lines of JSON: empty, or why a service could not
+    be stopped; then what could not be started, and the seconds of downtime. lines: see ServiceManager, in the order in which they
+    stop and start. list_path: lists them from before the first stop until after the last start. Returns its exit code: 0, 1 if
+    nothing was stopped, 5 if a service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the daemons that it starts would inherit
     environment = dict(os.environ)
-    listed = services_to_start(list_path, names)  # one that could not be started last night is tried again
+    listed = services_to_start(list_path, lines)  # one that could not be started last night is tried again
     try:
-        write_atomically(list_path, "".join(f"{name}\n" for name in listed))
+        write_atomically(list_path, "".join(f"{line}\n" for line in listed))
     except OSError as error:
         _tell(f"cannot write {list_path}: {error.strerror}")
         return 1
     began = time.monotonic()
-    failed = None
-    for name in names:
-        answer = control_service(name, "stop", environment)
-        if answer.exit_code:
-            failed = f"service {name} stop ended with {answer}"
-            break
+    failed = service_manager(environment).stop(lines)
     _tell(failed)
     if not failed:
         sys.stdin.read()
-    not_started, ended = start_services(listed, list_path, environment)
-    _tell(asdict(Downtime(ended - began, not_started)))
+    not_started = start_services(listed, list_path, environment)
+    _tell(asdict(Downtime(time.monotonic() - began, not_started)))
     return 5 if not_started else 0
 
 
