@@ -271,12 +271,15 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = WAIT_S
         time.sleep(0.01)
 
 
-def listening_ports() -> set[int]:
-    """Return the TCP ports that take connections, as the kernel knows them: really connecting would keep the daemons busy."""
+def listening_ports(process: int | str = "self") -> set[int]:
+    """Return the TCP ports that take connections where a process runs, as the kernel knows them.
+
+    Really connecting would keep the daemons busy.
+    """
     listening = "0A"
     ports = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
             _, local_address, _, state, *_ = line.split()
             if state == listening:
                 ports.add(int(local_address.rpartition(":")[2], 16))

@@ -1,0 +1,299 @@
+"""With systemd as process 1, on Debian 12 and 13: what runs for mail really stops, and comes back whatever is done to the run.
+
+Each release is a machine of the tests' own, see systemd_machine.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import tree_of
+from private_mail_server import IMAP_PORT, wait_until
+from systemd_machine import BACKUP, DAEMONS, PROJECT, STORAGE_ROOT, Machine, machine_of, system_for_tests
+
+pytestmark = pytest.mark.long
+
+PORTS_SECONDS = 20  # within which mail must be back
+
+# Imported by Python at its start, in the script alone it writes down the states of the services when
+# the second pass begins, which is when both ports are closed, and then waits if it is told to.
+SECOND_PASS = """\
+import os, subprocess, sys, time
+
+def closed():
+    with open("/proc/net/tcp") as tcp, open("/proc/net/tcp6") as tcp6:
+        lines = tcp.readlines()[1:] + tcp6.readlines()[1:]
+    return not {line.split()[1][-4:] for line in lines if line.split()[3] == "0A"} & {"0019", "008F"}
+
+def on_event(event, arguments):
+    if event == "os.scandir" and not os.path.exists("/tmp/states") and closed():
+        with open("/tmp/states", "w") as stream:
+            units = ["dovecot.socket", "dovecot.service", "postfix.service", "postfix@-.service"]
+            subprocess.run(["systemctl", "is-active", *units], stdout=stream)
+        while os.path.exists("/tmp/hold"):
+            time.sleep(0.05)
+
+if sys.orig_argv[1:2] == ["/opt/backup/backup.py"]:
+    sys.addaudithook(on_event)
+"""
+# Takes all the memory that the control group of a unit may have, until a process in it has died of that.
+HOG = """\
+import os, sys
+group, victim = sys.argv[1:]
+open("/proc/self/oom_score_adj", "w").write("-1000")
+open(group + "/cgroup.procs", "w").write(str(os.getpid()))
+taken = []
+while os.path.exists("/proc/" + victim) and len(taken) < 1000:
+    taken.append(b"x" * 1000000)
+"""
+MACHINES = [pytest.param(release, id=release) for release in DAEMONS]
+
+
+def prepare(machine: Machine, place: Path) -> None:
+    """Put what the tests need into a machine."""
+    (place / "home/second-pass").mkdir()
+    (place / "home/second-pass/sitecustomize.py").write_text(SECOND_PASS)
+    (place / "home/hog.py").write_text(HOG)
+
+
+@pytest.fixture(scope="module", params=MACHINES)
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine of each release, with mail running."""
+    place = tmp_path_factory.mktemp(request.param)
+    with machine_of(request.param, place) as running:
+        prepare(running, place)
+        yield running
+
+
+@pytest.fixture(scope="module", params=MACHINES)
+def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """The same where systemd can limit the memory of a unit."""
+    place = tmp_path_factory.mktemp(f"{request.param}-limited")
+    with machine_of(request.param, place, legacy=True) as running:
+        prepare(running, place)
+        yield running
+
+
+def start_run(machine: Machine, *properties: str) -> None:
+    """Start a night in a unit of its own, named run-of-backup, that writes down what it sees in its second pass."""
+    options = [f"--property={text}" for text in ("TimeoutStopSec=1", *properties)]
+    machine.run("rm", "-f", "/tmp/states")
+    machine.run("systemd-run", "--quiet", "--collect", "--unit=run-of-backup", *options,
+                "--setenv=PYTHONPATH=/home/second-pass", BACKUP)
+
+
+def wait_for_end(machine: Machine) -> None:
+    """Wait until the run and its keeper have ended."""
+    wait_until(lambda: machine.state("run-of-backup") not in ("active", "deactivating"), "the run ends")
+    wait_until(lambda: machine.run("pgrep", "-f", "utils.py", exit_code=None) == "", "the keeper ends")
+
+
+def states_in_second_pass(machine: Machine) -> list[str]:
+    """Return how dovecot.socket, dovecot.service, postfix.service and postfix@-.service were then."""
+    wait_until(lambda: machine.run("sh", "-c", "cat /tmp/states", exit_code=None).count("\n") == 4,
+               "the second pass")
+    return machine.run("cat", "/tmp/states").split()
+
+
+def leavings(machine: Machine) -> str:
+    """Return what of a run is left in a machine: lists, homes of gpg, scopes, keepers and agents."""
+    return machine.shell("""
+        ls -d /run/backup-* 2>/dev/null || true
+        systemctl list-units --all --plain --no-legend 'run-*.scope'
+        pgrep --list-full -f '[u]tils.py|[g]pg-agent' || true""")
+
+
+def assert_good_next_night(machine: Machine) -> None:
+    """Check that a further night is good, leaves nothing behind, and restores equal to the tree."""
+    root = machine.home / "user-data"
+    (root / "mail" / "newest").write_bytes(os.urandom(100))
+    machine.back_up()
+    assert leavings(machine) == ""
+    restored = machine.home / f"restored-{time.time()}"
+    machine.back_up("--restore", f"/home/{restored.name}")
+    assert tree_of(restored) == tree_of(root)
+    assert machine.greetings() == ["* OK", "220 "]
+
+
+def last_run(machine: Machine) -> dict[str, object]:
+    """Return how the last run went."""
+    content = json.loads(machine.run("cat", f"{STORAGE_ROOT}/backup/last-run.json"))
+    assert isinstance(content, dict)
+    return content
+
+
+def test_second_pass_waits_for_the_daemons(machine: Machine) -> None:
+    """However slow postfix stops, nothing writes to its queue any more when the second pass begins."""
+    machine.drop_in(machine.postfix, "slow", "ExecStopPost=/bin/sleep 3")
+    try:
+        start_run(machine)
+        assert set(states_in_second_pass(machine)) <= {"inactive", "failed", "unknown"}
+        wait_for_end(machine)
+    finally:
+        machine.remove_drop_in(machine.postfix, "slow")
+    assert last_run(machine)["exit_code"] == 0
+    assert_good_next_night(machine)
+
+
+def test_postfix_that_does_not_start(machine: Machine) -> None:
+    """Exit 5 and its name, each night; when it is mended the next night brings it back."""
+    machine.shell("cp /etc/postfix/main.cf /tmp; echo 'inet_interfaces = 203.0.113.9' >> /etc/postfix/main.cf")
+    try:
+        for _ in range(2):
+            told = machine.back_up(exit_code=5)
+            assert f"{machine.postfix} could not be started again" in told, told
+            assert IMAP_PORT in machine.ports() and machine.state(machine.postfix) == "failed"
+            assert last_run(machine)["exit_code"] == 5
+            assert machine.postfix in machine.run("sh", "-c", "cat /run/backup-stopped-*")
+    finally:
+        machine.shell("cp /tmp/main.cf /etc/postfix/main.cf")
+    assert "which an earlier run left stopped" in machine.back_up()
+    machine.wait_for_ports(1)
+    assert_good_next_night(machine)
+
+
+def test_service_that_is_not_running(machine: Machine) -> None:
+    """It stays so, and the other one comes back."""
+    machine.run("systemctl", "stop", "postfix")
+    try:
+        machine.back_up()
+        assert machine.state(machine.postfix) == "inactive" and machine.state("dovecot") == "active"
+    finally:
+        machine.run("systemctl", "start", "postfix")
+    machine.wait_for_ports(PORTS_SECONDS)
+
+
+def test_socket_that_would_wake_dovecot(machine: Machine) -> None:
+    """Clients that knock at dovecot.socket all the time do not start dovecot before its time, and are served again afterwards."""
+    machine.drop_in("dovecot.socket", "local", "\\n[Socket]\\nListenStream=\\nListenStream=127.0.0.1:143")
+    machine.shell("systemctl stop dovecot; systemctl start dovecot.socket dovecot")
+    knocking = subprocess.Popen(machine.command(
+        "bash", "-c", "for ((i = 0; i < 3000; i++)); do (: <> /dev/tcp/127.0.0.1/143) 2>/dev/null; sleep 0.02; done"),
+        stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        assert machine.state("dovecot.socket") == machine.state("dovecot") == "active"
+        start_run(machine)
+        assert states_in_second_pass(machine)[:2] == ["inactive", "inactive"]
+        wait_for_end(machine)
+        assert last_run(machine)["exit_code"] == 0
+        assert machine.state("dovecot.socket") == machine.state("dovecot") == "active"
+        assert_good_next_night(machine)
+    finally:
+        os.killpg(knocking.pid, 9)
+        knocking.wait()
+        machine.shell("systemctl stop dovecot.socket dovecot")
+        machine.remove_drop_in("dovecot.socket", "local")
+        machine.shell("systemctl start dovecot")
+
+
+def in_state(machine: Machine, state: str) -> Callable[[], bool]:
+    """Return a condition: that postfix is in a state."""
+    return lambda: machine.state(machine.postfix) == state
+
+
+def has_begun(machine: Machine, pattern: str) -> Callable[[], bool]:
+    """Return a condition: that a process with such a command line runs."""
+    return lambda: machine.run("pgrep", "-f", pattern, exit_code=None) != ""
+
+
+# The moments at which a run is killed: what makes them long enough to be met, and how they are known.
+MOMENTS: dict[str, tuple[str, Callable[[Machine], Callable[[], bool]]]] = {
+    "stop": ("ExecStopPost=/bin/sleep 1", lambda machine: in_state(machine, "deactivating")),
+    "second pass": ("", lambda machine: lambda: machine.run("sh", "-c", "cat /tmp/states", exit_code=None).count("\n") == 4),
+    "starts": ("ExecStartPre=/bin/sleep 1", lambda machine: in_state(machine, "activating")),
+    "duplicity": ("", lambda machine: has_begun(machine, "duplicity (full|incremental)")),
+}
+
+
+def main_process(machine: Machine) -> str:
+    """Return the process id of the script, in its machine."""
+    return machine.run("systemctl", "show", "--value", "--property=MainPID", "run-of-backup").strip()
+
+
+# The ways in which its group, or it alone, is killed.
+WAYS: dict[str, Callable[[Machine], object]] = {
+    "kill": lambda machine: machine.run("systemctl", "kill", "-s", "KILL", "run-of-backup"),
+    "stop": lambda machine: machine.run("systemctl", "stop", "run-of-backup"),
+    "cgroup.kill": lambda machine: machine.shell("echo 1 > /sys/fs/cgroup/system.slice/run-of-backup.service/cgroup.kill"),
+    "script": lambda machine: machine.run("kill", "-KILL", main_process(machine)),
+}
+
+
+def survive(machine: Machine, moment: str, kill: Callable[[Machine], object], *properties: str) -> None:
+    """Kill a run at a moment, and check that mail is back and the next night good."""
+    drop_in, has_come = MOMENTS[moment]
+    if drop_in:
+        machine.drop_in(machine.postfix, "moment", drop_in)
+    if moment == "second pass":
+        machine.run("touch", "/tmp/hold")
+    (machine.home / "user-data/mail/new").write_bytes(os.urandom(100))
+    try:
+        start_run(machine, *properties)
+        wait_until(has_come(machine), f"the {moment}")
+        kill(machine)
+        machine.wait_for_ports(PORTS_SECONDS)
+        wait_for_end(machine)
+    finally:
+        machine.run("rm", "-f", "/tmp/hold")
+        if drop_in:
+            machine.remove_drop_in(machine.postfix, "moment")
+    assert machine.greetings() == ["* OK", "220 "]
+    assert_good_next_night(machine)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_run(machine: Machine, moment: str, way: str) -> None:
+    """Mail is back within 20 seconds, by itself, and the next night is good."""
+    survive(machine, moment, WAYS[way])
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_run_that_needs_more_memory_than_it_may_have(limited: Machine, moment: str) -> None:
+    """The kernel kills what is in the run's group: the same."""
+    group = "/sys/fs/cgroup/memory/system.slice/run-of-backup.service"
+    survive(limited, moment, lambda machine: machine.run("python3", "/home/hog.py", group, main_process(machine)),
+            "MemoryMax=100M")
+
+
+def test_no_scope(machine: Machine) -> None:
+    """Where no scope can be had the keeper is in the run's own group, -v says so, and the night is good."""
+    machine.shell("mkdir -p /tmp/bin; printf '#!/bin/sh\\necho no scope here; exit 1\\n' > /tmp/bin/systemd-run; "
+                  "chmod 755 /tmp/bin/systemd-run")
+    told = machine.run("systemd-run", "--quiet", "--wait", "--pipe", "--collect",
+                       "--setenv=PATH=/tmp/bin:/usr/bin:/bin", BACKUP, "-v")
+    assert "mail stays down if this run's control group is killed" in told and "no scope here" in told
+    assert_good_next_night(machine)
+
+
+@pytest.mark.parametrize("release", DAEMONS)
+def test_shutdown_while_mail_is_down(tmp_path: Path, release: str) -> None:
+    """It waits for the keeper no longer than the 10 seconds that its scope has."""
+    with machine_of(release, tmp_path) as machine:
+        prepare(machine, tmp_path)
+        machine.run("touch", "/tmp/hold")
+        start_run(machine)
+        states_in_second_pass(machine)
+        machine.run("systemctl", "poweroff", exit_code=None)
+        wait_until(machine.is_over, "the machine is off", 20)
+
+
+def test_test_command_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
+    """`tests/run` where systemd runs and mail is served: no unit is in another state afterwards."""
+    program = tmp_path / "clone"
+    subprocess.run(["cp", "-r", PROJECT, program], check=True)
+    place = tmp_path / "machine"
+    place.mkdir()
+    with machine_of("bookworm", place, program, system=system_for_tests("bookworm")) as machine:
+        before = machine.states()
+        assert before["dovecot.service"] == before["postfix@-.service"] == "active"
+        told = machine.run("/opt/backup/tests/run", "/opt/backup/tests/test_services.py",
+                           "/opt/backup/tests/test_night.py", "/opt/backup/tests/test_mail_server.py")
+        assert " passed" in told
+        assert machine.states() == before
+        assert leavings(machine) == ""
