@@ -225,6 +225,12 @@ def write_messages(root: Path) -> None:
         os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
 
 
+def pytest_sessionstart() -> None:
+    """Refuse to run where the program would stop this machine's own mail."""
+    if os.path.isdir("/run/systemd/system"):
+        pytest.exit("systemd is not hidden from the tests; run them with tests/run", returncode=1)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Give what tests had to tell to the process that prints it, when this is one of its workers."""
     if hasattr(session.config, "workeroutput"):

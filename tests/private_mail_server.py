@@ -289,10 +289,11 @@ def listening_ports(process: int | str = "self") -> set[int]:
 class PortWatcher:
     """Watches both mail ports, every few milliseconds, for as long as the `with` block lasts.
 
-    `transitions` holds for each port the (monotonic time, open or not) at the start and at each change.
+    process: whose network they are in. `transitions` holds for each port the (monotonic time, open or not) at the start and at each change.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, process: int | str = "self") -> None:
+        self.process = process
         self.transitions: dict[int, list[tuple[float, bool]]] = defaultdict(list)
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -312,7 +313,7 @@ class PortWatcher:
             self._look()
 
     def _look(self) -> None:
-        now, ports = time.monotonic(), listening_ports()
+        now, ports = time.monotonic(), listening_ports(self.process)
         for port in (SMTP_PORT, IMAP_PORT):
             seen = self.transitions[port]
             if not seen or seen[-1][1] != (port in ports):
@@ -321,6 +322,11 @@ class PortWatcher:
     def states(self, port: int) -> list[bool]:
         """Return whether the port was open, at the start and after each change: [True, False, True] is one restart."""
         return [is_open for _, is_open in self.transitions[port]]
+
+    def closed_seconds(self, port: int) -> float:
+        """Return the time from when the port was first seen closed until it was last seen opening."""
+        times = {state: [at for at, is_open in self.transitions[port][1:] if is_open == state] for state in (True, False)}
+        return max(times[True]) - min(times[False])
 
     def has_been_down(self, port: int) -> bool:
         """Return whether the port was seen closed."""

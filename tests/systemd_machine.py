@@ -28,9 +28,9 @@ BACKUP = "/opt/backup/backup.py"
 MAIL_PORTS = {IMAP_PORT, SMTP_PORT}
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
-# Of each release the units that run for mail, as they stop and start.
-DAEMONS = {"bookworm": ("dovecot.service", "postfix@-.service"),
-           "trixie": ("dovecot.service", "postfix.service")}
+# Of each release the units that run for dovecot and for postfix, of which the last is the daemon's.
+UNITS = {"bookworm": ("dovecot.service", "postfix.service postfix@-.service"),
+         "trixie": ("dovecot.service", "postfix.service")}
 
 DOVECOT = {
     "bookworm": """\
@@ -192,7 +192,7 @@ class Machine:
 
     def __init__(self, release: str, first: int, home: Path) -> None:
         self.release, self.first, self.home = release, first, home
-        self.dovecot, self.postfix = DAEMONS[release]
+        self.postfix = UNITS[release][1].split()[-1]
 
     def command(self, *command: str) -> list[str]:
         """Return the command that runs a command in the machine."""

@@ -24,6 +24,7 @@ import pytest
 import backup
 import utils
 from conftest import PROJECT, PYTHON, SCRIPT, USER, Result, Store, tree_of
+from systemd_machine import debootstrap
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 SAMPLE = PROJECT / "tests" / "sample-mail-store"
@@ -357,7 +358,7 @@ def test_page_hook(keyed: Store) -> None:
     assert "cannot read the settings file" in keyed.backup(exit_code=3).stderr
 
 
-@pytest.mark.skipif(os.environ.get("CI") != "true", reason="downloads a Debian and takes minutes: only with CI=true")
+@pytest.mark.long
 def test_first_command_on_a_fresh_debian(fresh_debian: Path) -> None:
     """The README's first command, and the restore of what it made, to the letter on a Debian 12 that has nothing installed."""
     shutil.copytree(PROJECT, fresh_debian / "clone", symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
@@ -443,14 +444,8 @@ def home() -> Iterator[Path]:
 def fresh_debian(tmp_path: Path) -> Iterator[Path]:
     """A Debian 12 with nothing but what every Debian has, from where this machine's apt has its packages; gone after the test."""
     system = tmp_path / "debian"
-    mirrors = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian", "Codename: bookworm"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-    assert mirrors, "apt has no source of Debian 12 here"
     try:
-        result = subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(system), mirrors[0]], stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert result.returncode == 0, result.stdout
+        debootstrap("bookworm", system)
         yield system
     finally:
         for process in processes_in(system):

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import tree_of
 from private_mail_server import IMAP_PORT, wait_until
-from systemd_machine import BACKUP, DAEMONS, PROJECT, STORAGE_ROOT, Machine, machine_of, system_for_tests
+from systemd_machine import BACKUP, UNITS, PROJECT, STORAGE_ROOT, Machine, machine_of, system_for_tests
 
 pytestmark = pytest.mark.long
 
@@ -45,13 +45,12 @@ if sys.orig_argv[1:2] == ["/opt/backup/backup.py"]:
 HOG = """\
 import os, sys
 group, victim = sys.argv[1:]
-open("/proc/self/oom_score_adj", "w").write("-1000")
 open(group + "/cgroup.procs", "w").write(str(os.getpid()))
 taken = []
 while os.path.exists("/proc/" + victim) and len(taken) < 1000:
     taken.append(b"x" * 1000000)
 """
-MACHINES = [pytest.param(release, id=release) for release in DAEMONS]
+MACHINES = [pytest.param(release, id=release) for release in UNITS]
 
 
 def prepare(machine: Machine, place: Path) -> None:
@@ -256,9 +255,12 @@ def test_killed_run(machine: Machine, moment: str, way: str) -> None:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_run_that_needs_more_memory_than_it_may_have(limited: Machine, moment: str) -> None:
     """The kernel kills what is in the run's group: the same."""
-    group = "/sys/fs/cgroup/memory/system.slice/run-of-backup.service"
-    survive(limited, moment, lambda machine: machine.run("python3", "/home/hog.py", group, main_process(machine)),
-            "MemoryMax=100M")
+    def exhaust(machine: Machine) -> None:
+        group, script = "/sys/fs/cgroup/memory/system.slice/run-of-backup.service", main_process(machine)
+        machine.run("python3", "/home/hog.py", group, script, exit_code=None)
+        assert machine.run("ls", f"/proc/{script}", exit_code=None).endswith("No such file or directory\n")
+
+    survive(limited, moment, exhaust, "MemoryMax=100M", "OOMScoreAdjust=1000")
 
 
 def test_no_scope(machine: Machine) -> None:
@@ -271,7 +273,7 @@ def test_no_scope(machine: Machine) -> None:
     assert_good_next_night(machine)
 
 
-@pytest.mark.parametrize("release", DAEMONS)
+@pytest.mark.parametrize("release", UNITS)
 def test_shutdown_while_mail_is_down(tmp_path: Path, release: str) -> None:
     """It waits for the keeper no longer than the 10 seconds that its scope has."""
     with machine_of(release, tmp_path) as machine:
