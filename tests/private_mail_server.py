@@ -31,7 +31,7 @@ import pytest
 BACKUP_PROGRAM = Path(__file__).resolve().parent.parent / "backup.py"
 SHARED_DIRECTORY = Path("/var/mail")  # readable by dovecot's users, which pytest's own temporary directories are not
 STORAGE_ROOT = SHARED_DIRECTORY / "user-data"
-STORAGE_USER = "user-data"
+STORAGE_USER = "data-of-tests"  # a user that no machine has
 BACKUP_DIRECTORY = STORAGE_ROOT / "backup"
 KEY_FILE = BACKUP_DIRECTORY / "secret_key.txt"
 SETTINGS_FILE = Path("/etc/mailinabox.conf")

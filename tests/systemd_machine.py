@@ -99,6 +99,8 @@ for device in null zero full random urandom tty; do
     touch dev/$device
     mount --bind /dev/$device dev/$device
 done
+mknod dev/loop-control c 10 237
+for number in $(seq 0 63); do mknod dev/loop$number b 7 "$number"; done
 mkdir dev/pts dev/shm
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts dev/pts
 mount -t tmpfs -o mode=1777 shm dev/shm
@@ -211,6 +213,11 @@ class Machine:
     def shell(self, script: str) -> str:
         """Run lines of bash in the machine, up to the first that fails. Returns what they printed."""
         return self.run("bash", "-euc", script)
+
+    def succeeds(self, script: str) -> bool:
+        """Return whether a line of shell succeeds in the machine."""
+        return not subprocess.run(self.command("sh", "-c", script), stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
 
     def back_up(self, *arguments: str, exit_code: int = 0) -> str:
         """Run the program as a unit of its own, see run. Returns what it printed."""

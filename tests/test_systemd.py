@@ -89,13 +89,12 @@ def start_run(machine: Machine, *properties: str) -> None:
 def wait_for_end(machine: Machine) -> None:
     """Wait until the run and its keeper have ended."""
     wait_until(lambda: machine.state("run-of-backup") not in ("active", "deactivating"), "the run ends")
-    wait_until(lambda: machine.run("pgrep", "-f", "utils.py", exit_code=None) == "", "the keeper ends")
+    wait_until(lambda: not machine.succeeds("pgrep -f '[u]tils.py'"), "the keeper ends")
 
 
 def states_in_second_pass(machine: Machine) -> list[str]:
     """Return how dovecot.socket, dovecot.service, postfix.service and postfix@-.service were then."""
-    wait_until(lambda: machine.run("sh", "-c", "cat /tmp/states", exit_code=None).count("\n") == 4,
-               "the second pass")
+    wait_until(lambda: machine.succeeds(MOMENTS["second pass"][2]), "the second pass")
     return machine.run("cat", "/tmp/states").split()
 
 
@@ -190,22 +189,13 @@ def test_socket_that_would_wake_dovecot(machine: Machine) -> None:
         machine.shell("systemctl start dovecot")
 
 
-def in_state(machine: Machine, state: str) -> Callable[[], bool]:
-    """Return a condition: that postfix is in a state."""
-    return lambda: machine.state(machine.postfix) == state
-
-
-def has_begun(machine: Machine, pattern: str) -> Callable[[], bool]:
-    """Return a condition: that a process with such a command line runs."""
-    return lambda: machine.run("pgrep", "-f", pattern, exit_code=None) != ""
-
-
-# The moments at which a run is killed: what makes them long enough to be met, and how they are known.
-MOMENTS: dict[str, tuple[str, Callable[[Machine], Callable[[], bool]]]] = {
-    "stop": ("ExecStopPost=/bin/sleep 1", lambda machine: in_state(machine, "deactivating")),
-    "second pass": ("", lambda machine: lambda: machine.run("sh", "-c", "cat /tmp/states", exit_code=None).count("\n") == 4),
-    "starts": ("ExecStartPre=/bin/sleep 1", lambda machine: in_state(machine, "activating")),
-    "duplicity": ("", lambda machine: has_begun(machine, "duplicity (full|incremental)")),
+# The moments at which a run is killed: a setting of a unit that makes them long enough to be met, and a
+# command that succeeds when they have come.
+MOMENTS = {
+    "stop": ("POSTFIX", "ExecStopPost=/bin/sleep 1", "systemctl is-active POSTFIX | grep -qx deactivating"),
+    "second pass": ("", "", "[ $(wc -l < /tmp/states) = 4 ]"),
+    "starts": ("dovecot.service", "ExecStartPre=/bin/sleep 1", "systemctl is-active dovecot | grep -qx activating"),
+    "duplicity": ("", "", "pgrep -f '^/usr/bin/python3.*duplicity (full|incremental)'"),
 }
 
 
@@ -225,22 +215,22 @@ WAYS: dict[str, Callable[[Machine], object]] = {
 
 def survive(machine: Machine, moment: str, kill: Callable[[Machine], object], *properties: str) -> None:
     """Kill a run at a moment, and check that mail is back and the next night good."""
-    drop_in, has_come = MOMENTS[moment]
-    if drop_in:
-        machine.drop_in(machine.postfix, "moment", drop_in)
+    unit, drop_in, has_come = (text.replace("POSTFIX", machine.postfix) for text in MOMENTS[moment])
+    if unit:
+        machine.drop_in(unit, "moment", drop_in)
     if moment == "second pass":
         machine.run("touch", "/tmp/hold")
     (machine.home / "user-data/mail/new").write_bytes(os.urandom(100))
     try:
         start_run(machine, *properties)
-        wait_until(has_come(machine), f"the {moment}")
+        wait_until(lambda: machine.succeeds(has_come), f"the {moment}")
         kill(machine)
         machine.wait_for_ports(PORTS_SECONDS)
         wait_for_end(machine)
     finally:
         machine.run("rm", "-f", "/tmp/hold")
-        if drop_in:
-            machine.remove_drop_in(machine.postfix, "moment")
+        if unit:
+            machine.remove_drop_in(unit, "moment")
     assert machine.greetings() == ["* OK", "220 "]
     assert_good_next_night(machine)
 
@@ -258,7 +248,7 @@ def test_run_that_needs_more_memory_than_it_may_have(limited: Machine, moment: s
     def exhaust(machine: Machine) -> None:
         group, script = "/sys/fs/cgroup/memory/system.slice/run-of-backup.service", main_process(machine)
         machine.run("python3", "/home/hog.py", group, script, exit_code=None)
-        assert machine.run("ls", f"/proc/{script}", exit_code=None).endswith("No such file or directory\n")
+        assert not machine.succeeds(f"[ -e /proc/{script} ]")
 
     survive(limited, moment, exhaust, "MemoryMax=100M", "OOMScoreAdjust=1000")
 
