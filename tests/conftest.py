@@ -2,14 +2,18 @@
 
 import os
 import pwd
+import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -79,6 +83,18 @@ def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
     return found
 
 
+def pass_the_second_of(encrypted: Path) -> None:
+    """Wait until what duplicity makes is dated after all that is in a directory: it dates sets in whole seconds.
+
+    backup.py does so by itself, where there is a complete set. A set of the future is not waited for.
+    """
+    names = os.listdir(encrypted) if encrypted.exists() else []
+    stamps = [stamp for name in names for stamp in re.findall(r"[0-9]{8}T[0-9]{6}Z", name)]
+    if stamps:
+        newest = datetime.strptime(max(stamps), "%Y%m%dT%H%M%S%z").timestamp()
+        time.sleep(min(max(0.0, newest + 1 - time.time()), 1))
+
+
 @dataclass
 class Store:
     """A throwaway STORAGE_ROOT with its settings file and its stand-in for `service`."""
@@ -108,6 +124,24 @@ class Store:
     def command(self, *arguments: str) -> list[str]:
         """Return the command line that runs backup.py with the settings file."""
         return [PYTHON, str(SCRIPT), "--config", str(self.settings), *arguments]
+
+    def program_for_others(self) -> Path:
+        """Return the path of a copy of the program that every user can read.
+
+        A clone in root's home is root's alone.
+        """
+        directory = self.scratch / "program-for-others"
+        if not directory.exists():
+            directory.mkdir()
+            directory.chmod(0o755)
+            for path in (SCRIPT, PROJECT / "utils.py"):
+                shutil.copyfile(path, directory / path.name)
+                (directory / path.name).chmod(0o755)
+        return directory / SCRIPT.name
+
+    def command_for_others(self, *arguments: str) -> list[str]:
+        """Return the command line for another user than root."""
+        return [PYTHON, str(self.program_for_others()), *self.command(*arguments)[2:]]
 
     def run(self, *command: Union[str, Path], exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}) -> Result:
         """Run any command in the store's environment and check its exit code (None: any)."""

@@ -1,5 +1,6 @@
 """Goal: the README's line in /etc/cron.d, run by the real cron, makes a complete backup; cron mails what needs attention, no more."""
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,7 +66,7 @@ def prepare_cron() -> None:
     shutil.chown(crontabs, group="crontab")
     subprocess.run(["sh", "-e", "-c", sh_block("* * *") + sh_block("MAILTO")], check=True)  # as they stand there
     line = Path("/etc/cron.d/backup").read_text()
-    due = re.sub(r"^\d+ \d+ ", "* * ", line, flags=re.MULTILINE).replace("/opt/backup/backup.py", str(BACKUP_PROGRAM))
+    due = re.sub(r"^\d+ \d+ ", "* * ", line, flags=re.MULTILINE).replace("/opt/backup/backup.py", shlex.quote(str(BACKUP_PROGRAM)))
     assert due.count("* * * * * root") == 1
     Path("/etc/cron.d/backup").write_text(f"{due}* * * * * root echo {PRINTED}\n")
 

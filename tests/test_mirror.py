@@ -384,8 +384,9 @@ def test_entries_that_change_between_the_passes(store: Store, mkfs: tuple[str, .
             for changes in ("first", "second"):
                 for directory in (root, root / "plain", root / "box/cur"):
                     (directory / f"made {changes}").write_text(changes)
-                    (directory / ("old" if changes == "first" else "older")).rename(directory / ("older" if changes == "first" else "oldest"))
-                    (directory / ("goes" if changes == "first" else "stays")).unlink()
+                    old, new, gone = ("old", "older", "goes") if changes == "first" else ("older", "oldest", "stays")
+                    (directory / old).rename(directory / new)
+                    (directory / gone).unlink()
                 utils.update_mirror(mirror)
                 assert_equal(mirror)
 

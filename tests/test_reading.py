@@ -28,10 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     store.backup()
     (store.root / MESSAGE).unlink()
     for number in range(2):
-        time.sleep(1.1)
         (store.root / f"file{number}").write_bytes(os.urandom(100 * number))
         store.backup()
-    time.sleep(1.1)
     store.backup("--full")
     yield store
     store.clean()
@@ -244,7 +242,6 @@ def test_rescue_is_no_time_for_manners(copy: Store) -> None:
 def test_reading_while_a_backup_runs(keyed: Store) -> None:
     """All three work in the middle of a full backup, on what was complete before, and the backup goes on undisturbed."""
     keyed.backup()
-    time.sleep(1.1)
     keyed.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) touch {keyed.scratch}/reached; while [ ! -e {keyed.scratch}/go ]; do sleep 0.1; done;; esac
 exec REAL "$@"
@@ -272,13 +269,11 @@ fcntl.flock(descriptor, fcntl.LOCK_SH)
 print(flush=True)
 time.sleep(60)
 """
-    time.sleep(1.1)
     reader = subprocess.Popen(["/usr/bin/python3", "-c", script, copy.encrypted], stdout=subprocess.PIPE)
     try:
         assert reader.stdout and reader.stdout.readline()
         result = copy.backup(exit_code=3)
         assert "no old backups were deleted because" in result.stderr and len(copy.manifests()) == 5
-        time.sleep(1.1)
         (copy.backups / "cache/duplicity-left-tempdir").mkdir()
         copy.backup(exit_code=3)
         dead = copy.encrypted / "duplicity-full.20990101T000000Z.vol1.difftar.gpg"

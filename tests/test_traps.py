@@ -3,13 +3,12 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 import utils
-from conftest import Result, Store, tree_of
+from conftest import Result, Store, pass_the_second_of, tree_of
 from test_services import processes_of, wait_for
 
 KEY = "correct horse battery staple correct horse battery staple"
@@ -44,7 +43,8 @@ class Plain:
     def back_up(
         self, action: str, *options: str, key: str = KEY, exit_code: int | None = 0, prefix: tuple[str, ...] = ()
     ) -> Result:
-        """Back up the tree."""
+        """Back up the tree, in another second than the backups before."""
+        pass_the_second_of(self.target)
         command = self.command(action, *options, "--exclude", str(self.store.backups), "--volsize", "1", str(self.store.root),
                                self.target.as_uri())
         return self.store.run(*prefix, *command, exit_code=exit_code, environment=self.environment(key))
@@ -57,6 +57,7 @@ class Plain:
 
     def kill_midway(self, action: str) -> None:
         """Start a backup and kill it when its second volume is in the target."""
+        pass_the_second_of(self.target)
         before = len(list(self.target.glob("*.vol*"))) if self.target.exists() else 0
         command = self.command(action, "--exclude", str(self.store.backups), "--volsize", "1", str(self.store.root), self.target.as_uri())
         process = subprocess.Popen(command, env={**self.store.environment, **self.environment()}, stdin=subprocess.DEVNULL,
@@ -86,11 +87,9 @@ def test_plain_duplicity_resumes_a_killed_run(keyed: Store, action: str) -> None
     plain = Plain(keyed)
     if action == "incremental":
         plain.back_up("full")
-        time.sleep(1.1)
     grow(keyed)
     plain.kill_midway(action)
     change(keyed)
-    time.sleep(1.1)
     plain.back_up(action)
     assert tree_of(plain.restore("caught")) != tree_of(keyed.root)
 
@@ -101,7 +100,6 @@ def test_killed_run_is_never_resumed(keyed: Store, action: str, victim: str) -> 
     """duplicity, the script or both are killed midway: nothing is left of the dead set, and the next one equals the tree."""
     if action == "incremental":
         keyed.backup()
-        time.sleep(1.1)
     old = {path.name for path in keyed.encrypted.iterdir()} if keyed.encrypted.exists() else set()
     grow(keyed)
     keyed.stand_in("duplicity", SMALL_VOLUMES)
@@ -118,7 +116,6 @@ def test_killed_run_is_never_resumed(keyed: Store, action: str, victim: str) -> 
         assert {path.name for path in keyed.encrypted.iterdir()} == old  # at once, not the night after
     wait_for(lambda: [line for line in processes_of(keyed) if "gpg-agent" not in line] == [])
     change(keyed)
-    time.sleep(1.1)
     keyed.backup()
     assert len(keyed.manifests()) == (2 if action == "incremental" else 1)
     assert [path for path in keyed.backups.rglob("*") if path.name.endswith((".part", "-tempdir"))] == []
@@ -129,7 +126,6 @@ def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
     """The trap: an increment under another key exits 0 (0.8.22; 3.2.1 exits 1), and then neither key restores the chain."""
     plain = Plain(keyed)
     plain.back_up("full")
-    time.sleep(1.1)
     (keyed.root / "new").write_text("new")
     other = "another key " * 5
     result = plain.back_up("incremental", key=other, exit_code=None)
@@ -184,7 +180,6 @@ def test_partial_manifest_of_a_complete_set(keyed: Store) -> None:
     for archive in (plain.archive, keyed.backups / "cache"):
         manifest = next(archive.rglob("*.manifest"))
         manifest.rename(manifest.with_name(manifest.name + ".part"))
-    time.sleep(1.1)
     (keyed.root / "new").write_text("new")
     if int(plain.version.split(".")[0]) < 3:
         assert plain.back_up("incremental", exit_code=None).returncode != 0
@@ -197,7 +192,6 @@ def test_signatures_without_a_manifest(keyed: Store) -> None:
     plain = Plain(keyed)
     plain.back_up("full")
     keyed.backup()
-    time.sleep(1.1)
     (keyed.root / "new").write_text("new")
     plain.back_up("incremental")
     keyed.backup()
@@ -208,7 +202,6 @@ def test_signatures_without_a_manifest(keyed: Store) -> None:
     keyed.run(*plain.command("cleanup", "--force", plain.target.as_uri()), environment=plain.environment(), exit_code=None)
     if int(plain.version.split(".")[0]) < 3:
         assert plain.back_up("incremental", exit_code=None).returncode != 0
-    time.sleep(1.1)
     keyed.backup()
     assert len(list(keyed.encrypted.glob("*signatures*"))) == len(keyed.manifests()) == 2
     keyed.assert_restores()
@@ -239,7 +232,6 @@ def test_full_disk(keyed: Store) -> None:
         keyed.run("rm", "-r", filler, plain.target)
         before, kept = free(), {path.name for path in keyed.encrypted.iterdir()}
         keyed.stand_in("duplicity", f"#!/bin/bash\nif [ $1 = full ]; then {fill}; fi\nexec REAL \"$@\"\n")
-        time.sleep(1.1)
         keyed.backup("--full", exit_code=1)
         assert keyed.running() == ["dovecot", "postfix"]
         filler.unlink()
@@ -269,7 +261,6 @@ def test_signals_are_known(keyed: Store) -> None:
 def test_rejected_set_while_somebody_reads(keyed: Store) -> None:
     """A set that is not believed loses its manifest at once, even if a reader keeps the rest from being deleted: it is no backup."""
     keyed.backup()
-    time.sleep(1.1)
     keyed.stand_in("duplicity", "#!/bin/sh\nREAL \"$@\" || exit\ncase $1 in full) exit 50;; esac\n")
     with utils.directory_locked(keyed.encrypted, exclusive=False):
         keyed.backup("--full", exit_code=1)
@@ -284,7 +275,6 @@ def test_rejected_set_while_somebody_reads(keyed: Store) -> None:
 def test_clock_that_is_set_back_during_the_run(keyed: Store, action: str) -> None:
     """A set dated before the newest is an orphan, or no backup of now: it is thrown away at once, and the next run is a good one."""
     keyed.backup()
-    time.sleep(1.1)
     keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exec faketime -f -2h REAL \"$@\";; esac\nexec REAL \"$@\"\n")
     keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
     assert len(keyed.manifests()) == 1 and len(list(keyed.encrypted.iterdir())) == 3
@@ -297,12 +287,10 @@ def test_clock_that_is_set_back_during_the_run(keyed: Store, action: str) -> Non
 def test_damaged_archive_directory(keyed: Store, what: str, content: bytes) -> None:
     """What a power cut makes of cache/ fails one night at most: it can be had anew."""
     keyed.backup()
-    time.sleep(1.1)
     for path in (keyed.backups / "cache").rglob(what):
         path.write_bytes(content)
     result = keyed.backup(exit_code=None)
     assert result.returncode == 0 or result.returncode == 1 and "deleted" in result.stderr
-    time.sleep(1.1)
     keyed.backup()
     keyed.assert_restores()
 
@@ -310,7 +298,6 @@ def test_damaged_archive_directory(keyed: Store, what: str, content: bytes) -> N
 def test_backups_that_are_put_back_during_a_run_that_fails(keyed: Store) -> None:
     """What an admin copies into encrypted/ meanwhile is not taken for the set that failed."""
     keyed.backup()
-    time.sleep(1.1)
     older = "duplicity-full.20200101T000000Z.manifest.gpg"
     failing = f"touch {keyed.encrypted}/{older}; REAL \"$@\"; exit 50"
     keyed.stand_in("duplicity", f"#!/bin/sh\ncase $1 in full) {failing};; esac\nexec REAL \"$@\"\n")
