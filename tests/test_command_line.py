@@ -106,7 +106,8 @@ def test_standard_error_that_is_gone_does_not_end_a_backup(store: Store) -> None
 
 def test_standard_output_that_is_gone(store: Store) -> None:
     """`backup.py --status | head -0` ends without a traceback."""
-    result = store.run("bash", "-c", f"set -o pipefail; {shlex.join(store.command('--status', '--json'))} | true", exit_code=None)
+    command = shlex.join(store.command("--status", "--json"))
+    result = store.run("bash", "-c", f"set -o pipefail; {command} | true", exit_code=None)
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import USER, Store, pass_the_second_of, tree_of
+from conftest import USER, FirstNight, Store, pass_the_second_of, tree_of
 from test_services import wait_for
 
 SLOW_FULL = """#!/bin/sh
@@ -172,7 +172,8 @@ def test_no_room_for_the_copy(keyed: Store) -> None:
         keyed.run("fallocate", "-l", "50M", root / "mail/mailboxes/example.com/alice/cur/170030.M1P1.host:2,")
         keyed.backup()
         assert last_run(keyed)["source"] == "copy"
-        keyed.run("fallocate", "-l", "600M", root / "database")
+        (root / "database").write_text("little in much room, as databases make it, is quickly read")
+        keyed.run("fallocate", "--keep-size", "--length", "600M", root / "database")
         keyed.backup()
         assert last_run(keyed)["source"] == "direct" and "MB free" in last_run(keyed)["message"]
         keyed.assert_restores()
@@ -218,9 +219,11 @@ def test_place_of_the_copy_that_is_not_ours(keyed: Store, name: str, what: str) 
 
 @pytest.mark.parametrize("name", ["backup", "ssl"])
 @pytest.mark.parametrize("place", [".backup-snapshot", "migrated_unencrypted_backup"])
-def test_directory_of_roots_by_another_name(keyed: Store, name: str, place: str) -> None:
+def test_directory_of_roots_by_another_name(
+    keyed: Store, first_night: FirstNight, name: str, place: str
+) -> None:
     """STORAGE_USER gives what is root's the name of what a run removes: nothing of it is lost, and it is said."""
-    keyed.backup()
+    first_night(keyed)
     pass_the_second_of(keyed.encrypted)
     os.chown(keyed.root / "ssl", 0, 0)
     (keyed.root / name).rename(keyed.root / place)

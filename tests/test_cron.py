@@ -68,16 +68,21 @@ def prepare_cron() -> None:
     shutil.chown(crontabs, group="crontab")
     subprocess.run(["sh", "-e", "-c", sh_block("* * *") + sh_block("MAILTO")], check=True)  # as they stand there
     line = Path("/etc/cron.d/backup").read_text()
-    due = re.sub(r"^\d+ \d+ ", "* * ", line, flags=re.MULTILINE).replace("/opt/backup/backup.py", shlex.quote(str(BACKUP_PROGRAM)))
+    due = re.sub(r"^\d+ \d+ ", "* * ", line, flags=re.MULTILINE)
+    due = due.replace("/opt/backup/backup.py", shlex.quote(str(BACKUP_PROGRAM)))
     assert due.count("* * * * * root") == 1
     Path("/etc/cron.d/backup").write_text(f"{due}* * * * * root echo {PRINTED}\n")
 
 
 def start_cron() -> "subprocess.Popen[bytes]":
-    """Start cron, with a clock whose next minute begins in two or three seconds. What it starts goes by the machine's clock."""
+    """Start cron, with a clock whose next minute begins in two or three seconds.
+
+    What it starts goes by the machine's clock.
+    """
     ahead = 57 - int(time.time()) % 60
-    # In its own environment, which its jobs do not inherit, and not by the command faketime, which would be its parent.
-    environment = {**os.environ, "LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1", "FAKETIME": f"{ahead:+}s"}
+    # As the command faketime does it, but that would be its parent. Its jobs do not inherit it.
+    library = "/usr/$LIB/faketime/libfaketime.so.1"
+    environment = {**os.environ, "LD_PRELOAD": library, "FAKETIME": f"{ahead:+}s"}
     return subprocess.Popen(["cron", "-f", "-L", "15"], env=environment, stdin=subprocess.DEVNULL)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, PYTHON, USER, Entry, Store, tree_of, write_messages
+from conftest import PROJECT, PYTHON, USER, Entry, FirstNight, Store, tree_of, write_messages
 
 import backup
 import utils
@@ -324,9 +324,9 @@ def test_migrated_backup_that_cannot_be_deleted(old: Store) -> None:
     assert not migrated.exists()
 
 
-def test_new_backups_are_left_alone(keyed: Store, legacy: Legacy) -> None:
+def test_new_backups_are_left_alone(keyed: Store, first_night: FirstNight, legacy: Legacy) -> None:
     """Files of the new format beside openssl copies stay to the byte, and an increment takes the old backups in."""
-    keyed.backup()
+    first_night(keyed)
     before = {path.name: path.read_bytes() for path in keyed.encrypted.iterdir()}
     (keyed.backups / "secret_key.txt").rename(keyed.scratch / "key")
     legacy.put(keyed.root)

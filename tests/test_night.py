@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import PYTHON, Store
+from conftest import PYTHON, FirstNight, Store
 
 # Records its arguments and runs the real one.
 RECORDING = """#!/bin/sh
@@ -84,9 +84,9 @@ def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
     assert calls[3].startswith(f"duplicity incremental {options}")
 
 
-def test_full_is_forced(keyed: Store) -> None:
+def test_full_is_forced(keyed: Store, first_night: FirstNight) -> None:
     """--full makes a full backup although an incremental would do."""
-    keyed.backup()
+    first_night(keyed)
     keyed.backup("--full")
     assert all(name.startswith("duplicity-full.") for name in keyed.manifests()) and len(keyed.manifests()) == 2
 
@@ -192,9 +192,9 @@ def fail_with(store: Store, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("code", [1, 23, 30, 50, 53, 99])
-def test_failing_duplicity(keyed: Store, code: int) -> None:
+def test_failing_duplicity(keyed: Store, first_night: FirstNight, code: int) -> None:
     """Exit 1, services up, the sentence on the exit code and the last 25 lines, and nothing left of the set."""
-    keyed.backup()
+    first_night(keyed)
     before = sorted(path.name for path in keyed.encrypted.iterdir())
     fail_with(keyed, f"for number in $(seq 30); do echo line $number; done; exit {code}")
     keyed.forget_calls()
