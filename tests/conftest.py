@@ -1,15 +1,20 @@
 """What the tests share: a throwaway mail store, `service` as a stand-in that records its calls, and real duplicity and gpg."""
 
+import hashlib
 import os
 import pwd
+import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -26,12 +31,14 @@ SCRIPT = PROJECT / "backup.py"
 USER = "nobody"
 
 # Keeps its state in files beside itself. `NAME.fails-ACTION` makes that action fail (its first line says how often), `NAME.hangs-ACTION`
-# makes it hang for ever, `NAME.sleeps-ACTION` holds the seconds it takes.
+# makes it hang for ever, `NAME.waits-ACTION` has it wait until that file is gone,
+# for half a minute at most.
 SERVICE = """#!/bin/sh
 cd "${0%/*}" || exit 9
 echo "$1 $2" >> calls
 if [ -e "$1.hangs-$2" ]; then sleep 1000; fi
-if [ -e "$1.sleeps-$2" ]; then sleep "$(cat "$1.sleeps-$2")"; fi
+left=1000
+while [ -e "$1.waits-$2" ] && [ $((left -= 1)) -gt 0 ]; do sleep 0.02; done
 if [ -e "$1.fails-$2" ]; then
     times=$(cat "$1.fails-$2")
     if [ "$times" -gt 0 ]; then
@@ -50,6 +57,9 @@ esac
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # all that is started here inherits it; under nohup it would be ignored
 
 SUMMARY: list[str] = []  # what tests have to tell although they passed
+
+# They wait much, or one process must run them all.
+LONGEST = ["test_nights.py", "test_mail_server.py", "test_cron.py", "test_death.py"]
 
 Result = subprocess.CompletedProcess[str]
 Entry = tuple[object, ...]
@@ -77,6 +87,19 @@ def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
             found[os.path.relpath(os.fsdecode(path), root)] = (
                 stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, time, content)
     return found
+
+
+def pass_the_second_of(encrypted: Path) -> None:
+    """Wait until what duplicity makes is dated after all that is in a directory.
+
+    It dates sets in whole seconds. backup.py waits by itself, where there is a complete set. A set
+    of the future is not waited for.
+    """
+    names = os.listdir(encrypted) if encrypted.exists() else []
+    stamps = [stamp for name in names for stamp in re.findall(r"[0-9]{8}T[0-9]{6}Z", name)]
+    if stamps:
+        newest = datetime.strptime(max(stamps), "%Y%m%dT%H%M%S%z").timestamp()
+        time.sleep(min(max(0.0, newest + 1 - time.time()), 1))
 
 
 @dataclass
@@ -108,6 +131,24 @@ class Store:
     def command(self, *arguments: str) -> list[str]:
         """Return the command line that runs backup.py with the settings file."""
         return [PYTHON, str(SCRIPT), "--config", str(self.settings), *arguments]
+
+    def program_for_others(self) -> Path:
+        """Return the path of a copy of the program that every user can read.
+
+        A clone in root's home is root's alone.
+        """
+        directory = self.scratch / "program-for-others"
+        if not directory.exists():
+            directory.mkdir()
+            directory.chmod(0o755)
+            for path in (SCRIPT, PROJECT / "utils.py"):
+                shutil.copyfile(path, directory / path.name)
+                (directory / path.name).chmod(0o755)
+        return directory / SCRIPT.name
+
+    def command_for_others(self, *arguments: str) -> list[str]:
+        """Return the command line for another user than root."""
+        return [PYTHON, str(self.program_for_others()), *self.command(*arguments)[2:]]
 
     def run(self, *command: Union[str, Path], exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}) -> Result:
         """Run any command in the store's environment and check its exit code (None: any)."""
@@ -231,6 +272,11 @@ def pytest_sessionstart() -> None:
         pytest.exit("systemd is not hidden from the tests; run them with tests/run", returncode=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: so both processes of tests/run end at about the same time."""
+    items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Give what tests had to tell to the process that prints it, when this is one of its workers."""
     if hasattr(session.config, "workeroutput"):
@@ -283,3 +329,29 @@ def keyed(store: Store) -> Store:
     """The same with a key, so that a good run prints nothing."""
     store.put_key()
     return store
+
+
+def copy_backups(made: Store, store: Store) -> None:
+    """Put into a store the backup/ of another with an equal tree, as if its own."""
+    if store.backups.exists():
+        shutil.rmtree(store.backups)
+    subprocess.run(["cp", "-a", made.backups, store.backups], check=True)
+    (archive,) = (store.backups / "cache").iterdir()  # named after the target's address
+    address = store.encrypted.as_uri().encode()
+    archive.rename(archive.with_name(hashlib.md5(address).hexdigest()))
+
+
+FirstNight = Callable[[Store], None]
+
+
+@pytest.fixture(scope="session")
+def first_night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstNight]:
+    """What gives a keyed store its first night, where only what comes after that matters.
+
+    It does what `keyed.backup()` does, with a night that is made once and copied.
+    """
+    made = make_store(tmp_path_factory.mktemp("first-night"))
+    made.put_key()
+    made.backup()
+    yield lambda store: copy_backups(made, store)
+    made.clean()

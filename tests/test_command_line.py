@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -105,13 +106,14 @@ def test_standard_error_that_is_gone_does_not_end_a_backup(store: Store) -> None
 
 def test_standard_output_that_is_gone(store: Store) -> None:
     """`backup.py --status | head -0` ends without a traceback."""
-    result = store.run("bash", "-c", f"set -o pipefail; {' '.join(store.command('--status', '--json'))} | true", exit_code=None)
+    command = shlex.join(store.command("--status", "--json"))
+    result = store.run("bash", "-c", f"set -o pipefail; {command} | true", exit_code=None)
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
 
 def test_closed_standard_streams(keyed: Store) -> None:
     """cron and others may close them all."""
-    keyed.run("sh", "-c", f"exec {' '.join(keyed.command())} <&- >&- 2>&-")
+    keyed.run("sh", "-c", f"exec {shlex.join(keyed.command())} <&- >&- 2>&-")
     assert len(keyed.manifests()) == 1
 
 

@@ -5,14 +5,13 @@ import json
 import os
 import pwd
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import USER, Store, tree_of
+from conftest import USER, FirstNight, Store, pass_the_second_of, tree_of
 from test_services import wait_for
 
 SLOW_FULL = """#!/bin/sh
@@ -84,7 +83,6 @@ def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
     assert all((path.lstat().st_ino, path.lstat().st_nlink) == (inode, 1)
                for path, inode in inodes.items() if path.is_file() and path != message)
     assert_no_copy_left(keyed)
-    time.sleep(1.1)
     keyed.backup()
     assert len(keyed.manifests()) == 2
     keyed.assert_restores("now")
@@ -120,12 +118,10 @@ def test_backup_on_a_second_disk(keyed: Store) -> None:
         place.mkdir(mode=0o700)  # a dead run's
         (place / "tree").mkdir()
         (place / "tree/left").touch()
-        time.sleep(1.1)
         keyed.backup()
         assert_no_copy_left(keyed)
         (keyed.root / "mounted").mkdir()
         with disk_at(keyed, keyed.root / "mounted", "4M"):
-            time.sleep(1.1)
             keyed.backup()
             assert last_run(keyed)["source"] == "direct"
         (keyed.root / "mounted").rmdir()
@@ -142,13 +138,11 @@ def test_another_file_system_in_the_tree(keyed: Store) -> None:
         assert "read directly" in keyed.backup("--status").stdout and "not on the same file system" in keyed.backup("--status").stdout
         assert_no_copy_left(keyed)
         keyed.assert_restores("direct")
-    time.sleep(1.1)
     (keyed.root / "new").write_text("new")
     keyed.backup()
     assert last_run(keyed)["source"] == "copy" and len(keyed.manifests()) == 2 and "inc" in keyed.manifests()[1]
     keyed.assert_restores("copy")
     with disk_at(keyed, mounted, "4M"):
-        time.sleep(1.1)
         (keyed.root / "new").write_text("newer")
         keyed.backup()
         assert last_run(keyed)["source"] == "direct" and len(keyed.manifests()) == 3
@@ -178,8 +172,8 @@ def test_no_room_for_the_copy(keyed: Store) -> None:
         keyed.run("fallocate", "-l", "50M", root / "mail/mailboxes/example.com/alice/cur/170030.M1P1.host:2,")
         keyed.backup()
         assert last_run(keyed)["source"] == "copy"
-        keyed.run("fallocate", "-l", "600M", root / "database")
-        time.sleep(1.1)
+        (root / "database").write_text("little in much room, as databases make it, is quickly read")
+        keyed.run("fallocate", "--keep-size", "--length", "600M", root / "database")
         keyed.backup()
         assert last_run(keyed)["source"] == "direct" and "MB free" in last_run(keyed)["message"]
         keyed.assert_restores()
@@ -225,13 +219,15 @@ def test_place_of_the_copy_that_is_not_ours(keyed: Store, name: str, what: str) 
 
 @pytest.mark.parametrize("name", ["backup", "ssl"])
 @pytest.mark.parametrize("place", [".backup-snapshot", "migrated_unencrypted_backup"])
-def test_directory_of_roots_by_another_name(keyed: Store, name: str, place: str) -> None:
+def test_directory_of_roots_by_another_name(
+    keyed: Store, first_night: FirstNight, name: str, place: str
+) -> None:
     """STORAGE_USER gives what is root's the name of what a run removes: nothing of it is lost, and it is said."""
-    keyed.backup()
+    first_night(keyed)
+    pass_the_second_of(keyed.encrypted)
     os.chown(keyed.root / "ssl", 0, 0)
     (keyed.root / name).rename(keyed.root / place)
     before = tree_of(keyed.root / place, "")
-    time.sleep(1.1)
     errors = keyed.backup(exit_code=2 if place == ".backup-snapshot" else 3).stderr
     assert str(keyed.root / place) in errors and "move it" in errors
     after = tree_of(keyed.root / place, "")
@@ -259,7 +255,6 @@ def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
     try:
         for _ in range(2):
             keyed.backup()
-            time.sleep(1.1)
     finally:
         churn.kill()
         churn.wait()
@@ -274,7 +269,6 @@ def test_file_that_cannot_be_copied(keyed: Store) -> None:
     told = f"not all of {keyed.root} could be read; check the disk: {bad}: Input/output error"
     assert told in result.stderr and told in last_run(keyed)["message"] and last_run(keyed)["source"] == "copy"
     assert not (keyed.restore("without") / "ssl/private.pem").exists()
-    time.sleep(1.1)
     assert keyed.backup().stderr == ""
     keyed.assert_restores()
 

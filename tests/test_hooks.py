@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import USER, Store
+from conftest import PYTHON, USER, Store
 from test_services import processes_of, wait_for
 
 HOOKS = ["before-backup", "after-backup"]
@@ -171,8 +171,11 @@ def test_what_a_good_hook_prints_is_silent_unless_verbose(keyed: Store) -> None:
 def test_hook_that_leaves_something_running(keyed: Store) -> None:
     """The night does not wait for what a hook leaves in the background."""
     put_hook(keyed, "before-backup", f"#!/bin/sh\nsleep 30.5 & echo $! > {output_of(keyed)}\n")
-    keyed.backup()
-    os.kill(int((keyed.scratch / "output").read_text()), 15)
+    program = keyed.changed_program("BACKGROUND_SECONDS = 5", "BACKGROUND_SECONDS = 1")
+    assert keyed.run(PYTHON, program, "--config", keyed.settings).stderr == ""
+    left = int((keyed.scratch / "output").read_text())
+    assert "sleep" in Path(f"/proc/{left}/cmdline").read_text()
+    os.kill(left, 15)
     wait_for(lambda: processes_of(keyed) == [])
 
 

@@ -30,14 +30,16 @@ def test_second_run_exits_at_once_and_names_the_first(keyed: Store) -> None:
 
 def test_lock_is_released_when_its_holder_is_killed(keyed: Store) -> None:
     """The kernel releases it; until mail is back the keeper holds it."""
-    (keyed.bin / "dovecot.sleeps-start").write_text("6")
-    (keyed.bin / "dovecot.sleeps-stop").write_text("1")
+    for action in ("stop", "start"):
+        (keyed.bin / f"dovecot.waits-{action}").touch()
     first = subprocess.Popen(keyed.command(), env=keyed.environment, stdin=subprocess.DEVNULL)
     wait_for(lambda: "dovecot stop" in keyed.calls())
     first.kill()
     first.wait()
+    (keyed.bin / "dovecot.waits-stop").unlink()
     wait_for(lambda: "dovecot start" in keyed.calls())
     assert f"process {first.pid}" in keyed.backup(exit_code=4).stderr
+    (keyed.bin / "dovecot.waits-start").unlink()
     wait_for(lambda: not keyed.stopped_list.exists())
     wait_for(lambda: keyed.backup(exit_code=None).returncode == 0)
 

@@ -143,7 +143,8 @@ def kill_and_back_up_again(moment: Callable[[PortWatcher], bool]) -> None:
     create_key()
     send_message("before the kill")
     with PortWatcher() as watcher:
-        backup = subprocess.Popen(backup_command(), stdin=subprocess.DEVNULL, env={**os.environ, RUN_MARK: "1"})
+        environment = {**os.environ, "PATH": service_that_can_be_seen(), RUN_MARK: "1"}
+        backup = subprocess.Popen(backup_command(), stdin=subprocess.DEVNULL, env=environment)
         wait_until(lambda: moment(watcher) or backup.poll() is not None, "the moment to kill the run")
         backup.kill()
         assert backup.wait() == -signal.SIGKILL, f"ended before it could be killed, with {backup.returncode}"
@@ -224,6 +225,18 @@ def back_up(path: str) -> tuple[str, PortWatcher]:
     text = printed.read_text(errors="replace")
     assert result.returncode == 0, f"exit code {result.returncode}:\n{text}"
     return text, watcher
+
+
+def service_that_can_be_seen() -> str:
+    """Return a PATH with a `service` to be seen at work, with its arguments and the run's mark.
+
+    The real one is replaced at once by a program that has neither.
+    """
+    directory = SHARED_DIRECTORY / "visible-service"
+    directory.mkdir()
+    (directory / "service").write_text('#!/bin/sh\n/usr/sbin/service "$@"\nexit $?\n')
+    (directory / "service").chmod(0o755)
+    return f'{directory}:{os.environ["PATH"]}'
 
 
 def service_that_copies_the_tree(copy: Path) -> str:

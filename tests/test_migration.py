@@ -9,14 +9,13 @@ import re
 import shutil
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, PYTHON, USER, Entry, Store, tree_of, write_messages
+from conftest import PROJECT, PYTHON, USER, Entry, FirstNight, Store, tree_of, write_messages
 
 import backup
 import utils
@@ -293,7 +292,6 @@ exec REAL "$@"
     assert MIGRATED in result.stderr
     assert {path.name: path.read_bytes() for path in (old.root / MIGRATED).iterdir()} == legacy.plain
     (old.bin / "duplicity").unlink()
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     result = old.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert_proved(old, legacy)
@@ -310,7 +308,6 @@ def test_migrated_backup_that_is_hidden_from_the_copy(old: Store, legacy: Legacy
     assert {path.name: path.read_bytes() for path in migrated.iterdir()} == legacy.plain
     (old.backups / "before-backup").unlink()
     (old.bin / "nice").unlink()
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     old.backup()
     assert_proved(old, legacy)
 
@@ -323,19 +320,17 @@ def test_migrated_backup_that_cannot_be_deleted(old: Store) -> None:
     result = old.run("strace", "-qqq", "-o", "/dev/null", "-P", migrated, "-e", "trace=unlinkat", "-e", "inject=unlinkat:error=EPERM",
                      *old.command("-v"), exit_code=3)
     assert f"{migrated} could not be deleted, {migrated}/duplicity-" in result.stderr and "running the hook" in result.stderr
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     old.backup()
     assert not migrated.exists()
 
 
-def test_new_backups_are_left_alone(keyed: Store, legacy: Legacy) -> None:
+def test_new_backups_are_left_alone(keyed: Store, first_night: FirstNight, legacy: Legacy) -> None:
     """Files of the new format beside openssl copies stay to the byte, and an increment takes the old backups in."""
-    keyed.backup()
+    first_night(keyed)
     before = {path.name: path.read_bytes() for path in keyed.encrypted.iterdir()}
     (keyed.backups / "secret_key.txt").rename(keyed.scratch / "key")
     legacy.put(keyed.root)
     (keyed.scratch / "key").rename(keyed.backups / "secret_key.txt")
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert before == {name: (keyed.encrypted / name).read_bytes() for name in before}
@@ -465,7 +460,6 @@ def test_good_night_after_one_killed_while_the_migrated_are_deleted(old: Store, 
     old.run("strace", "-qqq", "-o", "/dev/null", "-P", migrated, "-e", f"trace={name}",
             "-e", ":".join([f"inject={name}:signal=SIGKILL", *filter(None, [when])]), *old.command(), exit_code=-9)
     assert old.running() == ["dovecot", "postfix"] and migrated.exists()
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     result = old.backup()
     assert (result.stdout, result.stderr) == ("", "") and not migrated.exists()
 
@@ -591,7 +585,6 @@ def test_copy_without_original_is_kept_and_told_of_once(old: Store, legacy: Lega
     opened = old.run(
         "openssl", "enc", "-d", "-aes-256-cbc", "-a", "-md", "md5", "-in", kept, "-pass", f"file:{old.backups}/secret_key.txt")
     assert os.fsencode(opened.stdout) == legacy.plain[legacy.manifest]
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     result = old.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert names_in(kept.parent) == [kept.name]

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import stat
-import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 import backup
-from conftest import PYTHON, Store
+from conftest import PYTHON, FirstNight, Store
 
 # Records its arguments and runs the real one.
 RECORDING = """#!/bin/sh
@@ -36,7 +35,6 @@ def test_full_then_incremental_restore_equal(keyed: Store) -> None:
     (mailbox / "new/170010.M1P1.host").rename(mailbox / "cur/170010.M1P1.host:2,S")
     next((mailbox / "cur").glob("170001*")).unlink()
     (mailbox / "new/170020.M1P1.host").write_text("Subject: later\n")
-    time.sleep(1.1)  # duplicity dates sets in whole seconds
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full", "duplicity-inc"]
@@ -86,10 +84,9 @@ def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
     assert calls[3].startswith(f"duplicity incremental {options}")
 
 
-def test_full_is_forced(keyed: Store) -> None:
+def test_full_is_forced(keyed: Store, first_night: FirstNight) -> None:
     """--full makes a full backup although an incremental would do."""
-    keyed.backup()
-    time.sleep(1.1)
+    first_night(keyed)
     keyed.backup("--full")
     assert all(name.startswith("duplicity-full.") for name in keyed.manifests()) and len(keyed.manifests()) == 2
 
@@ -195,11 +192,10 @@ def fail_with(store: Store, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("code", [1, 23, 30, 50, 53, 99])
-def test_failing_duplicity(keyed: Store, code: int) -> None:
+def test_failing_duplicity(keyed: Store, first_night: FirstNight, code: int) -> None:
     """Exit 1, services up, the sentence on the exit code and the last 25 lines, and nothing left of the set."""
-    keyed.backup()
+    first_night(keyed)
     before = sorted(path.name for path in keyed.encrypted.iterdir())
-    time.sleep(1.1)
     fail_with(keyed, f"for number in $(seq 30); do echo line $number; done; exit {code}")
     keyed.forget_calls()
     result = keyed.backup(exit_code=1)

@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -13,7 +14,9 @@ import pytest
 
 import backup
 import utils
-from conftest import Entry, Store, make_store, tree_of
+from conftest import Entry, Store, copy_backups, make_store, tree_of
+
+pytestmark = pytest.mark.xdist_group("nights")  # one process lives through them
 
 Status = dict[str, Any]
 Tree = dict[str, Entry]
@@ -297,11 +300,28 @@ def test_nothing_goes_right_after_a_long_absence(keyed: Store) -> None:
     assert (second.exit_code, second.printed, second.gone) == (0, "", old)
 
 
-def make_orphans(store: Store, lost: int) -> set[str]:
-    """Make a full and two increments, then delete one of the three by hand. Returns the stamps of those that lead back to no full now."""
+@pytest.fixture(scope="module")
+def three_nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store with a full and two increments. Never written to."""
+    store = make_store(tmp_path_factory.mktemp("three-nights"))
+    store.put_key()
     prepare(store)
-    runs = [back_up(store, FIRST_DAY + timedelta(days=day)) for day in range(3)]
-    made = [run.made[0]["date"] for run in runs]
+    for day in range(3):
+        back_up(store, FIRST_DAY + timedelta(days=day))
+    yield store
+    store.clean()
+
+
+def make_orphans(store: Store, three_nights: Store, lost: int) -> set[str]:
+    """Put a full and two increments into a store, and delete one of the three by hand.
+
+    Returns the stamps of those that lead back to no full now.
+    """
+    prepare(store)
+    shutil.copy2(three_nights.root / "archive", store.root)
+    copy_backups(three_nights, store)
+    made = [name.split(".manifest")[0][-16:] for name in store.manifests()]
+    assert len(made) == 3
     for path in store.encrypted.iterdir():
         if f".{made[lost]}." in path.name and f".{made[lost]}.to." not in path.name:
             path.unlink()
@@ -309,9 +329,9 @@ def make_orphans(store: Store, lost: int) -> set[str]:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_orphans_go_with_the_next_run(keyed: Store, lost: int) -> None:
+def test_orphans_go_with_the_next_run(keyed: Store, three_nights: Store, lost: int) -> None:
     """Increments whose full, or a set between, was deleted by hand go with the next run, as told; that makes a full, which restores."""
-    orphans = make_orphans(keyed, lost)
+    orphans = make_orphans(keyed, three_nights, lost)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3, hours=-1))
     assert {row["date"] for row in run.before["backups"] if row["deleted_in"] == SOON} == orphans == run.gone
     assert run.full_forecast and run.made[0]["full"]
@@ -320,18 +340,20 @@ def test_orphans_go_with_the_next_run(keyed: Store, lost: int) -> None:
     keyed.assert_restores()
 
 
-def test_orphans_are_not_taken_for_files_that_cannot_be_read(keyed: Store) -> None:
+def test_orphans_are_not_taken_for_files_that_cannot_be_read(
+    keyed: Store, three_nights: Store
+) -> None:
     """duplicity warns of orphans in its log; a run does not tell the admin that mail could not be read because of that."""
-    make_orphans(keyed, 0)
+    make_orphans(keyed, three_nights, 0)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3))
     assert "could not read" not in run.printed, run.printed
 
 
 @pytest.mark.parametrize("with_orphans", [False, True])
-def test_missing_entries_are_seen(keyed: Store, with_orphans: bool) -> None:
+def test_missing_entries_are_seen(keyed: Store, three_nights: Store, with_orphans: bool) -> None:
     """A full that lacks a file because it vanished under duplicity's hands is thrown away, whatever else duplicity warns of."""
     if with_orphans:
-        make_orphans(keyed, 0)
+        make_orphans(keyed, three_nights, 0)
     else:
         prepare(keyed)
     keyed.stand_in("duplicity", DUPLICITY_WITH_VANISHING_FILE)

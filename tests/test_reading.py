@@ -12,7 +12,7 @@ import pytest
 
 import backup
 import utils
-from conftest import Result, Store, tree_of
+from conftest import PYTHON, SCRIPT, FirstNight, Result, Store, tree_of
 from utils import Failure
 
 MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
@@ -28,10 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     store.backup()
     (store.root / MESSAGE).unlink()
     for number in range(2):
-        time.sleep(1.1)
         (store.root / f"file{number}").write_bytes(os.urandom(100 * number))
         store.backup()
-    time.sleep(1.1)
     store.backup("--full")
     yield store
     store.clean()
@@ -49,10 +47,11 @@ def copy(made: Store, tmp_path: Path) -> Iterator[Store]:
     store.clean()
 
 
-def reads(store: Store, *arguments: str, exit_code: int = 0) -> Result:
+def reads(store: Store, *arguments: str, exit_code: int = 0, program: Path = SCRIPT) -> Result:
     """Run a command that reads, without a settings file, and check that it leaves nothing behind."""
     before = sorted(os.listdir(store.backups))
-    result = store.run("/usr/bin/python3", store.command()[1], "--storage-root", store.root, *arguments, exit_code=exit_code)
+    result = store.run(
+        PYTHON, program, "--storage-root", store.root, *arguments, exit_code=exit_code)
     assert "Traceback" not in result.stderr
     assert sorted(os.listdir(store.backups)) == before
     return result
@@ -241,10 +240,9 @@ def test_rescue_is_no_time_for_manners(copy: Store) -> None:
     assert "chmod 600" in reads(copy, "--verify").stderr
 
 
-def test_reading_while_a_backup_runs(keyed: Store) -> None:
+def test_reading_while_a_backup_runs(keyed: Store, first_night: FirstNight) -> None:
     """All three work in the middle of a full backup, on what was complete before, and the backup goes on undisturbed."""
-    keyed.backup()
-    time.sleep(1.1)
+    first_night(keyed)
     keyed.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) touch {keyed.scratch}/reached; while [ ! -e {keyed.scratch}/go ]; do sleep 0.1; done;; esac
 exec REAL "$@"
@@ -272,13 +270,11 @@ fcntl.flock(descriptor, fcntl.LOCK_SH)
 print(flush=True)
 time.sleep(60)
 """
-    time.sleep(1.1)
     reader = subprocess.Popen(["/usr/bin/python3", "-c", script, copy.encrypted], stdout=subprocess.PIPE)
     try:
         assert reader.stdout and reader.stdout.readline()
         result = copy.backup(exit_code=3)
         assert "no old backups were deleted because" in result.stderr and len(copy.manifests()) == 5
-        time.sleep(1.1)
         (copy.backups / "cache/duplicity-left-tempdir").mkdir()
         copy.backup(exit_code=3)
         dead = copy.encrypted / "duplicity-full.20990101T000000Z.vol1.difftar.gpg"
@@ -343,7 +339,8 @@ def test_encrypted_that_is_locked_by_others(copy: Store) -> None:
     """A user of the group who holds a lock on encrypted/ for ever keeps nobody from reading."""
     holder = subprocess.Popen(["flock", "-x", copy.encrypted, "sleep", "60"])
     try:
-        assert "locked by somebody else" in reads(copy, "--list").stderr
+        program = copy.changed_program("LOCK_SECONDS = 10", "LOCK_SECONDS = 1")
+        assert "locked by somebody else" in reads(copy, "--list", program=program).stderr
     finally:
         subprocess.run(["pkill", "-P", str(holder.pid)], check=True)
         holder.wait()

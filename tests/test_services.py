@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,17 @@ def start_and_reach(store: Store, action: str = "duplicity") -> "subprocess.Pope
     return process
 
 
+def hold(store: Store, action: str) -> Path:
+    """Have an action of `service`, such as "postfix stop", wait until a file is gone.
+
+    Returns that file. There is none for duplicity.
+    """
+    path = store.bin / ".waits-".join(action.split())
+    if action != "duplicity":
+        path.touch()
+    return path
+
+
 def processes_of(store: Store) -> list[str]:
     """Return the command lines of processes that have to do with the store."""
     found = []
@@ -83,13 +95,12 @@ def assert_good_night(store: Store) -> None:
 @pytest.mark.parametrize("action", ["duplicity", "postfix status", "postfix stop", "dovecot stop", "dovecot start"])
 def test_signals_end_the_run_in_good_order(keyed: Store, number: signal.Signals, action: str) -> None:
     """Whenever the signal comes, services are started and duplicity is gone when the script exits with 128+n; the next run is good."""
-    if action != "duplicity":
-        service, verb = action.split()
-        (keyed.bin / f"{service}.sleeps-{verb}").write_text("0.7")
+    held = hold(keyed, action)
     process = start_and_reach(keyed, action)
     process.send_signal(number)
     time.sleep(0.2)  # the threads of a process share out what comes in one instant: it has no order
     process.send_signal(signal.SIGTERM)  # impatience changes nothing
+    held.unlink(missing_ok=True)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number and f"ended by {number.name}" in errors and "Traceback" not in errors
     assert keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == []
@@ -115,11 +126,11 @@ def test_ended_while_mail_is_down(direct: Store, number: signal.Signals) -> None
 @pytest.mark.parametrize("action", ["duplicity", "postfix stop", "dovecot stop", "dovecot start", "postfix start"])
 def test_services_come_back_after_sigkill(keyed: Store, action: str) -> None:
     """The script dies by SIGKILL at any moment: services come back by themselves, after a stop that is under way, never before it."""
-    if action != "duplicity":
-        service, verb = action.split()
-        (keyed.bin / f"{service}.sleeps-{verb}").write_text("0.7")
+    held = hold(keyed, action)
     process = start_and_reach(keyed, action)
     process.kill()
+    process.wait()
+    held.unlink(missing_ok=True)
     process.communicate()
     wait_for(lambda: keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == [], seconds=5)
     assert keyed.calls("stop", "start") == STOPS + STARTS
@@ -294,13 +305,12 @@ def test_start_that_exits_well_but_starts_nothing(keyed: Store) -> None:
 def test_service_that_never_starts_again(keyed: Store) -> None:
     """Every night tries it, and says so with exit 5, until it starts."""
     (keyed.bin / "postfix.fails-start").write_text("15")
+    program = keyed.changed_program("time.sleep(min(attempt, 1))", "time.sleep(min(attempt, 0.1))")
     for night in range(3):
-        time.sleep(1.1)  # duplicity dates sets in whole seconds
-        result = keyed.backup(exit_code=5)
+        result = keyed.run(PYTHON, program, "--config", keyed.settings, exit_code=5)
         assert "postfix could not be started again" in result.stderr and keyed.running() == ["dovecot"]
         assert keyed.stopped_list.read_text().split() == ["postfix"]
         assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 5
-    time.sleep(1.1)
     keyed.backup()
     assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
 
@@ -308,11 +318,13 @@ def test_service_that_never_starts_again(keyed: Store) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_signal_while_a_stop_is_under_way(keyed: Store, fails: bool) -> None:
     """The keeper ends its stop, well or not, and starts each service once; exit 143."""
-    (keyed.bin / "postfix.sleeps-stop").write_text("0.7")
+    held = hold(keyed, "postfix stop")
     if fails:
         (keyed.bin / "postfix.fails-stop").write_text("1")
     process = start_and_reach(keyed, "postfix stop")
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)  # nothing tells that it has come
+    held.unlink()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and "Traceback" not in errors
     assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 143

@@ -3,16 +3,16 @@
 import dataclasses
 import os
 import pwd
+import shlex
 import shutil
 import stat
-import time
 from pathlib import Path
 
 import pytest
 
 import backup
 import utils
-from conftest import PYTHON, SCRIPT, USER, Store, tree_of
+from conftest import PYTHON, SCRIPT, USER, FirstNight, Store, pass_the_second_of, tree_of
 from utils import Failure
 
 
@@ -83,7 +83,8 @@ def test_storage_root_needs_no_settings_file(store: Store) -> None:
     """--storage-root: the owner of the directory is STORAGE_USER; a relative path and a symbolic link will do."""
     link = store.scratch / "link"
     link.symlink_to(store.root)
-    result = store.run("sh", "-c", f"cd {store.scratch} && exec {PYTHON} {SCRIPT} --storage-root link")
+    program = shlex.join([PYTHON, str(SCRIPT)])
+    result = store.run("sh", "-c", f"cd {store.scratch} && exec {program} --storage-root link")
     assert "keep a copy" in result.stderr
     assert store.encrypted.stat().st_gid == store.root.stat().st_gid
     store.assert_restores()
@@ -111,7 +112,8 @@ def test_storage_root_that_is_not_utf_8(store: Store) -> None:
 def test_root_alone_makes_backups(store: Store) -> None:
     """Another user is told so."""
     store.settings.chmod(0o644)
-    result = store.run("setpriv", "--reuid", USER, "--clear-groups", *store.command(), exit_code=2)
+    user = ("setpriv", "--reuid", USER, "--clear-groups")
+    result = store.run(*user, *store.command_for_others(), exit_code=2)
     assert "run it as root" in result.stderr and not store.backups.exists()
 
 
@@ -247,9 +249,9 @@ def test_link_to_the_storage_root(store: Store) -> None:
     store.assert_restores()
 
 
-def test_another_key_than_the_backups(keyed: Store) -> None:
+def test_another_key_than_the_backups(keyed: Store, first_night: FirstNight) -> None:
     """With a key that does not open the newest set nothing is stopped or written: exit 1 and the ways out; the old key mends it."""
-    keyed.backup()
+    first_night(keyed)
     key = keyed.backups / "secret_key.txt"
     old = key.read_text()
     key.write_text("another" * 10 + "\n")
@@ -259,14 +261,13 @@ def test_another_key_than_the_backups(keyed: Store) -> None:
     assert "made with another key" in result.stderr and "put the old key back" in result.stderr and keyed.calls() == []
     assert tree_of(keyed.encrypted) == before
     key.write_text(old)
-    time.sleep(1.1)
     keyed.backup()
     keyed.assert_restores()
 
 
-def test_damaged_manifest(keyed: Store) -> None:
+def test_damaged_manifest(keyed: Store, first_night: FirstNight) -> None:
     """A newest manifest that gpg finds damaged is told apart from a wrong key."""
-    keyed.backup()
+    first_night(keyed)
     manifest = keyed.encrypted / keyed.manifests()[0]
     content = bytearray(manifest.read_bytes())
     content[-10] ^= 1
@@ -285,18 +286,18 @@ def test_set_of_the_future(keyed: Store, then: str, now: str) -> None:
     assert keyed.calls() == [] and len(keyed.manifests()) == 1
 
 
-def test_clock_that_jumps_a_year_ahead(keyed: Store) -> None:
+def test_clock_that_jumps_a_year_ahead(keyed: Store, first_night: FirstNight) -> None:
     """Nothing is pruned by the first run after more than 31 days; exit 3 says so; the next run prunes."""
-    keyed.backup()
+    first_night(keyed)
     result = keyed.run("faketime", "+1 year", *keyed.command(), exit_code=3)
     assert "no old backups were deleted" in result.stderr and len(keyed.manifests()) == 2
     assert keyed.run("faketime", "+366 days", *keyed.command()).stderr == ""
     assert len([name for name in keyed.manifests() if name.startswith("duplicity-full")]) == 1
 
 
-def test_what_a_killed_run_leaves(keyed: Store) -> None:
+def test_what_a_killed_run_leaves(keyed: Store, first_night: FirstNight) -> None:
     """Temporary files, gpg's home with its agent, partial files and the dead set are found and removed."""
-    keyed.backup()
+    first_night(keyed)
     old = set(keyed.encrypted.iterdir())
     archive = next((keyed.backups / "cache").iterdir())
     (keyed.backups / "tmp").mkdir(mode=0o700)
@@ -309,7 +310,6 @@ def test_what_a_killed_run_leaves(keyed: Store) -> None:
         (archive / name).touch()
     paths = backup.paths_of({"STORAGE_ROOT": str(keyed.root)})
     paths.gnupg.mkdir(mode=0o700)
-    time.sleep(1.1)
     assert keyed.backup().stderr == ""
     assert len(keyed.manifests()) == 2 and old < set(keyed.encrypted.iterdir())
     left = [path.name for path in keyed.backups.rglob("*") if "2099" in path.name or "tempdir" in path.name or path.suffix == ".part"]
@@ -319,7 +319,7 @@ def test_what_a_killed_run_leaves(keyed: Store) -> None:
 
 def test_modes_of_what_is_made(store: Store) -> None:
     """No file of backup/ is open to others, whatever the umask."""
-    store.run("sh", "-c", f"umask 000; exec {PYTHON} {SCRIPT} --config {store.settings}")
+    store.run("sh", "-c", f"umask 000; exec {shlex.join(store.command())}")
     for path in store.backups.rglob("*"):
         assert not stat.S_IMODE(path.lstat().st_mode) & 0o027, path
 
@@ -341,20 +341,19 @@ exec REAL "$@"
     assert (keyed.backups / "tmp").is_dir() and not (keyed.backups / "last-run.json").exists()
 
 
-def test_encrypted_that_was_moved_aside(keyed: Store) -> None:
+def test_encrypted_that_was_moved_aside(keyed: Store, first_night: FirstNight) -> None:
     """Only cache/ is left of the backups: a new full is made."""
-    keyed.backup()
+    first_night(keyed)
     keyed.encrypted.rename(keyed.scratch / "aside")
-    time.sleep(1.1)
+    pass_the_second_of(keyed.scratch / "aside")
     keyed.backup()
     keyed.assert_restores()
 
 
-def test_missing_signatures_force_a_full(keyed: Store) -> None:
+def test_missing_signatures_force_a_full(keyed: Store, first_night: FirstNight) -> None:
     """duplicity would exit 17 night after night."""
-    keyed.backup()
+    first_night(keyed)
     next(keyed.encrypted.glob("*signatures*")).unlink()
-    time.sleep(1.1)
     keyed.backup()
     assert len([name for name in keyed.manifests() if "full" in name]) == 2
     keyed.assert_restores()
@@ -362,7 +361,7 @@ def test_missing_signatures_force_a_full(keyed: Store) -> None:
 
 def test_clock_that_is_seconds_behind(keyed: Store) -> None:
     """A newest set up to a minute ahead is waited for: an increment before it would be an orphan."""
-    keyed.run("faketime", "+10 seconds", *keyed.command())
+    keyed.run("faketime", "+4 seconds", *keyed.command())
     (keyed.root / "new").write_text("new")
     keyed.backup()
     assert len(keyed.manifests()) == 2
@@ -406,9 +405,11 @@ def test_directory_that_is_exchanged_for_a_link(keyed: Store, monkeypatch: pytes
     assert (precious.stat().st_mode, precious.stat().st_gid) == (before.st_mode, before.st_gid)
 
 
-def test_backup_that_is_renamed_while_the_dead_are_looked_for(keyed: Store) -> None:
+def test_backup_that_is_renamed_while_the_dead_are_looked_for(
+    keyed: Store, first_night: FirstNight
+) -> None:
     """STORAGE_USER renames backup/ at any instant: what is there is never taken for dead because it is not where it was."""
-    keyed.backup()
+    first_night(keyed)
     before = tree_of(keyed.backups, "")
     paths = backup.paths_of({"STORAGE_ROOT": str(keyed.root)})
     with pytest.raises(RuntimeError), backup.failed_set_thrown_away(paths):
@@ -428,9 +429,9 @@ def test_key_of_another_owner(keyed: Store) -> None:
     refused(keyed, "is not owned by root; run: chown root")
 
 
-def test_rescue_system_that_does_not_know_the_owner(keyed: Store) -> None:
+def test_rescue_system_that_does_not_know_the_owner(keyed: Store, first_night: FirstNight) -> None:
     """What only reads needs no STORAGE_USER."""
-    keyed.backup()
+    first_night(keyed)
     os.chown(keyed.root, 54321, -1)
     result = keyed.run(PYTHON, keyed.command()[1], "--storage-root", keyed.root, "--list")
     assert "ssl/private.pem" in result.stdout

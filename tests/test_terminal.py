@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 
-from conftest import Store
+from conftest import FirstNight, Store
 
 # Waits until the line of progress has been drawn twice, while duplicity reads or writes.
 SLOW = """#!/bin/sh
@@ -33,9 +33,9 @@ def test_backup_on_a_terminal(keyed: Store) -> None:
     assert re.fullmatch(r"made the full backup, 3\.\d MB, in \d+ seconds; mail was down for \d+\.\d seconds", steps[-1])
 
 
-def test_restore_and_verify_on_a_terminal(keyed: Store) -> None:
+def test_restore_and_verify_on_a_terminal(keyed: Store, first_night: FirstNight) -> None:
     """They show how far they have come, and leave nothing of that behind what they print."""
-    keyed.backup()
+    first_night(keyed)
     keyed.stand_in("duplicity", SLOW)
     restored = on_terminal(keyed, "--restore", str(keyed.scratch / "again"))
     assert "restoring everything" in restored[0] and f"restored to {keyed.scratch}/again" in restored[-1]
