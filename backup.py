@@ -1947,7 +1947,8 @@ def show_plan(night: Night, force_full: bool) -> None:
     if sets:
         check_clock(night, sets)
     reason = reason_for_full(sets, night.now, force_full)
-    stop = utils.service_manager(night.environment).running(night.services)
+    services = utils.service_manager(night.environment)
+    stop = services.running(night.services)
     hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
     manifests = [paths.encrypted / sets[-1].manifest] if sets else []
     copy = snapshot_of(paths) / "tree"
@@ -1959,9 +1960,9 @@ def show_plan(night: Night, force_full: bool) -> None:
         (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
         ("run the before-backup hook", hooks["before-backup"]),
         ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [copy]),
-        ("stop mail", stop),
+        ("stop mail", [shlex.join(services.command("stop", line)) for line in stop]),
         ("bring the copy up to date", []),
-        ("start mail", stop),
+        ("start mail", [shlex.join(services.command("start", line)) for line in stop]),
         ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", copy))]),
         ("delete old backups", [shlex.join(remove_old_command(night))]),
         ("clean up", [shlex.join(clean_up_command(night))]),
