@@ -1040,7 +1040,9 @@ class ServiceManager:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
 
-    def run(self, *command: str, on_line: TakeLine = lambda line: None, interruptible: bool = False) -> Finished:
+    def run(
+        self, *command: str, on_line: TakeLine = lambda line: None, interruptible: bool = False
+    ) -> Finished:
         """Run a command that has 120 seconds to answer, see shell. Returns how it ended."""
         return shell(command, self.environment, on_line=on_line, interruptible=interruptible,
                      starts_daemons=self.starts_daemons, timeout_seconds=SERVICE_SECONDS)
@@ -1111,16 +1113,19 @@ class Systemd(ServiceManager):
                 found = self.show(wanted)
                 states.update((unit["Id"], unit["ActiveState"]) for unit in found)
                 related = " ".join(unit[key] for unit in found for key in RELATED_UNITS).split()
-                wanted = {unit for unit in related if unit.endswith((".service", ".socket"))} - states.keys()
+                wanted = {unit for unit in related if unit.endswith((".service", ".socket"))}
+                wanted -= states.keys()
             running = [unit for unit, state in states.items() if state in RUNNING_STATES]
             if running:
-                lines.append(" ".join(sorted(running, key=lambda unit: unit.endswith(".service"))))
+                running.sort(key=lambda unit: (unit.endswith(".service"), unit))
+                lines.append(" ".join(running))
         return lines
 
     def show(self, units: Collection[str]) -> list[dict[str, str]]:
         """Return what systemd tells of units: name, state and related units. Raises Failure."""
         lines: list[str] = []
-        command = ["systemctl", "show", f"--property=Id,ActiveState,{','.join(RELATED_UNITS)}", "--", *units]
+        properties = ",".join(("Id", "ActiveState", *RELATED_UNITS))
+        command = ["systemctl", "show", f"--property={properties}", "--", *units]
         answer = self.run(*command, on_line=lines.append, interruptible=True)
         if answer.exit_code:
             raise Failure("it cannot be told which services run; mend that first: "
@@ -1134,7 +1139,8 @@ class Systemd(ServiceManager):
 
     def stop(self, lines: Sequence[str]) -> str:
         """Stop services in this order, see ServiceManager; each unit must then have ended."""
-        return super().stop(lines) or "; ".join(self.states_but(lines, "inactive", "failed").values())
+        why = super().stop(lines)
+        return why or "; ".join(self.states_but(lines, "inactive", "failed").values())
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, see ServiceManager, past the limit on frequent starts."""
@@ -1150,9 +1156,12 @@ class Systemd(ServiceManager):
         answers: list[str] = []
         self.run(*self.command("is-active", " ".join(lines)), on_line=answers.append)
         states = dict(zip(" ".join(lines).split(), answers))
-        told = {line: [f"{unit} is {states.get(unit, 'in an unknown state')}" for unit in line.split()
-                       if states.get(unit) not in wanted] for line in lines}
-        return {line: ", ".join(others) for line, others in told.items() if others}
+        told = {}
+        for line in lines:
+            others = [unit for unit in line.split() if states.get(unit) not in wanted]
+            if others:
+                told[line] = ", ".join(f"{unit} is {states.get(unit, 'unknown')}" for unit in others)
+        return told
 
     def outliving(self) -> list[str]:
         """Return what to put before a command so that it outlives the end of this control group.
@@ -1184,7 +1193,9 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
     return list(dict.fromkeys([*stopped, *listed]))
 
 
-def start_services(lines: Sequence[str], list_path: Path, environment: Mapping[str, str]) -> dict[str, str]:
+def start_services(
+    lines: Sequence[str], list_path: Path, environment: Mapping[str, str]
+) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
     lines: see ServiceManager. list_path: the file that lists the services that are to come back:
@@ -1206,28 +1217,32 @@ def start_services(lines: Sequence[str], list_path: Path, environment: Mapping[s
 
 @contextlib.contextmanager
 def services_stopped(
-    names: Sequence[str], list_path: Path, environment: Mapping[str, str], lock: int, downtime: Downtime
+    names: Sequence[str], list_path: Path, environment: Mapping[str, str], lock: int,
+    downtime: Downtime,
 ) -> Iterator[None]:
-    """Stop the services of names that run while the block runs, and start them again whatever happens, even to this process.
+    """Stop the services of names that run, and start them again after the block whatever happens.
 
-    A keeper (see keep_services) does both. names: in the order in which they stop and start. list_path: where the keeper notes
-    what it stops; what is listed there already is started too. environment: with a PATH on which `service` is. lock: a descriptor
-    that the keeper holds until the services are back. downtime: filled in at the end. Raises Failure if a service cannot be stopped;
-    all are started again then.
+    A keeper (see keep_services) does both, so that even the death of this process brings them back.
+    names: in the order in which they stop and start. list_path: where the keeper notes what it
+    stops; what is listed there already is started too. environment: with a PATH on which systemctl
+    or `service` is. lock: a descriptor that the keeper holds until the services are back. downtime:
+    filled in at the end. Raises Failure if a service cannot be stopped; all are started again then.
     """
     manager = service_manager(environment)
     running = manager.running(names)
     if not running:
         yield
         return
-    keeper_command = [*manager.outliving(), sys.executable, os.path.abspath(__file__), os.fspath(list_path), *running]
+    keeper_command = [*manager.outliving(), sys.executable, os.path.abspath(__file__),
+                      os.fspath(list_path), *running]
     began = time.monotonic()
     keeper = None
     try:
         keeper = subprocess.Popen(
             keeper_command, env=environment, text=True, cwd="/", stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-        failed = json.loads(_stream(keeper.stdout).readline() or '"the process that stops and starts services died"')
+        answer = _stream(keeper.stdout).readline()
+        failed = json.loads(answer) if answer else "the process that stops and starts services died"
         raise_if_interrupted()
         if failed:
             raise Failure(f"mail was not stopped, and services are started again: {failed}")
@@ -1235,13 +1250,14 @@ def services_stopped(
     finally:
         back = _dismiss(keeper) if keeper else None
         if back is None:
-            not_started = start_services(services_to_start(list_path, running), list_path, environment)
+            lines = services_to_start(list_path, running)
+            not_started = start_services(lines, list_path, environment)
             back = Downtime(time.monotonic() - began, not_started)
         downtime.not_started, downtime.seconds = back.not_started, back.seconds
 
 
 def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
-    """Have the keeper start the services, and wait until it has. Returns what it answers, None if it died before."""
+    """Have the keeper start the services. Returns what it answers then, None if it died before."""
     _stream(keeper.stdin).close()
     answer = _stream(keeper.stdout).readline()
     keeper.wait()
@@ -1255,18 +1271,19 @@ def _stream(stream: Optional[IO[str]]) -> IO[str]:
 
 
 def keep_services(lines: Sequence[str], list_path: Path) -> int:
-    """Stop services, say so, wait for the end of standard input, start them again: the life of the keeper.
+    """Stop services, wait for the end of standard input, start them again: the life of the keeper.
 
-    The kernel closes the other end of standard input even when its holder is killed, and a stop that is under way then still ends
-    before the start begins. No signal but SIGKILL disturbs it. It answers with two lines of JSON: empty, or why a service could not
-    be stopped; then what could not be started, and the seconds of downtime. lines: see ServiceManager, in the order in which they
-    stop and start. list_path: lists them from before the first stop until after the last start. Returns its exit code: 0, 1 if
-    nothing was stopped, 5 if a service is down.
+    The kernel closes the other end of standard input even when its holder is killed, and a stop
+    that is under way then still ends before the start begins. No signal but SIGKILL disturbs it.
+    It answers with two lines of JSON: why a service could not be stopped, empty if all are; then
+    what could not be started, and the seconds of downtime. lines: see ServiceManager, in the order
+    in which they stop and start. list_path: lists them from before the first stop until after the
+    last start. Returns its exit code: 0, 1 if nothing was stopped, 5 if a service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the daemons that it starts would inherit
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
     environment = dict(os.environ)
-    listed = services_to_start(list_path, lines)  # one that could not be started last night is tried again
+    listed = services_to_start(list_path, lines)  # what could not be started last night, too
     try:
         write_atomically(list_path, "".join(f"{line}\n" for line in listed))
     except OSError as error:
