@@ -1422,11 +1422,6 @@ def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
 
 # Status as a web page
 
-BAR_TOP, BAR_FOOT, BAR_LEAST = 24, 152, 4  # of the picture, in pixels; what goes across is in percent of its width
-WIDEST_BAR = 8.0
-CHAIN_GAP = 0.6  # before a chain, in bars
-DATE_WIDTH = 15.0  # what a date needs where the page is narrowest
-
 PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -1444,24 +1439,21 @@ PAGE = """\
 body {{ max-width: 44rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--text);
     font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
 h1 {{ margin: 0; font-size: 1.6rem; line-height: 1.2; }}
-h1 + p, dt, figcaption, caption, small, thead, text {{ color: var(--muted); fill: var(--muted); font-size: .8125rem; }}
+h1 + p, dt, caption, small, thead {{ color: var(--muted); font-size: .8125rem; }}
 .alarm {{ padding: .5rem .75rem; border-left: .25rem solid; background: var(--alarm-page); color: var(--alarm); }}
 dd {{ margin: 0 0 1rem; }}
-figure {{ margin: 2rem 0; }}
-figcaption span {{ display: inline-block; margin-right: 1.25rem; }}
-rect {{ fill: var(--page); stroke: var(--bar); stroke-width: 1.5; }}
-rect.full {{ fill: var(--bar); }}
-line {{ stroke: var(--line); }}
+.bar {{ display: block; min-width: 2px; height: .5rem; margin-top: .2rem; background: var(--bar); }}
 table {{ width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
 caption {{ text-align: left; }}
 th, td {{ padding: .4rem 0 .4rem min(2rem, 3vw); border-bottom: 1px solid var(--line); font-weight: inherit; text-align: left;
     vertical-align: top; }}
-th:first-child {{ padding-left: 0; }}
+th:first-child {{ padding-left: 0; width: 45%; }}
+tbody + tbody tr:first-child > * {{ padding-top: 2rem; }}
 .full, tfoot tr:last-child {{ font-weight: bold; }}
 .size {{ text-align: right; }}
 .size, time span {{ white-space: nowrap; }}
 small {{ display: block; font-weight: normal; }}
-@media (max-width: 30rem) {{ table {{ font-size: .875rem; }} }}
+@media (max-width: 30rem) {{ body {{ padding: .5rem; }} table {{ font-size: .8125rem; }} }}
 </style>
 </head>
 <body>
@@ -1484,32 +1476,16 @@ small {{ display: block; font-weight: normal; }}
 
 TABLE = """\
 <table>
-<caption>All backups, the newest first, in local time</caption>
+<caption>All backups, the newest first, in local time. A full backup begins a chain; an increment
+needs those below it in its chain.</caption>
 <thead>
 <tr><th scope="col">When</th><th scope="col">Type</th><th scope="col" class="size">Size</th><th scope="col">Deleted in…</th></tr>
 </thead>
-<tbody>
-{rows}
-</tbody>
+{chains}
 <tfoot>
 {sums}
 </tfoot>
 </table>"""
-
-FIGURE = """\
-<figure>
-<svg role="img" aria-labelledby="picture-title picture-text" width="100%" height="176">
-<title id="picture-title">Sizes of the backups over time</title>
-<desc id="picture-text">The backups of each chain, the oldest first. {told}.</desc>
-{drawn}
-</svg>
-<figcaption>
-<span><svg aria-hidden="true" width="14" height="12"><rect class="full" x="1" y="1" width="12" height="10"/></svg>
-full backup, begins a chain</span>
-<span><svg aria-hidden="true" width="14" height="12"><rect x="4" y="1" width="6" height="10"/></svg>
-increment, needs those before it in its chain</span>
-</figcaption>
-</figure>"""
 
 
 def status_page(status: Mapping[str, Any], now: datetime) -> str:
@@ -1524,7 +1500,7 @@ def status_page(status: Mapping[str, Any], now: datetime) -> str:
         now=for_page(f"{clock_time(now.astimezone().isoformat(timespec='seconds'))} {status['tz']}"),
         last_class="alarm" if last and last.get("exit_code") == 3 else "", last_run=for_page(clock_time(last_run_text(last))),
         directory=for_page(status["directory"]), free=human_size(status["free_size"]), key=for_page(status["encpwfile"]),
-        backups=f"{picture(status['backups'])}\n{table(status)}" if status["backups"] else f"<p><strong>{NO_BACKUPS}</strong></p>")
+        backups=table(status) if status["backups"] else f"<p><strong>{NO_BACKUPS}</strong></p>")
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
 
@@ -1539,55 +1515,28 @@ def clock_time(text: str) -> str:
 
 
 def table(status: Mapping[str, Any]) -> str:
-    """Return the page's table of the backups and their sums."""
-    rows = []
-    for backup in status["backups"]:
+    """Return the page's table of the backups, a part for each chain, and of their sums.
+
+    A bar in each row is as wide, in percent of its cell, as the backup is big beside the largest.
+    """
+    largest = max(1, *(backup["size"] for backup in status["backups"]))
+    chains = "<tbody>\n"
+    for number, backup in enumerate(status["backups"], 1):
         kind, (day, clock) = "full" if backup["full"] else "increment", clock_time(backup["date_str"]).split()
-        rows.append(
-            f'<tr class="{kind}"><th scope="row"><time datetime="{backup["date_str"]}"><span>{day}</span> <span>{clock}</span></time>'
-            f'<small>{backup["date_delta"]} ago</small></th><td>{kind}</td><td class="size">{human_size(backup["size"])}</td>'
-            f'<td>{backup.get("deleted_in", "unknown")}</td></tr>')
+        chains += (
+            f'<tr class="{kind}"><th scope="row"><time datetime="{backup["date_str"]}">'
+            f'<span>{day}</span> <span>{clock}</span></time><small>{backup["date_delta"]} ago</small>'
+            f'<span class="bar" style="width: {100 * backup["size"] / largest:.1f}%"></span></th>'
+            f'<td>{kind}</td><td class="size">{human_size(backup["size"])}</td>'
+            f'<td>{backup.get("deleted_in", "unknown")}</td></tr>\n')
+        if backup["full"] and number < len(status["backups"]):
+            chains += "</tbody>\n<tbody>\n"
     unmatched = status["unmatched_file_size"]
     sums = {"Files of no complete backup": unmatched} if unmatched else {}
     sums["Total"] = unmatched + sum(backup["size"] for backup in status["backups"])
-    return TABLE.format(rows="\n".join(rows), sums="\n".join(
+    return TABLE.format(chains=f"{chains}</tbody>", sums="\n".join(
         f'<tr><th scope="row" colspan="2">{name}</th><td class="size">{human_size(size)}</td><td></td></tr>'
         for name, size in sums.items()))
-
-
-def picture(backups: Sequence[Mapping[str, Any]]) -> str:
-    """Return a picture of backups, newest first as in the status: a bar for each, as high as it is big, the oldest on the left."""
-    chains: list[list[Mapping[str, Any]]] = []
-    for backup in reversed(backups):
-        if backup["full"] or not chains:
-            chains.append([])
-        chains[-1].append(backup)
-    step = min(WIDEST_BAR, 100 / (len(backups) + CHAIN_GAP * (len(chains) - 1)))
-    largest = max(1, *(backup["size"] for backup in backups))
-    drawn = [f'<text x="0" y="{BAR_TOP - 8}">{human_size(largest)}</text>',
-             *(f'<line x1="0" x2="100%" y1="{height}" y2="{height}"/>' for height in (BAR_TOP, BAR_FOOT))]
-    told = []
-    left = free = 0.0
-    for chain in chains:
-        begin = datetime.fromisoformat(chain[0]["date_str"])
-        told.append(f"{begin.day} {begin:%b}: {', '.join(human_size(backup['size']) for backup in chain)}")
-        if min(left, 100 - DATE_WIDTH) >= free:
-            free = left + DATE_WIDTH
-            place = f'x="{left:.2f}%"' if free < 100 else 'x="100%" text-anchor="end"'
-            drawn.append(f'<text {place} y="{BAR_FOOT + 18}">{begin.day} {begin:%b}</text>')
-        for backup in chain:
-            drawn.append(bar(backup, left, step, (BAR_FOOT - BAR_TOP) * backup["size"] / largest))
-            left += step
-        left += CHAIN_GAP * step
-    return FIGURE.format(told="; ".join(told), drawn="\n".join(drawn))
-
-
-def bar(backup: Mapping[str, Any], left: float, step: float, height: float) -> str:
-    """Return the picture's bar for a backup. left, step: where its room begins and how wide that is, in percent; height in pixels."""
-    kind, indent, width = ("full", 0.08, 0.84) if backup["full"] else ("increment", 0.25, 0.5)
-    height = max(BAR_LEAST, height)
-    return (f'<rect class="{kind}" x="{left + indent * step:.2f}%" y="{BAR_FOOT - height:.1f}" width="{width * step:.2f}%" '
-            f'height="{height:.1f}"><title>{clock_time(backup["date_str"])}: {kind}, {human_size(backup["size"])}</title></rect>')
 
 
 # Reading: verify, list, restore
