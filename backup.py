@@ -38,6 +38,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Concatenate, NoReturn, Optional, ParamSpec, Union
 
+from dateutil.parser import isoparse
 from dateutil.relativedelta import relativedelta
 
 import utils
@@ -62,6 +63,9 @@ SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 OLDEST_DUPLICITY = (0, 8, 21)
+DAY = 86400
+AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY, "M": 30 * DAY,
+               "Y": 365 * DAY, "y": 365 * DAY}
 
 # Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part and .gz only in the archive directory.
 STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
@@ -1735,10 +1739,10 @@ def compare(reader: Reader) -> list[str]:
     return different
 
 
-def list_files(reader: Reader, time: Optional[str]) -> list[str]:
-    """Return the paths in a backup, in order, escaped. time: see check_time. Raises Failure."""
+def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
+    """Return the paths in a backup, in order, escaped. options: see time_options. Raises Failure."""
     lines: list[str] = []
-    answer = reader.run("list-current-files", *check_time(reader, time), "--log-fd=LOG", log_lines=lines)
+    answer = reader.run("list-current-files", *options, "--log-fd=LOG", log_lines=lines)
     if answer.exit_code:
         raise Failure(explain("list-current-files", answer))
     # Whatever is not ASCII duplicity escapes (its util.py, 0.8.22 and 3.2.1).
@@ -1752,46 +1756,54 @@ def list_files(reader: Reader, time: Optional[str]) -> list[str]:
     return sorted(names)
 
 
-def check_time(reader: Reader, time: Optional[str], now: Optional[datetime] = None) -> list[str]:
-    """Return duplicity's options for a time: none for the newest backup.
+def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSet:
+    """Return the set that was the newest at a time. sets: the complete ones, oldest first.
 
-    time: as duplicity takes it, such as 3D, 2026-11-20 or 2026-11-20T03:00:00. Raises Failure if it is not of such a form, or
-    before the first backup, of which duplicity (0.8.22, 3.2.1) would say nothing and take that one.
+    time: an age such as 3D or 1D12h, where a month (M) has 30 days, or what dateutil's isoparse reads
+    with year, month and day, in local time unless it tells a zone. now: the time, with its zone.
+    Raises Failure: exit code 2 if that is no time, 1 if it is before the first set, of which
+    duplicity (0.8.22, 3.2.1) would say nothing and take that one.
     """
+    asked: Optional[datetime] = None
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.fullmatch(r"(\d+[smhDWMYdwy])+", time):
+            ages = re.findall(r"(\d+)(.)", time)
+            asked = now - timedelta(seconds=sum(int(number) * AGE_SECONDS[unit] for number, unit in ages))
+        elif re.match(r"\d{4}-?\d\d-?\d\d", time):
+            asked = isoparse(time).astimezone()
+    if asked is None:
+        raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as 3D, 2026-11-20 "
+                      "or 2026-11-20T03:00:00", 2)
+    older = [backup_set for backup_set in sets if backup_set.date <= asked]
+    if not older:
+        dates = ", ".join(backup_set.date.astimezone().isoformat() for backup_set in sets)
+        raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, "
+                      f"or a later one: {dates}")
+    return older[-1]
+
+
+def time_options(reader: Reader, time: Optional[str]) -> list[str]:
+    """Return duplicity's options for the newest backup, or that of a time, see set_of_time, which is named."""
     if time is None:
         return []
-    now = (now or datetime.now(timezone.utc)).astimezone()
-    asked: Optional[datetime] = now if time == "now" else None
-    units = {"s": 1, "m": 60, "h": 3600, "D": 86400, "W": 604800, "M": 30 * 86400, "Y": 365 * 86400}  # duplicity's dup_time.py
-    with contextlib.suppress(ValueError, OverflowError):
-        if re.fullmatch(r"(\d+[smhDWMY])+", time):
-            asked = now - timedelta(seconds=sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([smhDWMY])", time)))
-        elif re.fullmatch(r"\d+", time):
-            asked = datetime.fromtimestamp(int(time), timezone.utc)
-        elif re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d([+-]\d\d:\d\d)?)?", time):
-            asked = datetime.fromisoformat(time).astimezone() if "+" in time[10:] or "-" in time[10:] else datetime.fromisoformat(
-                time).replace(tzinfo=now.tzinfo)
-    if asked is None:
-        raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as 3D, 2026-11-20 or 2026-11-20T03:00:00", 2)
-    sets = complete_sets(reader.paths.encrypted)
-    if asked < sets[0].date:
-        dates = ", ".join(backup_set.date.astimezone().isoformat() for backup_set in sets)
-        raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, or a later one: {dates}")
-    return ["-t", time] if asked < now else []
+    chains = chains_of(complete_sets(reader.paths.encrypted))
+    sets = sorted((backup_set for chain in chains for backup_set in chain), key=lambda found: found.stamp)
+    chosen = set_of_time(sets, time, datetime.now(timezone.utc))
+    log.warning("backup of %s", chosen.date.astimezone().isoformat(" "))
+    return ["-t", str(int(chosen.date.timestamp()))]
 
 
 def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional[str]) -> None:
     """Restore a backup, or one directory or file of it, into a directory that does not exist yet or is empty.
 
-    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file goes there by its name. time: see check_time.
-    Raises Failure.
+    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file goes there by its name. time: see
+    set_of_time. Raises Failure.
     """
-    options = check_time(reader, time)
+    of_time = time_options(reader, time)
     wanted = os.path.normpath(path or ".")
     if path == "" or f"{wanted}/".startswith(("/", "../")):
         raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
-    if wanted != ".":
-        options += ["-r", wanted]
+    options = of_time + (["-r", wanted] if wanted != "." else [])
     with restore_directory(reader.paths, directory) as (place, mode):
         fresh = f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
         lines: list[str] = []
@@ -1807,7 +1819,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
             raise
         if answer.exit_code == 19 or not answer.exit_code and not utils.is_in(place, fresh):
             utils.remove_at(fresh, place)  # 3.2.1 leaves an empty one
-            raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, time))}")
+            raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, of_time))}")
         if answer.exit_code:
             left = f"\nwhat could be restored is in {directory / fresh}" if utils.is_in(place, fresh) else ""
             raise Failure(f"{explain('restore', answer)}{left}")
@@ -1869,9 +1881,9 @@ def move_up(fresh: str, place: int, name: str, mode: int) -> None:
     os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def near_paths(reader: Reader, wanted: str, time: Optional[str]) -> list[str]:
+def near_paths(reader: Reader, wanted: str, options: Sequence[str]) -> list[str]:
     """Return what there is in the backup where a path was looked for: the entries of the directory nearest to it, 20 at most."""
-    names = list_files(reader, time)
+    names = list_files(reader, options)
     found: list[str] = []
     while wanted and not found:
         wanted = os.path.dirname(wanted)
@@ -2090,7 +2102,7 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
     names, wrong = [], []
     with utils.ended_in_good_order(), reader_of(settings, options.verbose) as reader:
         if options.list:
-            names = list_files(reader, options.time)
+            names = list_files(reader, time_options(reader, options.time))
         elif options.restore is not None:
             restore(reader, options.restore.absolute(), options.path, options.time)
         else:

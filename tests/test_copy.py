@@ -143,7 +143,7 @@ def test_another_file_system_in_the_tree(keyed: Store) -> None:
     assert last_run(keyed)["source"] == "copy" and len(keyed.manifests()) == 2 and "inc" in keyed.manifests()[1]
     keyed.assert_restores("copy")
     with disk_at(keyed, mounted, "4M"):
-        (keyed.root / "new").write_text("newer")
+        (keyed.root / "newer").write_text("newer")
         keyed.backup()
         assert last_run(keyed)["source"] == "direct" and len(keyed.manifests()) == 3
         keyed.assert_restores("direct-again")

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,9 @@ def test_list(made: Store) -> None:
     assert MESSAGE not in newest
     first = made.manifests()[0].split(".")[1]
     oldest = f"{first[:4]}-{first[4:6]}-{first[6:11]}:{first[11:13]}:{first[13:15]}+00:00"
-    assert MESSAGE in reads(made, "--list", "--time", oldest).stdout.splitlines()
+    result = reads(made, "--list", "--time", oldest)
+    assert MESSAGE in result.stdout.splitlines()
+    assert result.stderr == f"backup: backup of {oldest.replace('T', ' ')}\n"
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -164,6 +167,30 @@ def test_restore_of_everything(copy: Store, cached: bool) -> None:
             target.mkdir()
         reads(copy, "--restore", str(target))
         assert tree_of(target) == tree_of(copy.root)
+
+
+def set_at(hours: float) -> backup.BackupSet:
+    """Return a set of so many hours before 20 November 2026, 15:00 UTC."""
+    date = datetime(2026, 11, 20, 15, tzinfo=timezone.utc) - timedelta(hours=hours)
+    return backup.BackupSet(f"{date:%Y%m%dT%H%M%SZ}", None, True, frozenset(), 0)
+
+
+@pytest.mark.parametrize("asked, hours", [
+    ("1h", 24), ("23h", 24), ("24h", 24), ("1D", 24), ("1d", 24), ("1D12h", 48), ("2W", 400), ("2w", 400),
+    ("1M", 800), ("1Y", 9000), ("1y", 9000), ("1440m", 24), ("86400s", 24), ("0s", 0), ("2026-11-20", 24),
+    ("20261120", 24), ("2026-11-20 10:00", 0), ("2026-11-20 09:59", 24), ("2026-11-20T10:00:00", 0),
+    ("2026-11-20T15:00:00Z", 0), ("2026-11-20T15:30:00+01:00", 24), ("20261120T145959Z", 24), ("2030-01-01", 0)])
+def test_time(monkeypatch: pytest.MonkeyPatch, asked: str, hours: float) -> None:
+    """The newest set then is taken; times without a zone are local, a date alone is its midnight."""
+    monkeypatch.setenv("TZ", "America/New_York")  # five hours behind
+    time.tzset()
+    try:
+        now = datetime(2026, 11, 20, 15, tzinfo=timezone.utc)
+        sets = [set_at(before) for before in (9000, 800, 400, 48, 24, 0)]
+        assert backup.set_of_time(sets, asked, now) == set_at(hours)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_restore_to_btrfs(made: Store, tmp_path: Path) -> None:
@@ -206,7 +233,12 @@ def test_restore_into_no_directory(made: Store, tmp_path: Path) -> None:
     (["--path", ""], "--path is empty", 2),
     (["--time", "40D"], "there is no backup as old as 40D", 1),
     (["--time", "2020-01-01"], "name the time of one of these", 1),
-    (["--time", "1577836800"], "there is no backup as old as", 1),
+    (["--time", "2020"], "is not a time", 2),
+    (["--time", "2020-01"], "is not a time", 2),
+    (["--time", "2020-W10-1"], "is not a time", 2),
+    (["--time", "now"], "is not a time", 2),
+    (["--time", "3D4"], "is not a time", 2),
+    (["--time", "999999999999D"], "is not a time", 2),
     (["--time", "2020-01-01T03:00:00+02:00"], "there is no backup as old as", 1),
     (["--time", "yesterday"], "is not a time", 2),
     (["--time", "2026-13-77"], "is not a time", 2),
