@@ -75,32 +75,20 @@ ARCHIVE_FILE = re.compile(
     rf"duplicity-(?:full|inc|full-signatures|new-signatures)\.(?:{STAMP}\.to\.)?({STAMP})\."
     r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)(?:\.(?:gpg|gz|part))*")
 
-# Duplicity's exit codes, from its log.py (0.8.22 and 3.2.1): what each means and what to do.
+# Of duplicity's exit codes, from its log.py (0.8.22 and 3.2.1), those that an admin can do something about.
 DUPLICITY_EXIT_CODES = {
-    1: "duplicity met an error; see its last lines",
     2: "duplicity does not take these options; install version 0.8.21 or newer",
-    3: "the backups were made under another host name; run duplicity with --allow-source-mismatch by hand to see more",
-    4: "duplicity was interrupted; run the backup again",
     5: "duplicity finds a damaged file in its archive directory; run the backup again",
     17: "duplicity finds no complete chain to add to; run the backup with --full",
     19: "the path is not in the backup; name one that is",
-    20: "duplicity finds no backup; if there is one its archive directory, cache/, is damaged: move that aside",
     21: "a backup file does not match its checksum; see which with --verify, take an older backup with --time, or your copy elsewhere",
     23: "duplicity was refused what it needs, or another duplicity uses the archive directory; end that one",
     30: "duplicity met an error of its own; see its last lines, then run the backup with --full",
     31: "gpg failed; see its last lines and check secret_key.txt and the installation of gpg",
     34: "duplicity's temporary directory has no room; make room on that disk",
     35: "duplicity's temporary directory has no room; make room on that disk",
-    36: "too many files are open; raise the limit (ulimit -n)",
-    37: "too many files are open; raise the limit (ulimit -n)",
-    42: "the backups were made from another directory; see duplicity's last lines",
-    44: "duplicity does not accept the volume size; see its last lines",
-    45: "duplicity cannot mix encrypted and plain backups; move what is not encrypted out of the target",
     50: "duplicity could not write to or read from its target; check the disk and its room",
-    51: "duplicity could not write to its target; check the directory's permissions",
-    52: "duplicity did not find a file in its target; run the backup with --full",
     53: "the disk is full; make room on it",
-    54: "duplicity's target is not there any more; check the disk",
     utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
 }
 
@@ -1895,7 +1883,7 @@ def near_paths(reader: Reader, wanted: str, options: Sequence[str]) -> list[str]
 
 
 def show_plan(night: Night, force_full: bool) -> None:
-    """Print the steps of a backup made now, and the commands it would run; nothing is touched, so the key is not tried.
+    """Print what a backup made now would do; nothing is touched, so the key is not tried.
 
     Raises Failure as the other checks of a backup do.
     """
@@ -1909,29 +1897,21 @@ def show_plan(night: Night, force_full: bool) -> None:
         check_clock(night, sets)
     reason = reason_for_full(sets, night.now, force_full)
     services = utils.service_manager(night.environment)
-    stop = services.running(night.services)
-    hooks = {name: [paths.backup / name] if os.path.lexists(paths.backup / name) else [] for name in ("before-backup", "after-backup")}
-    manifests = [paths.encrypted / sets[-1].manifest] if sets else []
-    copy = snapshot_of(paths) / "tree"
-    plan: list[tuple[str, Sequence[object]]] = [
-        ("check settings, directories, programs, key and room; take the lock", [paths.lock]),
-        ("check that the key opens the newest backup", [shlex.join(gpg_command(path)) for path in manifests]),
-        ("delete what a run that died has left", dead_paths(paths)),
-        ("move the layout of old to where the next backup contains it", [paths.plain] if paths.plain.exists() else []),
-        (f"make a full backup: {reason}" if reason else "make an incremental backup", []),
-        ("run the before-backup hook", hooks["before-backup"]),
-        ("copy the tree; where that cannot be done duplicity reads it itself, while mail is stopped", [copy]),
-        ("stop mail", [shlex.join(services.command("stop", line)) for line in stop]),
-        ("bring the copy up to date", []),
-        ("start mail", [shlex.join(services.command("start", line)) for line in stop]),
-        ("have duplicity read the copy", [shlex.join(set_command(night, "full" if reason else "incremental", copy))]),
-        ("delete old backups", [shlex.join(remove_old_command(night))]),
-        ("clean up", [shlex.join(clean_up_command(night))]),
-        (f"let the group of {night.user.pw_name} read the encrypted files", [paths.encrypted]),
-        ("run the after-backup hook", hooks["after-backup"]),
-    ]
-    for number, (step, details) in enumerate(plan, 1):
-        print(f"{number}. {step}", *(f"      {printable(str(detail))}" for detail in details), sep="\n")
+    lines = services.running(night.services)
+    before, after = ([[str(paths.backup / name)]] if os.path.lexists(paths.backup / name) else []
+                     for name in ("before-backup", "after-backup"))
+    commands = [
+        *before, *(services.command("stop", line) for line in lines),
+        *(services.command("start", line) for line in lines),
+        set_command(night, "full" if reason else "incremental", snapshot_of(paths) / "tree"),
+        remove_old_command(night), clean_up_command(night), *after]
+    print(f"make a full backup: {reason}" if reason else "make an incremental backup")
+    if paths.plain.exists():
+        print(f"move {printable(str(paths.plain))} to {printable(str(paths.migrated))}")
+    for path in dead_paths(paths):
+        print(f"delete {printable(str(path))}")
+    for command in commands:
+        print(f"run {printable(shlex.join(command))}")
 
 
 # Messages and progress
@@ -1984,12 +1964,7 @@ def progress(verbose: bool) -> Iterator[Optional[Draw]]:
 EPILOG = """\
 examples:
   backup.py                       back up now, as the settings say
-  backup.py --full                the same, but a full backup
-  backup.py --dry-run             show what would be done
   backup.py --status              what there is and when it will be deleted
-  backup.py --status --json       the same for programs
-  backup.py --status --html       the same as a web page
-  backup.py --verify              check every backup file
   backup.py --list --time 3D      the files in the backup of three days ago
   backup.py --restore /root/old --path mail/mailboxes/example.com/alice
                                   one mailbox, as it was in the newest backup
@@ -2005,12 +1980,6 @@ exit codes:
   4      another run holds the lock; nothing was touched
   5      a mail service could not be started again (comes before any other)
   128+n  ended by signal n, services started again
-
-files:
-  /etc/mailinabox.conf                     settings: STORAGE_ROOT, STORAGE_USER
-  STORAGE_ROOT/backup/secret_key.txt       the key; keep a copy elsewhere
-  STORAGE_ROOT/backup/encrypted/           the backups
-  STORAGE_ROOT/backup/before-backup, after-backup   hooks, run as STORAGE_USER
 """
 
 
@@ -2028,7 +1997,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         prog="backup.py", description="Back up a mail server's user data with duplicity, encrypted.", epilog=EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="make a full backup")
-    parser.add_argument("--dry-run", action="store_true", help="show the steps and commands, touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, touch nothing")
     parser.add_argument("--status", action="store_true", help="show what backups there are")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="with --status: for programs")
