@@ -2087,6 +2087,7 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line, say what went wrong in one sentence, and return the exit code. arguments: without the program's name."""
     utils.open_closed_streams()
+    utils.allow_any_depth()
     handler = logging.StreamHandler()
     handler.setFormatter(_Prefixed())
     logging.getLogger().addHandler(handler)

@@ -15,6 +15,7 @@ import math
 import os
 import pwd
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -26,7 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,10 @@ ENDING_SECONDS = 10
 BACKGROUND_SECONDS = 5
 SETTLED_SECONDS = 2
 SHORT_PASS_SECONDS = 1
+OPEN_FILES = 8192
+NESTED_CALLS = 10_000
+LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
+ONLY_LINKS_NS = 1_000_000_000
 BLOCK_BYTES = 1 << 24
 FICLONE = 0x40049409  # of linux/fs.h
 LOCK_SECONDS = 10
@@ -389,23 +394,23 @@ def total_bytes(path: Path) -> int:
 
 
 MayLink = Callable[[str, Set[str]], bool]
-_Identity = tuple[int, int, int, int]
 
 
 class CannotMirror(Failure):
     """A tree cannot be mirrored: it holds another file system, there is no room, or the disk refused."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mirror:
     """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
 
-    source, target: the tree and the copy. live, copy: their descriptors, so that no renaming leads elsewhere. excluded: names at the
-    top of source that are left out. may_link: tells, of a directory's relative path and the names of all directories beside it,
-    itself among them, whether the regular files in it are never rewritten in place: those become hard links, at no cost.
-    spare_bytes: the room to leave when something is copied. settled_ns: what has a later ctime counts as changed. seen: what entries
-    were when they were mirrored, by relative path; known: the same of the pass before. unread: why files could not be read, by
-    relative path; target lacks them.
+    source, target: the tree and the copy. live, copy: their descriptors, so that no renaming leads
+    elsewhere. excluded: names at the top of source that are left out. may_link: tells, of a
+    directory's relative path and the names of all directories beside it, itself among them, whether
+    the regular files in it are never rewritten in place: those become hard links, at no cost.
+    spare_bytes: the room to leave when something is copied. settled_ns: what has an earlier ctime, in
+    nanoseconds of the epoch, has not changed since the last pass. unread: why files could not be
+    read, by relative path; target lacks them.
     """
 
     source: Path
@@ -416,18 +421,28 @@ class Mirror:
     may_link: MayLink
     spare_bytes: int
     settled_ns: int = 0
-    seen: dict[str, _Identity] = field(default_factory=dict)
-    known: dict[str, _Identity] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int) -> Iterator[Mirror]:
-    """Make a mirror of a tree that may be changing, the first of two passes, and keep it open while the block runs.
+def allow_any_depth() -> None:
+    """Raise the limits on open files and on nested calls, so that no tree is too deep to be copied.
 
-    It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror. place: an empty directory that
-    only root may reach; the mirror is `tree` in it. spare_bytes: the room to leave. Raises CannotMirror, and leaves what it has made
-    to the caller to remove.
+    A path has at most 4096 bytes, and so at most 2,048 directories, each of which takes two of both.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
+    sys.setrecursionlimit(NESTED_CALLS)
+
+
+@contextlib.contextmanager
+def mirror_of(
+    source: Path, place: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int
+) -> Iterator[Mirror]:
+    """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
+
+    It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror.
+    place: an empty directory that only root may reach; the mirror is `tree` in it. spare_bytes: the
+    room to leave. Raises CannotMirror, and leaves what it has made to the caller to remove.
     """
     with contextlib.ExitStack() as stack:
         with _told_as_cannot_mirror(source, place):
@@ -440,44 +455,49 @@ def mirror_of(source: Path, place: Path, excluded: frozenset[str], may_link: May
             mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes)
             needed = spare_bytes + (0 if _can_clone(copy) else _bytes_to_copy(mirror, "", live))
             if free_bytes(copy) < needed:
-                raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free and there are {free_bytes(copy) // 10**6} MB")
-        mirror = _catch_up(mirror)
-        yield replace(mirror, spare_bytes=0)  # a second pass with little room left is better than no backup
+                raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free "
+                                   f"and there are {free_bytes(copy) // 10**6} MB")
+        _catch_up(mirror)
+        mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
+        yield mirror
 
 
-def _catch_up(mirror: Mirror) -> Mirror:
-    """Make a mirror equal to a tree that may be changing, and again what changed meanwhile, while that took long and gets shorter.
+def _catch_up(mirror: Mirror) -> None:
+    """Make a mirror equal to a tree that may be changing, repeatedly while that took long and gets shorter.
 
-    So little is left for the pass that somebody waits for, however long the first one takes. Returns the mirror as it is then.
+    So little is left for the pass that somebody waits for, however long the first one takes.
 
-    Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already changes no time stamp; after a
-    sync it does. So what changed later than two seconds before the sync counts as changed in the next pass.
+    Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already
+    changes no time stamp; after a sync it does. So what changed later than two seconds before the
+    sync counts as changed in the next pass.
     """
     seconds = math.inf
     while True:
-        mirror = replace(mirror, settled_ns=time.time_ns() - int(SETTLED_SECONDS * 1e9))
+        settled_ns = time.time_ns() - int(SETTLED_SECONDS * 1e9)
         os.sync()
         began, before = time.monotonic(), seconds
         update_mirror(mirror)
+        mirror.settled_ns = settled_ns
         seconds = time.monotonic() - began
         if seconds < SHORT_PASS_SECONDS or seconds > before / 2:
-            return mirror
+            return
 
 
 def update_mirror(mirror: Mirror) -> None:
-    """Make a mirror equal to its tree: names, contents, modes, owners and times. Only what changed since the last pass is read.
+    """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
-    Raises CannotMirror.
+    Nothing is remembered from one pass to the next. What is unchanged is not read: its own ctime, and
+    that of every directory on the way to it below the top, which is held open, is settled (a rename
+    changes the ctime of what is renamed on ext4, XFS and btrfs), and what stands in the copy is of its
+    kind, size and mtime. Raises CannotMirror.
     """
     mirror.unread.clear()
-    mirror.known.clear()
-    mirror.known.update(mirror.seen)
-    mirror.seen.clear()  # what is not met in this pass is not known in the next, should it come back
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told_as_cannot_mirror(mirror.source, mirror.target))
-        # Opened anew: on btrfs a directory that is open lists what it held when it was opened (seen: Linux 6.18).
-        live, copy = [stack.enter_context(opened(".", parent=directory)) for directory in (mirror.live, mirror.copy)]
-        _mirror_directory(mirror, "", False, live, copy)
+        # Opened anew: on btrfs an open directory lists what it held when it was opened (seen: Linux 6.18).
+        live, copy = [stack.enter_context(opened(".", parent=directory))
+                      for directory in (mirror.live, mirror.copy)]
+        _mirror_directory(mirror, "", False, True, live, copy)
 
 
 @contextlib.contextmanager
@@ -485,15 +505,20 @@ def _told_as_cannot_mirror(source: Path, target: Path) -> Iterator[None]:
     """Raise what the operating system refuses as CannotMirror."""
     try:
         yield
-    except (OSError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "too many directories inside each other"
-        name = path_in(error) if isinstance(error, OSError) else ""
-        raise CannotMirror(f"{source} could not be copied to {target}{': ' if name else ''}{name}: {why}") from error
+    except OSError as error:
+        name = path_in(error)
+        raise CannotMirror(f"{source} could not be copied to {target}{': ' if name else ''}{name}: "
+                           f"{error.strerror}") from error
 
 
 @contextlib.contextmanager
-def opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None) -> Iterator[int]:
-    """Keep a file open while the block runs; a symbolic link is refused. parent: the descriptor of the directory that holds it."""
+def opened(
+    name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None
+) -> Iterator[int]:
+    """Keep a file open while the block runs; a symbolic link is refused.
+
+    parent: the descriptor of the directory that holds it.
+    """
     with _whole_path_told(parent):
         descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
     try:
@@ -504,7 +529,7 @@ def opened(name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optiona
 
 @contextlib.contextmanager
 def _opened_if_there(name: str, parent: int) -> Iterator[Optional[int]]:
-    """Keep a directory open while the block runs. Yields None if it has just been removed, or is something else."""
+    """Keep a directory open while the block runs. Yields None if it has just gone, or is something else."""
     with contextlib.ExitStack() as stack:
         descriptor = None
         try:
@@ -516,7 +541,7 @@ def _opened_if_there(name: str, parent: int) -> Iterator[Optional[int]]:
 
 
 def _statuses(mirror: Mirror, path: str, names: Sequence[str], live: int) -> dict[str, os.stat_result]:
-    """Return the status of those entries of a directory, by name, that are to be mirrored and are still there."""
+    """Return the status of those entries of a directory, by name, that are to be mirrored and are there."""
     found = {}
     for name in names:
         if path or name not in mirror.excluded:
@@ -525,8 +550,14 @@ def _statuses(mirror: Mirror, path: str, names: Sequence[str], live: int) -> dic
     return found
 
 
-def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: int) -> None:
-    """Make one directory and all below it equal. path: relative. linked: whether its files may be links. live, copy: descriptors."""
+def _mirror_directory(
+    mirror: Mirror, path: str, linked: bool, settled: bool, live: int, copy: int
+) -> None:
+    """Make one directory and all below it equal.
+
+    path: relative. linked: whether its files may be links. settled: whether it and every directory on
+    the way to it are what they were in the last pass. live, copy: descriptors.
+    """
     raise_if_interrupted()
     status = os.fstat(live)
     if status.st_dev != os.fstat(copy).st_dev:
@@ -538,25 +569,53 @@ def _mirror_directory(mirror: Mirror, path: str, linked: bool, live: int, copy: 
     directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
     for name, entry in found.items():
         below = os.path.join(path, name)
+        unchanged = settled and name in present and _is_unchanged(mirror, name, entry, copy)
+        if stat.S_ISSOCK(entry.st_mode):
+            continue
+        if len(os.fsencode(mirror.target / below)) > LONGEST_PATH:
+            mirror.unread[below] = f"its path has more than {LONGEST_PATH} bytes"
+            continue
+        present.pop(name, None)
         if name in directories:
-            present.pop(name, None)
             may_link = mirror.may_link(below, directories)
-            # One that has not changed and that holds nothing but links is not read.
-            if not (may_link and _is_known(mirror, below, entry)):
-                _mirror_child(mirror, below, may_link, live, copy)
-        elif not stat.S_ISSOCK(entry.st_mode):
-            if present.pop(name, None) is None or not _is_known(mirror, below, entry):
-                _replace(mirror, below, linked, entry, live, copy)
+            if not (may_link and unchanged and _holds_links_only(name, copy)):
+                _mirror_child(mirror, below, may_link, settled, live, copy)
+        elif not unchanged:
+            _replace(mirror, below, linked, entry, live, copy)
     for name in present:
         remove_at(name, copy)
-    if linked and not others:
-        _remember(mirror, path, status)
     _set_metadata(".", status, copy)
+    if linked:
+        os.utime(copy, ns=(ONLY_LINKS_NS if not others else 0, status.st_mtime_ns))
+
+
+def _is_unchanged(mirror: Mirror, name: str, status: os.stat_result, copy: int) -> bool:
+    """Tell whether an entry is what it was in the last pass, if the directories on the way to it are.
+
+    status: that of the entry. copy: the descriptor of the directory in which its copy is.
+    """
+    if status.st_ctime_ns >= mirror.settled_ns:
+        return False
+    then = os.stat(name, dir_fd=copy, follow_symlinks=False)
+    same_size = status.st_size == then.st_size or stat.S_ISDIR(status.st_mode)
+    same_kind = stat.S_IFMT(status.st_mode) == stat.S_IFMT(then.st_mode)
+    return same_kind and same_size and status.st_mtime_ns == then.st_mtime_ns
+
+
+def _holds_links_only(name: str, copy: int) -> bool:
+    """Tell whether all in a directory of the mirror are links, so that it need not be listed.
+
+    That is noted in its access time, which no backup keeps. copy: the descriptor of what holds it.
+    """
+    return os.stat(name, dir_fd=copy, follow_symlinks=False).st_atime_ns == ONLY_LINKS_NS
 
 
 def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
-    """Link the regular files of one directory into another. present: the inode numbers there by name; those of links that are right
-    already are taken out. Returns the names of all other entries, and of files that are something else there or refuse to be linked.
+    """Link the regular files of one directory into another.
+
+    present: the inode numbers there by name; those of links that are right already are taken out.
+    Returns the names of all other entries, and of files that are something else there or refuse to
+    be linked.
     """
     others = []
     with os.scandir(live) as entries:
@@ -565,7 +624,7 @@ def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
             name = entry.name
             if not entry.is_file(follow_symlinks=False):
                 others.append(name)
-            elif present.get(name) == entry.inode():  # a link keeps its number from being given to another file
+            elif present.get(name) == entry.inode():  # a link keeps its number from another file
                 del present[name]
             elif name in present or not _link(name, live, copy):
                 others.append(name)
@@ -583,8 +642,10 @@ def _link(name: str, live: int, copy: int) -> bool:
     return True
 
 
-def _mirror_child(mirror: Mirror, path: str, linked: bool, live: int, copy: int) -> None:
-    """Make a directory equal, see _mirror_directory. live, copy: of the directories that hold it."""
+def _mirror_child(
+    mirror: Mirror, path: str, linked: bool, settled: bool, live: int, copy: int
+) -> None:
+    """Make a directory equal, see _mirror_directory. settled, live, copy: of what holds it."""
     name = os.path.basename(path)
     with _opened_if_there(name, live) as below:
         if below is None:
@@ -594,8 +655,9 @@ def _mirror_child(mirror: Mirror, path: str, linked: bool, live: int, copy: int)
         if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=copy)
             os.mkdir(name, 0o700, dir_fd=copy)
+        settled = settled and os.fstat(below).st_ctime_ns < mirror.settled_ns
         with opened(name, parent=copy) as target:
-            _mirror_directory(mirror, path, linked, below, target)
+            _mirror_directory(mirror, path, linked, settled, below, target)
 
 
 def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, live: int, copy: int) -> None:
@@ -622,7 +684,6 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
         remove_at(name, copy)
         return
     _set_metadata(name, status, copy)
-    _remember(mirror, path, status)
 
 
 def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
@@ -673,25 +734,6 @@ def _copy_data(source: int, target: int, size: int) -> None:
 def _is_gone(error: OSError) -> bool:
     """Tell whether an entry was removed, or became something else, just as it was opened."""
     return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
-
-
-def _identity(status: os.stat_result) -> _Identity:
-    """Return what changes when a file does, even one whose mtime and size are put back."""
-    return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
-
-
-def _is_known(mirror: Mirror, path: str, status: os.stat_result) -> bool:
-    """Tell whether an entry is what it was when it was mirrored; then it is remembered on."""
-    known = mirror.known.get(path) == _identity(status)
-    if known:
-        mirror.seen[path] = _identity(status)
-    return known
-
-
-def _remember(mirror: Mirror, path: str, status: os.stat_result) -> None:
-    """Note what an entry was before it was read, unless a later change could bear the same time stamp."""
-    if status.st_ctime_ns < mirror.settled_ns:
-        mirror.seen[path] = _identity(status)
 
 
 def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
