@@ -567,47 +567,44 @@ def _mirror_directory(
     others = _link_files(live, copy, present) if linked else os.listdir(live)
     found = _statuses(mirror, path, others, live)
     directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
+    longest_name = LONGEST_PATH - 1 - len(os.fsencode(os.path.join(mirror.target, path)))
     for name, entry in found.items():
         below = os.path.join(path, name)
-        unchanged = settled and name in present and _is_unchanged(mirror, name, entry, copy)
         if stat.S_ISSOCK(entry.st_mode):
             continue
-        if len(os.fsencode(mirror.target / below)) > LONGEST_PATH:
+        if len(os.fsencode(name)) > longest_name:
             mirror.unread[below] = f"its path has more than {LONGEST_PATH} bytes"
             continue
-        present.pop(name, None)
+        is_there = present.pop(name, None) is not None
+        unchanged = _copy_of_unchanged(mirror, name, entry, copy) if settled and is_there else None
         if name in directories:
             may_link = mirror.may_link(below, directories)
-            if not (may_link and unchanged and _holds_links_only(name, copy)):
+            # One that has not changed and that holds nothing but links is not listed.
+            if not (may_link and unchanged and unchanged.st_atime_ns == ONLY_LINKS_NS):
                 _mirror_child(mirror, below, may_link, settled, live, copy)
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
     for name in present:
         remove_at(name, copy)
     _set_metadata(".", status, copy)
-    if linked:
-        os.utime(copy, ns=(ONLY_LINKS_NS if not others else 0, status.st_mtime_ns))
+    if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
+        os.utime(copy, ns=(0 if others else ONLY_LINKS_NS, status.st_mtime_ns))
 
 
-def _is_unchanged(mirror: Mirror, name: str, status: os.stat_result, copy: int) -> bool:
-    """Tell whether an entry is what it was in the last pass, if the directories on the way to it are.
+def _copy_of_unchanged(
+    mirror: Mirror, name: str, status: os.stat_result, copy: int
+) -> Optional[os.stat_result]:
+    """Return the status of an entry's copy if the entry is what it was in the last pass.
 
-    status: that of the entry. copy: the descriptor of the directory in which its copy is.
+    That the directories on the way to it are is for the caller to tell. status: that of the entry.
+    copy: the descriptor of the directory in which its copy is.
     """
     if status.st_ctime_ns >= mirror.settled_ns:
-        return False
+        return None
     then = os.stat(name, dir_fd=copy, follow_symlinks=False)
-    same_size = status.st_size == then.st_size or stat.S_ISDIR(status.st_mode)
     same_kind = stat.S_IFMT(status.st_mode) == stat.S_IFMT(then.st_mode)
-    return same_kind and same_size and status.st_mtime_ns == then.st_mtime_ns
-
-
-def _holds_links_only(name: str, copy: int) -> bool:
-    """Tell whether all in a directory of the mirror are links, so that it need not be listed.
-
-    That is noted in its access time, which no backup keeps. copy: the descriptor of what holds it.
-    """
-    return os.stat(name, dir_fd=copy, follow_symlinks=False).st_atime_ns == ONLY_LINKS_NS
+    same_size = status.st_size == then.st_size or stat.S_ISDIR(status.st_mode)
+    return then if same_kind and same_size and status.st_mtime_ns == then.st_mtime_ns else None
 
 
 def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
