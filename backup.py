@@ -925,6 +925,9 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     with utils.services_stopped(night.services, night.paths.stopped, night.environment, lock, record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
+    if record.downtime.awake:
+        record.warn(f"something started mail while it was to be down, {record.downtime.awake}: the backup may hold "
+                    "half of what it wrote; see what did")
 
 
 def snapshot_of(paths: Paths) -> Path:

@@ -54,9 +54,10 @@ TIMED_OUT = 124
 NOT_EXECUTABLE = 126
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# Of systemd's units, see systemctl(1): states in which they run, and which others stop with one or would start it again.
+# Of systemd's units, see org.freedesktop.systemd1(5): states in which they run, and who stops with one.
 RUNNING_STATES = ("active", "reloading", "activating")
-RELATED_UNITS = ("ConsistsOf", "RequiredBy", "RequisiteOf", "BoundBy", "TriggeredBy")
+STOPPED_WITH = ("ConsistsOf", "RequiredBy", "RequisiteOf", "BoundBy", "PropagatesStopTo")
+UNIT_PROPERTIES = ("Id", "ActiveState", "LoadState", "Transient", "Type", "Job", "TriggeredBy", *STOPPED_WITH)
 
 log = logging.getLogger(__name__)
 
@@ -729,8 +730,8 @@ def _copy_data(source: int, target: int, size: int) -> None:
 
 
 def _is_gone(error: OSError) -> bool:
-    """Tell whether an entry was removed, or became something else, just as it was opened."""
-    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+    """Tell whether an entry was removed, or became something else, just as it was opened or read as a link."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 
 
 def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
@@ -1059,11 +1060,13 @@ class Downtime:
     """What became of the services.
 
     seconds: from the first stop until all are known to run again. not_started: why services could
-    not be started again, by their line, see ServiceManager.
+    not be started again, by their line, see ServiceManager. awake: which ran again before that, as
+    somebody else had started them; empty if none did.
     """
 
     seconds: float = 0.0
     not_started: dict[str, str] = field(default_factory=dict)
+    awake: str = ""
 
 
 class ServiceManager:
@@ -1116,12 +1119,16 @@ class ServiceManager:
         it exits 0 (seen: 3.7.11). Returns why services do not run, by their line.
         """
         failed = {line: self.failure(*self.command("start", line)) for line in lines}
-        failed.update(self.not_running([line for line in lines if not failed[line]]))
-        return {line: why for line, why in failed.items() if why}
+        return {line: failed[line] or why for line, why in self.not_running(lines).items()}
 
     def not_running(self, lines: Sequence[str]) -> dict[str, str]:
         """Return how those services answered that do not run, by their line."""
-        return {line: self.failure(*self.command("status", line)) for line in lines}
+        answers = {line: self.failure(*self.command("status", line)) for line in lines}
+        return {line: why for line, why in answers.items() if why}
+
+    def awake(self, lines: Sequence[str]) -> str:
+        """Return which of the services that were stopped run again, as far as that can be told."""
+        return ""
 
     def outliving(self) -> list[str]:
         """Return what to put before a command so that it outlives this process: here nothing."""
@@ -1138,39 +1145,74 @@ class Systemd(ServiceManager):
     program = "systemctl"
     starts_daemons = False  # they are systemd's children, not systemctl's
 
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked for.
+        super().__init__({name: value for name, value in environment.items()
+                          if not name.startswith("SYSTEMD_")})
+
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run, see ServiceManager.
 
         A line has all running units that go down with the service, and before them the sockets
-        that would start it again, lest they do so between their stop and its own.
+        that would start it again, lest they do so between their stop and its own. Raises Failure
+        also if a unit could not be started again.
         """
         lines = []
         for name in names:
-            states: dict[str, str] = {}
+            units = self.settled_units(f"{name.removesuffix('.service')}.service")
+            running = [unit for unit in units if unit["ActiveState"] in RUNNING_STATES]
+            for unit in running:
+                kind = "transient" if unit.get("Transient") == "yes" else unit["LoadState"]
+                if kind != "loaded":
+                    raise Failure(f"{unit['Id']} runs and could not be started again, for it is "
+                                  f"{kind}; mend that first")
+            # A target is left to itself: to start it would start what was not running, too.
+            started = sorted((unit["Id"] for unit in running if not unit["Id"].endswith(".target")),
+                             key=lambda unit: (unit.endswith(".service"), unit))
+            if started:
+                lines.append(" ".join(started))
+        return lines
+
+    def settled_units(self, name: str) -> list[dict[str, str]]:
+        """Return the units that go down with one, itself too, when none is just started or stopped.
+
+        A oneshot that is under way is left out: neither is it waited for, nor begun anew. Raises
+        Failure if it takes over 120 seconds.
+        """
+        deadline = time.monotonic() + SERVICE_SECONDS
+        while True:
+            units: dict[str, dict[str, str]] = {}
             wanted = {name}
             while wanted:
                 found = self.show(wanted)
-                states.update((unit["Id"], unit["ActiveState"]) for unit in found)
-                related = " ".join(unit[key] for unit in found for key in RELATED_UNITS).split()
-                wanted = {unit for unit in related if unit.endswith((".service", ".socket"))}
-                wanted -= states.keys()
-            running = [unit for unit, state in states.items() if state in RUNNING_STATES]
-            if running:
-                running.sort(key=lambda unit: (unit.endswith(".service"), unit))
-                lines.append(" ".join(running))
-        return lines
+                units.update((unit["Id"], unit) for unit in found)
+                stopped = " ".join(unit.get(key, "") for unit in found for key in STOPPED_WITH)
+                triggers = " ".join(unit.get("TriggeredBy", "") for unit in found).split()
+                sockets = {unit for unit in triggers if unit.endswith(".socket")}
+                wanted = sockets.union(stopped.split()) - units.keys()
+            settled = [unit for unit in units.values()
+                       if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")]
+            busy = [unit["Id"] for unit in settled
+                    if unit.get("Job") or unit["ActiveState"] == "deactivating"]
+            if not busy:
+                return settled
+            if time.monotonic() > deadline:
+                raise Failure(f"{busy[0]} is still being started or stopped; "
+                              "wait for it, or mend it")
+            pause(WATCH_SECONDS)
 
     def show(self, units: Collection[str]) -> list[dict[str, str]]:
-        """Return what systemd tells of units: name, state and related units. Raises Failure."""
+        """Return the properties of units, in their order. Raises Failure."""
         lines: list[str] = []
-        properties = ",".join(("Id", "ActiveState", *RELATED_UNITS))
-        command = ["systemctl", "show", f"--property={properties}", "--", *units]
+        command = ["systemctl", "show", f"--property={','.join(UNIT_PROPERTIES)}", "--", *units]
         answer = self.run(*command, on_line=lines.append, interruptible=True)
-        if answer.exit_code:
+        blocks = [dict(line.partition("=")[::2] for line in block.splitlines())
+                  for block in "\n".join(lines).split("\n\n")]
+        told = all({"Id", "ActiveState", "LoadState"} <= block.keys() for block in blocks)
+        if answer.exit_code or not told:
             raise Failure("it cannot be told which services run; mend that first: "
                           f"{shlex.join(command)} ended with {answer}")
-        blocks = "\n".join(lines).split("\n\n")
-        return [dict(line.split("=", 1) for line in block.splitlines()) for block in blocks]
+        return blocks
 
     def command(self, action: str, line: str) -> list[str]:
         """Return the command that does this to a service, see ServiceManager."""
@@ -1178,8 +1220,11 @@ class Systemd(ServiceManager):
 
     def stop(self, lines: Sequence[str]) -> str:
         """Stop services in this order, see ServiceManager; each unit must then have ended."""
-        why = super().stop(lines)
-        return why or "; ".join(self.states_but(lines, "inactive", "failed").values())
+        return super().stop(lines) or self.awake(lines)
+
+    def awake(self, lines: Sequence[str]) -> str:
+        """Return which of the units that were stopped are in another state than that."""
+        return "; ".join(self.states_but(lines, "inactive", "failed").values())
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, see ServiceManager, past the limit on frequent starts."""
@@ -1197,9 +1242,10 @@ class Systemd(ServiceManager):
         states = dict(zip(" ".join(lines).split(), answers))
         told = {}
         for line in lines:
-            others = [unit for unit in line.split() if states.get(unit) not in wanted]
+            others = [f"{unit} is {states.get(unit, 'unknown')}" for unit in line.split()
+                      if states.get(unit) not in wanted]
             if others:
-                told[line] = ", ".join(f"{unit} is {states.get(unit, 'unknown')}" for unit in others)
+                told[line] = ", ".join(others)
         return told
 
     def outliving(self) -> list[str]:
@@ -1292,7 +1338,7 @@ def services_stopped(
             lines = services_to_start(list_path, running)
             not_started = start_services(lines, list_path, environment)
             back = Downtime(time.monotonic() - began, not_started)
-        downtime.not_started, downtime.seconds = back.not_started, back.seconds
+        vars(downtime).update(vars(back))
 
 
 def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
@@ -1328,13 +1374,16 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
     except OSError as error:
         _tell(f"cannot write {list_path}: {error.strerror}")
         return 1
+    manager = service_manager(environment)
     began = time.monotonic()
-    failed = service_manager(environment).stop(lines)
+    failed = manager.stop(lines)
     _tell(failed)
+    awake = ""
     if not failed:
         sys.stdin.read()
+        awake = manager.awake(lines)
     not_started = start_services(listed, list_path, environment)
-    _tell(asdict(Downtime(time.monotonic() - began, not_started)))
+    _tell(asdict(Downtime(time.monotonic() - began, not_started, awake)))
     return 5 if not_started else 0
 
 

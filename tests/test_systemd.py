@@ -166,6 +166,75 @@ def test_service_that_is_not_running(machine: Machine) -> None:
     machine.wait_for_ports(PORTS_SECONDS)
 
 
+def add_unit(machine: Machine, name: str, text: str) -> None:
+    """Add a unit to a machine."""
+    machine.shell(f"printf '%b' '{text}\\n' > '/etc/systemd/system/{name}'; systemctl daemon-reload")
+
+
+def remove_unit(machine: Machine, name: str) -> None:
+    """Stop it and take it back."""
+    machine.shell(f"systemctl stop '{name}'; rm '/etc/systemd/system/{name}'; systemctl daemon-reload")
+
+
+def test_units_that_go_down_with_dovecot(machine: Machine) -> None:
+    """A timer and a service that need it run again afterwards; a job of theirs that is under way is not begun anew."""
+    needs = "[Unit]\\nRequires=dovecot.service\\nAfter=dovecot.service\\n"
+    add_unit(machine, "purge.service", f"{needs}[Service]\\nType=oneshot\\nExecStart=/bin/sleep 300")
+    add_unit(machine, "purge.timer", f"{needs}[Timer]\\nOnCalendar=2100-01-01")
+    add_unit(machine, "filter.service", f"{needs}[Service]\\nExecStart=/bin/sleep 1000")
+    machine.shell("systemctl start purge.timer filter; systemctl start --no-block purge.service")
+    try:
+        wait_until(lambda: machine.state("purge.service") == "activating", "the job is under way")
+        machine.back_up()
+        assert {machine.state(unit) for unit in ("dovecot", "purge.timer", "filter.service")} == {"active"}
+        assert machine.state("purge.service") == "failed"  # it was ended with dovecot
+        assert_good_next_night(machine)
+    finally:
+        for unit in ("purge.timer", "purge.service", "filter.service"):
+            remove_unit(machine, unit)
+
+
+def test_service_that_could_not_be_started_again(machine: Machine) -> None:
+    """What has been masked since it was started is not stopped: exit 1, and mail runs on."""
+    machine.run("systemctl", "mask", "--runtime", "dovecot.service")
+    try:
+        assert "dovecot.service runs and could not be started again, for it is masked" in machine.back_up(exit_code=1)
+        assert machine.greetings() == ["* OK", "220 "]
+    finally:
+        machine.run("systemctl", "unmask", "--runtime", "dovecot.service")
+    assert_good_next_night(machine)
+
+
+def test_restart_that_is_under_way(machine: Machine) -> None:
+    """It is waited for: postfix is not taken for stopped, to write to its queue during the second pass."""
+    machine.drop_in(machine.postfix, "slow", "ExecStopPost=/bin/sleep 2")
+    try:
+        machine.run("systemctl", "restart", "--no-block", machine.postfix)
+        wait_until(lambda: machine.state(machine.postfix) == "deactivating", "the restart is under way")
+        start_run(machine)
+        assert set(states_in_second_pass(machine)) <= {"inactive", "failed", "unknown"}
+        wait_for_end(machine)
+    finally:
+        machine.remove_drop_in(machine.postfix, "slow")
+    assert last_run(machine)["exit_code"] == 0
+    assert_good_next_night(machine)
+
+
+def test_service_that_somebody_starts(machine: Machine) -> None:
+    """What starts dovecot while it is to be down is told of, exit 3."""
+    machine.run("touch", "/tmp/hold")
+    try:
+        start_run(machine)
+        states_in_second_pass(machine)
+        machine.run("systemctl", "start", "dovecot")
+    finally:
+        machine.run("rm", "/tmp/hold")
+    wait_for_end(machine)
+    assert last_run(machine)["exit_code"] == 3
+    assert "dovecot.service is active" in str(last_run(machine)["message"])
+    assert_good_next_night(machine)
+
+
 def test_socket_that_would_wake_dovecot(machine: Machine) -> None:
     """Clients that knock at dovecot.socket all the time do not start dovecot before its time, and are served again afterwards."""
     machine.drop_in("dovecot.socket", "local", "\\n[Socket]\\nListenStream=\\nListenStream=127.0.0.1:143")
@@ -272,7 +341,7 @@ def test_shutdown_while_mail_is_down(tmp_path: Path, release: str) -> None:
         start_run(machine)
         states_in_second_pass(machine)
         machine.run("systemctl", "poweroff", exit_code=None)
-        wait_until(machine.is_over, "the machine is off", 20)
+        wait_until(machine.is_over, "the machine is off", 30)
 
 
 def test_test_command_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
