@@ -2008,7 +2008,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="check every backup file")
     parser.add_argument("--compare", action="store_true", help="with --verify: also against the live files")
     parser.add_argument("--list", action="store_true", help="list the files in a backup")
-    parser.add_argument("--restore", metavar="DIR", type=Path, help="restore into DIR, which does not exist yet or is empty")
+    parser.add_argument("--restore", metavar="DIR", help="restore into DIR, which does not exist yet or is empty")
     parser.add_argument("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
     parser.add_argument("--time", metavar="TIME", help="with --list, --restore: as of TIME, such as 3D or 2026-11-20")
     parser.add_argument("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
@@ -2017,6 +2017,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"backup.py {VERSION}")
     options = parser.parse_args(arguments)
     commands = [name for name in ("status", "verify", "list", "restore") if getattr(options, name) not in (None, False)]
+    if options.restore == "":
+        parser.error("--restore is empty; name a directory")
     if len(commands) > 1 or commands and (options.full or options.dry_run):
         parser.error(f"--{commands[0]} goes with no other command")
     belongs = {"json": ["status"], "html": ["status"], "compare": ["verify"], "path": ["restore"], "time": ["list", "restore"]}
@@ -2076,7 +2078,7 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
         if options.list:
             names = list_files(reader, time_options(reader, options.time))
         elif options.restore is not None:
-            restore(reader, options.restore.absolute(), options.path, options.time)
+            restore(reader, Path(options.restore).absolute(), options.path, options.time)
         else:
             wrong = verify(reader) + (compare(reader) if options.compare else [])
     utils.raise_if_interrupted()

@@ -264,6 +264,7 @@ def test_mirror_equals_the_tree(
             os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
     time.sleep(0.03)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sync", lambda: None)  # on a busy disk it takes seconds; each store above is by a new mapping
         patch.setattr(utils, "SETTLED_SECONDS", 0.02)
         patch.setattr(utils, "SHORT_PASS_SECONDS", short_pass)
         stack = contextlib.ExitStack()

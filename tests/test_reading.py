@@ -341,7 +341,7 @@ def test_reading_needs_no_room_in_backup(copy: Store) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--verify", "--list"], ["--list", "--full"], ["--compare"], ["--path", "x"], ["--time", "3D"], ["--restore"],
+    ["--verify", "--list"], ["--list", "--full"], ["--compare"], ["--path", "x"], ["--time", "3D"], ["--restore"], ["--restore", ""],
     ["--verify", "--path", "x"], ["--verify", "--time", "3D"]])
 def test_wrong_usage_of_commands(store: Store, arguments: list[str]) -> None:
     """Exit 2, one sentence."""
