@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import utils
 from conftest import PYTHON, Store
 
 STOPS = ["dovecot stop", "postfix stop"]
@@ -340,3 +341,133 @@ def test_services_left_stopped_come_back_before_a_refusal(keyed: Store) -> None:
     (keyed.backups / "secret_key.txt").chmod(0o644)
     assert "chmod 600" in keyed.backup(exit_code=2).stderr
     assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
+
+
+# systemd, of which test_systemd has the real one: here its answers are a stand-in's
+
+# Keeps the properties of each unit in a file of its name. UNIT.busy is answered once, before UNIT.
+SYSTEMCTL = """#!/bin/sh
+cd "${0%/*}/units" || exit 9
+echo "$*" >> ../calls
+action=$1
+while [ "$1" != -- ]; do shift; done
+shift
+for unit; do
+    case $action in
+    show)
+        if [ -e "$unit.busy" ]; then cat "$unit.busy"; rm "$unit.busy"; else cat "$unit" || exit 1; fi
+        echo;;
+    is-active) sed -n s/ActiveState=//p "$unit";;
+    stop) [ -e "$unit.stays" ] || sed -i s/ActiveState=.*/ActiveState=inactive/ "$unit";;
+    start) [ ! -e "$unit.fails" ] || exit 1; sed -i s/ActiveState=.*/ActiveState=active/ "$unit";;
+    esac
+done
+"""
+
+
+class Units:
+    """The units of a stand-in for systemctl."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place / "units"
+        self.place.mkdir()
+        for name, text in (("systemctl", SYSTEMCTL), ("systemd-run", "#!/bin/sh\nexit 0\n")):
+            (place / name).write_text(text)
+            (place / name).chmod(0o755)
+        self.manager = utils.Systemd({"PATH": f"{place}:/usr/bin:/bin", "SYSTEMD_LOG_LEVEL": "debug"})
+
+    def put(self, name: str, state: str = "active", suffix: str = "", **properties: str) -> None:
+        """Write down a unit. suffix: of the file's name."""
+        told = {"Id": name, "ActiveState": state, "LoadState": "loaded", "Job": "", **properties}
+        (self.place / f"{name}{suffix}").write_text("".join(f"{key}={text}\n" for key, text in told.items()))
+
+    def calls(self) -> list[str]:
+        """Return the calls that change something."""
+        lines = (self.place.parent / "calls").read_text().splitlines()
+        return [line for line in lines if line.split()[0] in ("stop", "start")]
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> Units:
+    """A dovecot that runs, with all that may belong to it, and a postfix as on Debian 12."""
+    made = Units(tmp_path)
+    made.put("dovecot.service", TriggeredBy="dovecot.socket dovecot.timer", RequiredBy="filter.service mail.target purge.service")
+    made.put("dovecot.socket")
+    made.put("filter.service", BoundBy="stopped.service")
+    made.put("mail.target", ConsistsOf="web.service")
+    made.put("web.service")
+    made.put("purge.service", "activating", Type="oneshot")
+    made.put("stopped.service", "inactive")
+    made.put("postfix.service", ConsistsOf="postfix@-.service")
+    made.put("postfix@-.service")
+    return made
+
+
+DOVECOT, POSTFIX = "dovecot.socket dovecot.service filter.service web.service", "postfix.service postfix@-.service"
+
+
+def test_units_that_are_stopped(units: Units) -> None:
+    """All that goes down with a service and runs, first the socket that would start it again; no target, and no job under way."""
+    assert units.manager.running(["dovecot", "postfix.service"]) == [DOVECOT, POSTFIX]
+    for unit in POSTFIX.split():
+        units.put(unit, "inactive")
+    assert units.manager.running(["postfix"]) == []
+
+
+def test_units_stop_and_start_by_service(units: Units) -> None:
+    """In one command for each service, in order, both ways."""
+    lines = units.manager.running(["dovecot", "postfix"])
+    assert units.manager.stop(lines) == "" and units.manager.awake(lines) == ""
+    assert units.manager.start(lines) == {}
+    assert units.calls() == [f"{action} -- {line}" for action in ("stop", "start") for line in lines]
+
+
+def test_unit_that_does_not_stop(units: Units) -> None:
+    """systemctl says well, and the unit is still there: it is not believed."""
+    (units.place / "postfix@-.service.stays").touch()
+    assert units.manager.stop([DOVECOT, POSTFIX]) == "postfix@-.service is active"
+
+
+def test_unit_that_does_not_start(units: Units) -> None:
+    """Its service is named with what systemctl said; the other one is started all the same."""
+    units.manager.stop([DOVECOT, POSTFIX])
+    (units.place / "web.service.fails").touch()
+    failed = units.manager.start([DOVECOT, POSTFIX])
+    assert list(failed) == [DOVECOT] and "ended with exit code 1" in failed[DOVECOT]
+    assert units.manager.awake([POSTFIX]) == "postfix.service is active, postfix@-.service is active"
+
+
+@pytest.mark.parametrize("properties, kind", [({"LoadState": "masked"}, "masked"), ({"Transient": "yes"}, "transient")])
+def test_unit_that_could_not_be_started_again(units: Units, properties: dict[str, str], kind: str) -> None:
+    """It is not stopped: no backup is better than no mail."""
+    units.put("filter.service", **properties)
+    with pytest.raises(utils.Failure, match=f"filter.service runs and could not be started again, for it is {kind}"):
+        units.manager.running(["dovecot"])
+
+
+def test_unit_that_is_busy(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is just being stopped is waited for, but not for ever."""
+    units.put("dovecot.service", "deactivating", ".busy")
+    assert units.manager.running(["dovecot"]) == [DOVECOT]
+    units.put("dovecot.service", "inactive", Job="17")
+    monkeypatch.setattr(utils, "SERVICE_SECONDS", 1)
+    monkeypatch.setattr(utils, "WATCH_SECONDS", 0.1)
+    with pytest.raises(utils.Failure, match="dovecot.service is still being started or stopped"):
+        units.manager.running(["dovecot"])
+
+
+def test_answer_that_is_none(units: Units) -> None:
+    """Where systemctl fails, or tells something else, nothing is stopped."""
+    with pytest.raises(utils.Failure, match="it cannot be told which services run"):
+        units.manager.running(["unknown"])
+    (units.place / "dovecot.service").write_text("rubbish\n")
+    with pytest.raises(utils.Failure, match="it cannot be told which services run"):
+        units.manager.running(["dovecot"])
+
+
+def test_scope(units: Units, caplog: pytest.LogCaptureFixture) -> None:
+    """The keeper is started in a scope of its own where one can be had; where not that is said."""
+    assert units.manager.outliving()[:2] == ["systemd-run", "--scope"]
+    (units.place.parent / "systemd-run").write_text("#!/bin/sh\nexit 1\n")
+    with caplog.at_level("INFO"):
+        assert units.manager.outliving() == [] and "mail stays down if" in caplog.text
