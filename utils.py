@@ -1096,11 +1096,11 @@ class ServiceManager:
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run. Raises Failure if one does not answer."""
-        answers = {name: self.run("service", name, "status", interruptible=True) for name in names}
+        answers = {name: self.run(*self.command("status", name), interruptible=True) for name in names}
         for name, answer in answers.items():
             if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
                 raise Failure(f"it cannot be told whether {name} runs; mend it first: "
-                              f"service {name} status ended with {answer}")
+                              f"{shlex.join(self.command('status', name))} ended with {answer}")
         return [name for name, answer in answers.items() if answer.exit_code == 0]
 
     def command(self, action: str, line: str) -> list[str]:

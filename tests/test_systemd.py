@@ -50,31 +50,30 @@ taken = []
 while os.path.exists("/proc/" + victim) and len(taken) < 1000:
     taken.append(b"x" * 1000000)
 """
-MACHINES = [pytest.param(release, id=release) for release in UNITS]
 
 
-def prepare(machine: Machine, place: Path) -> None:
+def prepare(machine: Machine) -> None:
     """Put what the tests need into a machine."""
-    (place / "home/second-pass").mkdir()
-    (place / "home/second-pass/sitecustomize.py").write_text(SECOND_PASS)
-    (place / "home/hog.py").write_text(HOG)
+    (machine.home / "second-pass").mkdir()
+    (machine.home / "second-pass/sitecustomize.py").write_text(SECOND_PASS)
+    (machine.home / "hog.py").write_text(HOG)
 
 
-@pytest.fixture(scope="module", params=MACHINES)
+@pytest.fixture(scope="module", params=UNITS)
 def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A machine of each release, with mail running."""
     place = tmp_path_factory.mktemp(request.param)
     with machine_of(request.param, place) as running:
-        prepare(running, place)
+        prepare(running)
         yield running
 
 
-@pytest.fixture(scope="module", params=MACHINES)
+@pytest.fixture(scope="module", params=UNITS)
 def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """The same where systemd can limit the memory of a unit."""
     place = tmp_path_factory.mktemp(f"{request.param}-limited")
     with machine_of(request.param, place, legacy=True) as running:
-        prepare(running, place)
+        prepare(running)
         yield running
 
 
@@ -325,7 +324,7 @@ def test_no_scope(machine: Machine) -> None:
 def test_shutdown_while_mail_is_down(tmp_path: Path, release: str) -> None:
     """It waits for the keeper no longer than the 10 seconds that its scope has."""
     with machine_of(release, tmp_path) as machine:
-        prepare(machine, tmp_path)
+        prepare(machine)
         machine.run("touch", "/tmp/hold")
         start_run(machine)
         states_in_second_pass(machine)
