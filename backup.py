@@ -1,11 +1,16 @@
 #!/usr/bin/python3
-"""Nightly backup of a mail server's user data: duplicity, encrypted, with mail down for no longer than a restart takes.
+"""Nightly backup of a mail server's user data: duplicity, encrypted, mail down for a restart.
 
-The night: check all that can be checked, take the lock, mend what a run that died has left, migrate the layout of old, decide
-between a full and an incremental backup, copy the tree while mail runs, stop mail, bring the copy up to date, start mail again,
-have duplicity read the copy, believe the new set only when it is proved, prune, and tell the after-backup hook. `perform_backup` is
-that list; all else in here is one of its steps, the status, or the command line. A mail server's admin needs nothing but duplicity
-and the first line of secret_key.txt to restore.
+The night: check all that can be checked, take the lock, mend what a run that died has left, migrate
+the layout of old, decide between a full and an incremental backup, copy the tree while mail runs,
+stop mail, bring the copy up to date, start mail again, have duplicity read the copy, believe the
+new set only when it is proved, prune, and tell the after-backup hook. `perform_backup` is that list;
+all else in here is one of its steps, the status, or the command line.
+
+STORAGE_USER can rename whatever is in STORAGE_ROOT, backup/ too, but nothing inside backup/. So a
+run works inside it: every path there is relative, and no renaming leads anywhere else.
+
+To restore, a mail server's admin needs nothing but duplicity and the first line of secret_key.txt.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import glob
 import hashlib
 import html
 import io
+import itertools
 import json
 import logging
 import math
@@ -27,16 +33,17 @@ import pwd
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, Optional, ParamSpec, Union
+from typing import Any, NoReturn, Optional
 
 from dateutil.parser import isoparse
 from dateutil.relativedelta import relativedelta
@@ -47,43 +54,65 @@ from utils import Downtime, Failure, Finished, Interrupted, printable
 VERSION = "1.0"
 SETTINGS_FILE = Path("/etc/mailinabox.conf")
 RUN_DIRECTORY = Path("/run")
+
+# What is in backup/, the working directory of a run. That of a command that reads has the same names.
+KEY = Path("secret_key.txt")  # the passphrase is its first line
+ENCRYPTED = Path("encrypted")  # duplicity's target
+CACHE = Path("cache")  # for duplicity's archive directory
+ARCHIVE = CACHE / "backup"
+SNAPSHOT = Path("snapshot")  # the copy of the tree
+TEMPORARY = Path("tmp")  # duplicity's temporary directory
+LOCK = Path("lock")
+LAST_RUN = Path("last-run.json")
+PLAIN = Path("duplicity")  # plain backups, in the legacy layout
+LEGACY = Path("legacy")  # openssl copies that have no plain original
+READER_PREFIX = "reader-"
+
+# In STORAGE_ROOT: the copy, where backup/ is a file system of its own, and the plain backups of the
+# legacy layout, until a backup contains them.
+COPY_BESIDE = ".backup-snapshot"
 MIGRATED = "migrated_unencrypted_backup"
+
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 KEY_CHARACTERS = 43
-KEY_ITERATIONS = 1_048_576  # 48 random bytes need no stretching, and the 65 million of gpg cost 0.3 s a file
+KEY_ITERATIONS = 1_048_576  # a random key needs no stretching, and gpg's 65 million cost 0.3 s a file
 VOLUME_MEGABYTES = 250
 TEMPORARY_BYTES = 575_000_000  # duplicity 3.2.1 keeps up to 2.3 volumes in its temporary directory
 RESERVE_BYTES = 1_000_000_000
 SPARE_BYTES = 2_000_000_000
-READER_PREFIX = "reader-"
 SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
-AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY, "M": 30 * DAY,
-               "Y": 365 * DAY, "y": 365 * DAY}
+AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
+               "M": 30 * DAY, "Y": 365 * DAY, "y": 365 * DAY}
 
-# Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part and .gz only in the archive directory.
+# Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part
+# and .gz only in the archive directory.
 STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
-SET_FILE = re.compile(rf"duplicity-(full|inc)\.(?:({STAMP})\.to\.)?({STAMP})\.(manifest|vol\d+\.difftar|jsonstat)\.gpg")
-SIGNATURES = re.compile(rf"duplicity-(full|new)-signatures\.(?:({STAMP})\.to\.)?({STAMP})\.sigtar\.gpg")
+SET_FILE = re.compile(
+    rf"duplicity-(full|inc)\.(?:({STAMP})\.to\.)?({STAMP})\.(manifest|vol\d+\.difftar|jsonstat)\.gpg")
+SIGNATURES = re.compile(
+    rf"duplicity-(full|new)-signatures\.(?:({STAMP})\.to\.)?({STAMP})\.sigtar\.gpg")
 ARCHIVE_FILE = re.compile(
     rf"duplicity-(?:full|inc|full-signatures|new-signatures)\.(?:{STAMP}\.to\.)?({STAMP})\."
     r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)(?:\.(?:gpg|gz|part))*")
 
-# Of duplicity's exit codes, from its log.py (0.8.22 and 3.2.1), those that an admin can do something about.
+# Of duplicity's exit codes, from its log.py (0.8.22 and 3.2.1), those an admin can do something about.
 DUPLICITY_EXIT_CODES = {
     2: "duplicity does not take these options; install version 0.8.21 or newer",
     5: "duplicity finds a damaged file in its archive directory; run the backup again",
     17: "duplicity finds no complete chain to add to; run the backup with --full",
     19: "the path is not in the backup; name one that is",
-    21: "a backup file does not match its checksum; see which with --verify, take an older backup with --time, or your copy elsewhere",
-    23: "duplicity was refused what it needs, or another duplicity uses the archive directory; end that one",
-    30: "duplicity met an error of its own; see its last lines, then run the backup with --full",
+    21: "a backup file does not match its checksum; see which with --verify, take an older backup "
+        "with --time, or your copy elsewhere",
+    23: "duplicity was refused what it needs, or another duplicity uses the archive directory; "
+        "end that one",
+    30: "duplicity met an error of its own; see its last lines, and what --verify tells",
     31: "gpg failed; see its last lines and check secret_key.txt and the installation of gpg",
     34: "duplicity's temporary directory has no room; make room on that disk",
     35: "duplicity's temporary directory has no room; make room on that disk",
@@ -92,12 +121,14 @@ DUPLICITY_EXIT_CODES = {
     utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
 }
 
-# What a damaged archive directory leads to (seen: 0.8.22; 1 of 3.2.1); it holds nothing that is not in the target, too.
+# What a damaged archive directory leads to (seen: 0.8.22; 1 of 3.2.1); it holds nothing that is not
+# in the target, too.
 DAMAGED_ARCHIVE_CODES = (1, 5, 20, 30)
+
+LOW_PRIORITY = ["nice", "-n", "19", "ionice", "-t", "-c", "3"]  # -t: a container may forbid it
 
 log = logging.getLogger("backup")
 Draw = Callable[[int, Optional[int]], None]
-Arguments = ParamSpec("Arguments")
 
 
 # What a run knows
@@ -105,41 +136,41 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass(frozen=True)
 class Paths:
-    """Every path that is used, computed once; the comments are the design's."""
+    """The paths outside of backup/, and its own; absolute."""
 
     root: Path
     backup: Path
-    key: Path  # the passphrase is its first line
-    encrypted: Path  # duplicity's target
-    cache: Path  # duplicity's archive directory
-    snapshots: tuple[Path, Path]  # where a copy of the tree may be: in backup/, or beside it if that is on another disk
-    temporary: Path  # duplicity's temporary directory
-    lock: Path
-    last_run: Path
-    plain: Path  # of the legacy layout
-    legacy: Path  # openssl copies that have no plain original
-    migrated: Path  # the plain files of the legacy layout, until a backup contains them
-    gnupg: Path  # gpg's home for a run
+    copy_beside: Path
+    migrated: Path
+    gnupg: Path  # gpg's home for this process
     stopped: Path  # lists the services that are to come back
 
 
 @dataclass(frozen=True)
-class Night:
-    """What a run knows from the start. settings: those of the file. environment: for the programs it runs. now: when it began."""
+class Work:
+    """What every command knows that runs programs. environment: for them."""
+
+    paths: Paths
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Night(Work):
+    """What a run knows from the start. settings: those of the file. now: when it began."""
 
     settings: Mapping[str, str]
-    paths: Paths
     user: pwd.struct_passwd
     keep_days: int
     services: tuple[str, ...]
-    environment: Mapping[str, str]
     now: datetime
-    verbose: bool = False
 
 
 @dataclass
 class Record:
-    """How a run goes, as last-run.json tells it. attention: what an admin must look at although the backup was made."""
+    """How a run goes, as last-run.json tells it.
+
+    attention: what an admin must look at although the backup was made.
+    """
 
     kind: Optional[str] = None
     source: Optional[str] = None
@@ -157,14 +188,12 @@ class Record:
             self.attention.append(message)
 
 
-def needs_attention_at_most(
-    step: Callable[Concatenate[Night, Record, Arguments], None]
-) -> Callable[Concatenate[Night, Record, Arguments], None]:
-    """Make a step, of those that come when the backup was made, one whose failure needs attention and does not end the run."""
+def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
+    """Make a step, of those after the backup was made, one whose failure does not end the run."""
     @functools.wraps(step)
-    def taken(night: Night, record: Record, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> None:
+    def taken(night: Night, record: Record, *arguments: object) -> None:
         try:
-            step(night, record, *arguments, **named)
+            step(night, record, *arguments)
         except (Failure, OSError) as error:
             record.warn(str(failure_of(error)))
     return taken
@@ -176,7 +205,11 @@ DirectoryState = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class BackupSet:
-    """One full or incremental backup. stamp: its end, previous: that of the set it builds on; files: names in encrypted/; size in bytes."""
+    """One full or incremental backup.
+
+    stamp: when it was begun. previous: the stamp of the set it builds on, None for a full. files:
+    names in encrypted/. size: of all of them, in bytes.
+    """
 
     stamp: str
     previous: Optional[str]
@@ -197,7 +230,13 @@ class BackupSet:
     @property
     def metadata(self) -> list[str]:
         """The names of all files but the volumes, the manifest, which is small, first."""
-        return sorted((name for name in self.files if ".difftar." not in name), key=lambda name: (".manifest." not in name, name))
+        others = self.files - self.volumes - {self.manifest}
+        return [self.manifest, *sorted(others)]
+
+    @property
+    def volumes(self) -> frozenset[str]:
+        """The names of the files that hold what was backed up."""
+        return frozenset(name for name in self.files if ".difftar." in name)
 
     @property
     def signed(self) -> bool:
@@ -211,59 +250,74 @@ class BackupSet:
 
 
 def paths_of(settings: Mapping[str, str]) -> Paths:
-    """Compute all paths from STORAGE_ROOT. Raises Failure (exit code 2) if that is missing from the settings or not absolute."""
+    """Compute all paths from STORAGE_ROOT.
+
+    Raises Failure (exit code 2) if that is missing from the settings or not absolute.
+    """
     name = settings.get("STORAGE_ROOT", "")
     if not name.startswith("/"):
-        raise Failure(f"STORAGE_ROOT is {printable(name) or 'missing'}; give it the absolute path of the user data in the settings", 2)
+        raise Failure(f"STORAGE_ROOT is {printable(name) or 'missing'}; give it the absolute path of "
+                      "the user data in the settings", 2)
     root = Path(os.path.realpath(name))  # duplicity would back up nothing but the link
     if root == Path("/"):
         raise Failure("STORAGE_ROOT is /, the whole system; give it the directory of the user data", 2)
     backup = root / "backup"
-    # A short name that is this root's alone: gpg-agent's socket fails under a long path (seen: over about 70 characters).
+    # Short names that are this root's alone: gpg-agent's socket fails under a long path (seen: over
+    # about 70 characters).
     token = hashlib.sha256(os.fsencode(backup)).hexdigest()[:12]
-    return Paths(
-        root, backup, backup / "secret_key.txt", backup / "encrypted", backup / "cache",
-        (backup / "snapshot", root / ".backup-snapshot"), backup / "tmp", backup / "lock", backup / "last-run.json",
-        backup / "duplicity", backup / "legacy", root / MIGRATED,
-        RUN_DIRECTORY / f"backup-gnupg-{token}", RUN_DIRECTORY / f"backup-stopped-{token}")
+    return Paths(root, backup, root / COPY_BESIDE, root / MIGRATED,
+                 RUN_DIRECTORY / f"backup-gnupg-{token}-{secrets.token_hex(4)}",
+                 RUN_DIRECTORY / f"backup-stopped-{token}")
 
 
 def keep_days_of(settings: Mapping[str, str]) -> int:
-    """Return BACKUP_KEEP_DAYS. Raises Failure (exit code 2) if it is not a whole number from 1 to 9999."""
+    """Return BACKUP_KEEP_DAYS. Raises Failure (exit code 2) unless it is a number from 1 to 9999."""
     days = settings.get("BACKUP_KEEP_DAYS", KEEP_DAYS)
     if not re.fullmatch(r"[0-9]{1,4}", days) or int(days) < 1:
-        raise Failure(f"BACKUP_KEEP_DAYS is {printable(days) or 'empty'}; give it a number of days from 1 to 9999", 2)
+        raise Failure(f"BACKUP_KEEP_DAYS is {printable(days) or 'empty'}; give it a number of days "
+                      "from 1 to 9999", 2)
     return int(days)
 
 
-def night_of(settings: Mapping[str, str], verbose: bool = False, now: Optional[datetime] = None) -> Night:
+def night_of(settings: Mapping[str, str]) -> Night:
     """Check the settings and put together what a run knows.
 
-    settings: as load_environment returns them. verbose: whether to show what duplicity says. now: the time, with its zone; default:
-    the clock's. Raises Failure (exit code 2) if a setting is missing or wrong.
+    settings: as load_environment returns them. Raises Failure (exit code 2) if a setting is missing
+    or wrong.
     """
     paths = paths_of(settings)
     try:
         str(paths.root).encode()
-    except UnicodeEncodeError as error:  # duplicity 0.8.22 would write to a directory of another name, and exit 0
-        raise Failure(f"STORAGE_ROOT {printable(str(paths.root))} is not UTF-8, which duplicity needs; rename that directory", 2) from error
+    except UnicodeEncodeError as error:  # duplicity 0.8.22 would write elsewhere, and exit 0
+        raise Failure(f"STORAGE_ROOT {printable(str(paths.root))} is not UTF-8, which duplicity "
+                      "needs; rename that directory", 2) from error
     if not paths.root.is_dir():
-        raise Failure(f"STORAGE_ROOT {paths.root} is not a directory; correct STORAGE_ROOT in the settings", 2)
+        raise Failure(f"STORAGE_ROOT {paths.root} is not a directory; correct STORAGE_ROOT in the "
+                      "settings", 2)
     if not settings.get("STORAGE_USER"):
-        raise Failure(f"STORAGE_USER is missing, or nobody here owns {paths.root}; name the user who owns the user data in the settings", 2)
+        raise Failure(f"STORAGE_USER is missing, or nobody here owns {paths.root}; name the user who "
+                      "owns the user data in the settings", 2)
     try:
         user = pwd.getpwnam(settings["STORAGE_USER"])
     except (KeyError, ValueError) as error:
-        raise Failure(f"there is no user {printable(settings['STORAGE_USER'])}; correct STORAGE_USER in the settings", 2) from error
+        raise Failure(f"there is no user {printable(settings['STORAGE_USER'])}; correct STORAGE_USER "
+                      "in the settings", 2) from error
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
-    if wrong := [name for name in services if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name)]:
-        raise Failure(f"{printable(wrong[0])} is not the name of a service; correct BACKUP_SERVICES in the settings", 2)
-    return Night(settings, paths, user, keep_days_of(settings), services, program_environment(), now or datetime.now(timezone.utc), verbose)
+    for name in services:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name):
+            raise Failure(f"{printable(name)} is not the name of a service; correct BACKUP_SERVICES "
+                          "in the settings", 2)
+    return Night(paths, program_environment(), settings, user, keep_days_of(settings), services,
+                 datetime.now(timezone.utc))
 
 
 def program_environment() -> dict[str, str]:
-    """Return the environment for programs: the caller's, with the system directories on PATH and messages that are not translated."""
-    return {**os.environ, "PATH": utils.system_path(os.environ.get("PATH", "")), "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
+    """Return the environment for programs.
+
+    It is the caller's, with the system directories on PATH and messages that are not translated.
+    """
+    path = utils.system_path(os.environ.get("PATH", ""))
+    return {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
 
 
 # The night
@@ -272,37 +326,38 @@ def program_environment() -> dict[str, str]:
 def perform_backup(night: Night, force_full: bool = False) -> int:
     """Make the nightly backup: the steps of the night, one line each.
 
-    night: see night_of. force_full: make a full backup even if an incremental would do. Returns the exit code: 0, 3 if something
-    needs attention, 5 if a service could not be started again. Raises Failure if no backup was made, Interrupted if a signal ended
-    the run.
+    night: see night_of. force_full: make a full backup even if an incremental would do. Returns the
+    exit code: 0, 3 if something needs attention, 5 if a service could not be started again. Raises
+    Failure if no backup was made, Interrupted if a signal ended the run. The working directory is
+    backup/ afterwards.
     """
-    make_backup_directory(night)                                                                        # 1
-    with utils.exclusive_process(night.paths.lock) as lock, last_run_recorded(night) as record:
-        start_services_left_stopped(night, record)                                                      # of 3, but first of all
+    work_in_backup_directory(night)                                             # 1
+    with utils.exclusive_process(LOCK) as lock, last_run_recorded(night) as record:
+        start_services_left_stopped(night, record)                              # of 3, but first of all
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
-            check_newest_set(night)                                                                     # 2
-        recover_from_dead_run(night.paths)                                                              # 3
+            check_newest_set(night)                                             # 2
+        recover_from_dead_run(night.paths)                                      # 3
         make_directories(night)
-        migrated = migrate_legacy_layout(night.paths)                                                   # 4
-        sets = complete_sets(night.paths.encrypted)
-        kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"                # 5
-        run_hook(night, "before-backup", record)                                                        # 6
-        with gpg_home(night), temporary_directory(night.paths):
-            with copy_of_tree(night, record) as copy, failed_set_thrown_away(night.paths):              # 7
-                with mail_stopped(night, record, lock):                                                 # 8
+        migrated = migrate_legacy_layout(night.paths)                           # 4
+        sets = complete_sets(ENCRYPTED)
+        kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"    # 5
+        check_room(night.paths)
+        run_hook(night, "before-backup", record)                                # 6
+        with gpg_home(night), temporary_directory():
+            with copy_of_tree(night, record) as copy, failed_set_thrown_away():  # 7
+                with mail_stopped(night, record, lock):                         # 8
                     if copy:
-                        finish_copy(copy)                                                               # 9
+                        finish_copy(copy)                                       # 9
                     else:
                         make_set(night, record, kind)
-                if copy:                                                                                # 10: mail is back
-                    make_set(night, record, kind, copy)                                                 # 11
+                if copy:                                                        # 10: mail is back
+                    make_set(night, record, kind, copy)                         # 11
             delete_migrated_backups(night, record, migrated)
-            with deletion_allowed(night.paths) as allowed:
-                remove_old_sets(night, record, sets, allowed)                                           # 12
-                clean_up(night, record, allowed)                                                        # 13
-            grant_group_read(night, record)                                                             # 14
-        write_last_run(night, record)                                                                   # 15
+            remove_old_sets(night, record, sets)                                # 12
+            clean_up(night, record)                                             # 13
+            grant_group_read(night, record)                                     # 14
+        write_last_run(night, record)                                           # 15
         run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
     return exit_code_of(record)
@@ -314,269 +369,223 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
 def check_root() -> None:
     """Raise Failure (exit code 2) unless root runs this."""
     if os.geteuid() != 0:
-        raise Failure("a backup must be made by root, who alone can read all mail and stop services; run it as root", 2)
+        raise Failure("a backup must be made by root, who alone can read all mail and stop services; "
+                      "run it as root", 2)
 
 
-def make_backup_directory(night: Night) -> None:
-    """Make backup/ if it is missing, and let STORAGE_USER's group through, to the hooks and the encrypted files.
+def work_in_backup_directory(night: Night) -> None:
+    """Make backup/ if it is missing, work in it, and let STORAGE_USER's group through, to the hooks.
 
     Raises Failure (exit code 2) if it belongs to somebody else or others can write to it.
     """
     check_root()
-    backup, group = night.paths.backup, night.user.pw_gid
-    if not os.path.lexists(backup):
-        utils.make_owned_directory(backup, 0o750, group)
-    with utils.owned_directory(backup) as directory:
-        status = os.fstat(directory)
-        mode = stat.S_IMODE(status.st_mode)
-        if status.st_gid != group and not mode & stat.S_IXOTH:
-            os.fchown(directory, -1, group)
-            status = os.fstat(directory)
-        if status.st_gid == group and not mode & stat.S_IXGRP:
-            os.fchmod(directory, mode | stat.S_IXGRP)
-
-
-def check_in_place(paths: Paths) -> None:
-    """Check that STORAGE_USER, who can rename all in STORAGE_ROOT, has put nothing of its own in place of backup/.
-
-    Raises Failure or OSError.
-    """
-    utils.check_owned_directory(paths.backup)
-    for directory in (paths.encrypted, paths.cache, paths.temporary, *paths.snapshots):
-        with contextlib.suppress(FileNotFoundError):
-            utils.check_owned_directory(directory)
+    group = night.user.pw_gid
+    if not os.path.lexists(night.paths.backup):
+        utils.make_owned_directory(night.paths.backup, 0o750, group)
+    utils.work_inside(night.paths.backup)
+    if os.stat(".").st_gid != group and not os.stat(".").st_mode & stat.S_IXOTH:
+        os.chown(".", -1, group)
+    status = os.stat(".")
+    if status.st_gid == group and not status.st_mode & stat.S_IXGRP:
+        os.chmod(".", stat.S_IMODE(status.st_mode) | stat.S_IXGRP)
 
 
 def check_surroundings(night: Night) -> str:
-    """Check the programs, the directories, the key and the room, without a change to any of them.
+    """Check the programs, the directories and the key, without a change to any of them.
 
-    Returns duplicity's version. Raises Failure: exit code 1 if there is no room, 2 for all else that is not as it must be.
+    Returns duplicity's version. Raises Failure (exit code 2).
     """
-    paths = night.paths
-    service_programs = [utils.service_manager(night.environment).program] if night.services else []
-    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", *service_programs):
+    programs = ["duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice"]
+    if night.services:
+        programs.append(utils.service_manager(night.environment).program)
+    for program in programs:
         utils.find_program(program, night.environment)
-    for directory in (paths.encrypted, paths.cache, paths.temporary, *paths.snapshots, paths.plain, paths.legacy, paths.migrated):
+    for directory in (ENCRYPTED, CACHE, ARCHIVE, SNAPSHOT, TEMPORARY, PLAIN, LEGACY,
+                      night.paths.copy_beside, night.paths.migrated):
         with contextlib.suppress(FileNotFoundError):
             utils.check_owned_directory(directory)
-    for place in paths.snapshots:
-        check_copy(place, os.listdir(place) if place.exists() else [])
-    if os.path.lexists(paths.key):
-        read_passphrase(paths.key)
-    elif any(name.startswith("duplicity-") for name in utils.regular_files(paths.encrypted)) or os.path.lexists(paths.plain):
-        raise Failure(f"{paths.key} is missing although there are backups, which only that key opens; put it back from your copy", 2)
-    version = duplicity_version(night)
-    check_room(paths)
-    return version
+    if os.path.lexists(KEY):
+        check_key()
+    elif list(ENCRYPTED.glob("duplicity-*")) or os.path.lexists(PLAIN):
+        raise Failure(f"{KEY.absolute()} is missing although there are backups, which only that key "
+                      "opens; put it back from your copy", 2)
+    return duplicity_version(night)
 
 
-def check_room(paths: Paths) -> None:
-    """Check that there is room for duplicity's temporary files, with what the run will delete first taken for free. Raises Failure."""
-    disk = paths.backup if paths.backup.exists() else paths.root  # before the first run, if it is dry
-    needed = TEMPORARY_BYTES + reserve_bytes(disk)
-    free = utils.free_bytes(disk) + sum(utils.tree_size(path) for path in [paths.temporary, *dead_paths(paths)])
-    free += sum(size for name, size in utils.regular_files(paths.encrypted).items() if name.endswith(".enc") and any(
-        (directory / name.removesuffix(".enc")).is_file() for directory in (paths.plain, paths.migrated)))
-    if free < needed:
-        raise Failure(f"{paths.backup} has {human_size(free)} free and a backup needs {human_size(needed)} at least; make room there")
+def read_passphrase() -> str:
+    """Return the passphrase, the first line of the key, stripped.
 
-
-def read_passphrase(path: Path, lenient: bool = False) -> str:
-    """Return the passphrase, the first line of the key file, stripped.
-
-    lenient: only warn of a key that is open to others or short; a rescue is no time for manners. Raises Failure (exit code 2) if
-    the file cannot be read, can be read by others, or holds no passphrase worth the name.
+    Raises Failure (exit code 2) if it cannot be read or is no line of text.
     """
     try:
-        status = path.stat()
-        first_line = path.read_bytes().partition(b"\n")[0].strip().decode()
-    except UnicodeDecodeError as error:
-        raise Failure(f"the first line of {path} is not text; put your copy of the key back", 2) from error
+        line = KEY.read_bytes().partition(b"\n")[0].strip().decode()
     except OSError as error:
-        raise Failure(f"cannot read the key {path}: {error.strerror}; put your copy of the key back", 2) from error
-    wrong = None
+        raise Failure(f"cannot read the key {KEY.absolute()}: {error.strerror}; put your copy of the "
+                      "key back", 2) from error
+    except UnicodeDecodeError:
+        line = ""
+    if not line or not line.isprintable():
+        raise Failure(f"the first line of {KEY.absolute()} is no passphrase; put your copy of the key "
+                      "back", 2)
+    return line
+
+
+def check_key() -> None:
+    """Check that the key is root's alone and long enough. Raises Failure (exit code 2)."""
+    characters = len(read_passphrase())
+    status = KEY.stat()
+    path = shlex.quote(str(KEY.absolute()))
     if status.st_mode & 0o077:
-        wrong = f"the key {path} is open to others than its owner; run: chmod 600 {shlex.quote(str(path))}"
-    elif status.st_uid != os.geteuid():
-        wrong = f"the key {path} is not owned by root; run: chown root {shlex.quote(str(path))}"
-    elif len(first_line) < KEY_CHARACTERS or not first_line.isprintable():
-        wrong = f"the first line of {path} is no passphrase of {KEY_CHARACTERS} characters or more; put your copy of the key back"
-    if wrong and not (lenient and first_line and first_line.isprintable()):
-        raise Failure(wrong, 2)
-    if wrong:
-        log.warning(wrong)
-    return first_line
+        raise Failure(f"the key is open to others than its owner; run: chmod 600 {path}", 2)
+    if status.st_uid != os.geteuid():
+        raise Failure(f"the key is not owned by root; run: chown root {path}", 2)
+    if characters < KEY_CHARACTERS:
+        raise Failure(f"the first line of the key {path} has less than {KEY_CHARACTERS} characters; "
+                      "put your copy of the key back", 2)
 
 
-def duplicity_version(night: Night) -> str:
-    """Return duplicity's version, such as 0.8.22. Raises Failure (exit code 2) if it does not run or is too old."""
-    answer = utils.shell(["duplicity", "--version"], night.environment)
+def duplicity_version(work: Work) -> str:
+    """Return duplicity's version, such as 0.8.22.
+
+    Raises Failure (exit code 2) if it does not run or is too old.
+    """
+    answer = utils.shell(["duplicity", "--version"], work.environment)
     match = re.match(r"duplicity (\S+)", answer.last_lines[-1] if answer.last_lines else "")
     if answer.exit_code or not match:
-        raise Failure(f"duplicity does not run; install it again: duplicity --version ended with {answer}", 2)
+        raise Failure("duplicity does not run; install it again: "
+                      f"duplicity --version ended with {answer}", 2)
     numbers = tuple(int(number) for number in re.findall(r"\d+", match[1])[:3])
     if numbers < OLDEST_DUPLICITY:
-        raise Failure(f"duplicity {match[1]} is too old; install {'.'.join(map(str, OLDEST_DUPLICITY))} or newer", 2)
+        oldest = ".".join(map(str, OLDEST_DUPLICITY))
+        raise Failure(f"duplicity {match[1]} is too old; install {oldest} or newer", 2)
     return match[1]
 
 
-def reserve_bytes(path: Path) -> int:
-    """Return the room that a backup leaves to mail: 5 % of the file system of path or 1 GB, whichever is less."""
-    return min(utils.total_bytes(path) // 20, RESERVE_BYTES)
-
-
 def check_newest_set(night: Night) -> None:
-    """Check that the key opens the newest set's manifest, and that the set is not dated in the future.
+    """Check that the key opens the newest set's manifest, and that the set is not of the future.
 
-    duplicity 0.8.22 would add a set under another key, or an orphan before a set of the future, and exit 0. Raises Failure.
+    duplicity 0.8.22 would add a set under another key, or an orphan before a set of the future, and
+    exit 0. Raises Failure.
     """
-    sets = complete_sets(night.paths.encrypted)
+    sets = complete_sets(ENCRYPTED)
     if not sets:
         return
-    utils.pause(max(0.0, check_clock(night, sets) + 1))  # an increment that is not dated after the newest set would be an orphan
-    way_out = way_out_of(night.paths)
-    manifest = night.paths.encrypted / sets[-1].manifest
-    passphrase = read_passphrase(night.paths.key)
-    answer = run_gpg(manifest, passphrase, gpg_environment(night))
+    # An increment that is not dated after the newest set would be an orphan.
+    utils.pause(max(0.0, check_clock(night, sets) + 1))
+    answer = run_gpg(night, sets[-1].manifest)
     if is_wrong_key(answer):
-        raise Failure(f"{wrong_key_of(night.paths)}, or {way_out}")
+        raise Failure(f"{wrong_key_of(night.paths)}, or {way_out_of(night.paths)}")
     if answer.exit_code:
-        raise Failure(f"the newest backup's {manifest} is damaged; {way_out}, and check the disk: gpg ended with {answer}")
+        manifest = night.paths.backup / ENCRYPTED / sets[-1].manifest
+        raise Failure(f"the newest backup's {manifest} is damaged; {way_out_of(night.paths)}, and "
+                      f"check the disk: gpg ended with {answer}")
 
 
 def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
-    """Return how many seconds the newest of some sets is dated in the future. Raises Failure if that is more than a minute."""
+    """Return how many seconds the newest set is dated in the future.
+
+    sets: the complete ones, oldest first. Raises Failure if that is more than a minute.
+    """
     ahead = (sets[-1].date - night.now).total_seconds()
     if ahead > CLOCK_SECONDS:
-        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the clock is wrong, or was; "
-                      f"mend the clock, or {way_out_of(night.paths)}")
+        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the "
+                      f"clock is wrong, or was; mend the clock, or {way_out_of(night.paths)}")
     return ahead
 
 
 def wrong_key_of(paths: Paths) -> str:
     """Return the sentence on a key that does not open the backups."""
-    return f"the backups in {paths.encrypted} were made with another key than that in {paths.key}; put the old key back"
+    return (f"the backups in {paths.backup / ENCRYPTED} were made with another key than that in "
+            f"{paths.backup / KEY}; put the old key back")
 
 
 def way_out_of(paths: Paths) -> str:
     """Return what can always be done when no set can be added to those there are."""
-    return f"move {paths.encrypted} and {paths.cache} aside to start anew"
+    return f"move {paths.backup / ENCRYPTED} and {paths.backup / CACHE} aside and run --full"
 
 
-def run_gpg(path: Path, passphrase: str, environment: Mapping[str, str], take_text: Optional[utils.TakeLine] = None) -> Finished:
-    """Have gpg open a file and check its integrity. take_text: gets its text by lines, and gpg's status lines. Returns how it ended."""
-    command = gpg_command(path, "-" if take_text else "/dev/null")
-    return utils.shell(command, environment, secret=passphrase, standard_input=passphrase, on_line=take_text or log.debug)
+def run_gpg(work: Work, name: str, take_text: Optional[utils.TakeLine] = None) -> Finished:
+    """Have gpg open a file of encrypted/ and check its integrity.
+
+    take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended.
+    """
+    command = ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback",
+               "--passphrase-fd", "0", "--status-fd", "1", "--yes",
+               "--output", "-" if take_text else "/dev/null", "--decrypt", str(ENCRYPTED / name)]
+    passphrase = read_passphrase()
+    return utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
+                       standard_input=passphrase, on_line=take_text or (lambda line: None))
 
 
 def is_wrong_key(answer: Finished) -> bool:
-    """Tell, of how gpg ended, whether the passphrase is another than that of the file (seen: gpg 2.2.40, 600 wrong ones of 600)."""
+    """Tell, of how gpg ended, whether the passphrase is another than that of the file.
+
+    Seen: gpg 2.2.40, 600 wrong ones of 600.
+    """
     return answer.exit_code != 0 and any("BAD_PASSPHRASE" in line for line in answer.last_lines)
 
 
-def gpg_command(path: Path, output: str = "/dev/null") -> list[str]:
-    """Return the command that opens a file with the passphrase on its standard input. output: where its text goes, - for a pipe."""
-    return ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback", "--passphrase-fd", "0", "--status-fd", "1",
-            "--output", output, "--yes", "--decrypt", str(path)]
-
-
-def gpg_environment(night: Night) -> dict[str, str]:
-    """Return the environment for gpg: its home is this run's own, so that its agent can be ended with the run."""
-    return {**night.environment, "GNUPGHOME": str(night.paths.gnupg)}
+def gpg_environment(work: Work) -> dict[str, str]:
+    """Return the environment for gpg: its home is this process's own, and so is its agent."""
+    return {**work.environment, "GNUPGHOME": str(work.paths.gnupg)}
 
 
 @contextlib.contextmanager
-def gpg_home(night: Night) -> Iterator[None]:
-    """Keep gpg's home for a run while the block runs, and leave neither it nor its agent behind; one of a killed run goes first."""
-    remove_gpg_home(night)
-    night.paths.gnupg.mkdir(mode=0o700)
-    (night.paths.gnupg / "gpg-agent.conf").write_text(f"s2k-count {KEY_ITERATIONS}\n")
-    try:
-        yield
-    finally:
+def gpg_home(work: Work) -> Iterator[None]:
+    """Keep gpg's home while the block runs, and leave neither it nor its agent behind."""
+    with utils.own_directory(work.paths.gnupg):
+        (work.paths.gnupg / "gpg-agent.conf").write_text(f"s2k-count {KEY_ITERATIONS}\n")
         try:
-            remove_gpg_home(night)
-        except OSError as error:  # the next run will
-            log.info("%s could not be removed: %s", night.paths.gnupg, failure_of(error))
-
-
-@contextlib.contextmanager
-def temporary_directory(paths: Paths) -> Iterator[None]:
-    """Keep duplicity's temporary directory while the block runs."""
-    utils.make_owned_directory(paths.temporary, 0o700, 0)
-    try:
-        yield
-    finally:
-        # What is left goes at the start of the next run.
-        with contextlib.suppress(OSError, Failure), utils.owned_directory(paths.backup) as directory:
-            utils.remove_at(paths.temporary.name, directory)
-
-
-def remove_gpg_home(night: Night) -> None:
-    """End the agent of gpg's home, if there is one, and remove the home."""
-    if night.paths.gnupg.exists():
-        answer = utils.shell(["gpgconf", "--kill", "all"], gpg_environment(night), interruptible=False, timeout_seconds=GPGCONF_SECONDS)
-        if answer.exit_code:
-            log.info("gpgconf --kill all ended with %s", answer)  # an agent whose home is gone ends by itself
-        utils.remove(night.paths.gnupg)
+            yield
+        finally:  # should that fail: an agent whose home is gone ends by itself
+            utils.shell(["gpgconf", "--kill", "all"], gpg_environment(work), interruptible=False,
+                        timeout_seconds=GPGCONF_SECONDS)
 
 
 # Step 3: what a run that died has left
 
 
 def start_services_left_stopped(night: Night, record: Record) -> None:
-    """Start the services that are still on the list of an earlier run's keeper, because it died or because they did not start."""
-    if names := utils.services_to_start(night.paths.stopped):
-        log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(names), night.paths.stopped)
-        record.downtime.not_started = utils.start_services(names, night.paths.stopped, night.environment)
+    """Start the services that are still listed in /run.
+
+    An earlier run's keeper died, or they did not start.
+    """
+    if lines := utils.services_to_start(night.paths.stopped):
+        log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(lines),
+                    night.paths.stopped)
+        record.downtime.not_started = utils.start_services(
+            lines, night.paths.stopped, night.environment)
 
 
 def recover_from_dead_run(paths: Paths) -> None:
-    """Delete what a run that died had not finished.
+    """Delete what a run that died had not finished, and what readers that died have left.
 
-    A set that was killed is never resumed: duplicity would believe parts of it that the tree does not bear out any more.
+    A set that was killed is never resumed: duplicity would believe parts of it that the tree does
+    not bear out any more.
     """
-    with utils.owned_directory(paths.backup) as directory:
-        delete_dead_files(paths, directory, dead_files(directory))
-    for place in paths.snapshots:
-        remove_copy(paths, place)
+    delete_dead_files(dead_files())
+    for place in (SNAPSHOT, paths.copy_beside):
+        remove_copy(place)
+    utils.remove(TEMPORARY)
+    utils.remove_abandoned(Path(), f"{READER_PREFIX}*")
+    utils.remove_abandoned(RUN_DIRECTORY, f"{paths.gnupg.name.rpartition('-')[0]}*")
 
 
-def delete_dead_files(paths: Paths, directory: int, dead: Sequence[Path]) -> None:
-    """Delete the files of a set that does not count, and temporary ones. directory: the descriptor of backup/; dead: relative to it."""
-    if dead:
-        log.info("deleting %d files of a backup that was not finished", len(dead))
-    # What others read must wait for them; but without a manifest no reader that comes takes it for a set.
-    read_by_others = {path for path in dead if path.parts[0] == "encrypted" and ".manifest." not in path.name}
-    for path in set(dead) - read_by_others:
-        utils.remove_below(directory, path)
-    utils.remove_at(paths.temporary.name, directory)
-    if read_by_others:
-        with deletion_allowed(paths) as allowed:
-            if not allowed:
-                raise Failure(f"{paths.encrypted} holds a backup that was not finished, and a --verify, --list or --restore reads there; "
-                              "wait for it to end", 4)
-            for path in read_by_others:
-                utils.remove_below(directory, path)
+def dead_files(rejected: Collection[str] = ()) -> list[Path]:
+    """Return what in encrypted/ and cache/ belongs to no set that counts, manifests first.
 
-
-def dead_files(directory: int) -> list[Path]:
-    """Return what belongs to a set that does not count: all that is dated after the newest that does, and duplicity's leavings.
-
-    directory: the descriptor of backup/, for a path can be renamed meanwhile. The answer is relative to it.
+    That is what is dated after the newest complete set, and what duplicity only has for the time of
+    a run. In cache/ it is also what is not duplicity's archive directory of today.
+    rejected: stamps of sets that do not count although they may have a manifest.
     """
-    sets = sets_in(directory)
+    sets = [found for found in complete_sets(ENCRYPTED) if found.stamp not in rejected]
     newest = sets[-1].stamp if sets else ""
-    alive = {name.split(".sigtar")[0] for backup_set in sets for name in backup_set.files if ".sigtar" in name}
-    return [path for path in duplicity_files(directory) if path.name.endswith(("-tempdir", ".part")) or (
-        stamp_of(path) > newest and path.name.split(".sigtar")[0] not in alive)]
-
-
-def sets_in(directory: int) -> list[BackupSet]:
-    """Return the complete sets of a backup/ that is open, oldest first. directory: its descriptor."""
-    with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
-        return complete_sets(encrypted)
-    return []
+    alive = {Path(name).stem for found in sets for name in found.files}
+    dead = [path for path in [*ENCRYPTED.glob("duplicity-*.gpg"), *ARCHIVE.glob("*")]
+            if path.name.endswith((".part", "-tempdir")) or path.stem not in alive
+            and (stamp_of(path) > newest or stamp_of(path) in rejected)]
+    dead += [path for path in CACHE.glob("*") if path != ARCHIVE]
+    return sorted(dead, key=lambda path: ".manifest" not in path.name)
 
 
 def stamp_of(path: Path) -> str:
@@ -585,55 +594,53 @@ def stamp_of(path: Path) -> str:
     return match[1] if match else ""
 
 
-def dead_paths(paths: Paths) -> list[Path]:
-    """Return the dead files of backup/, see there, by their whole paths; none if it is missing."""
-    with contextlib.suppress(FileNotFoundError), utils.owned_directory(paths.backup) as directory:
-        return [paths.backup / path for path in dead_files(directory)]
-    return []
-
-
-def duplicity_files(directory: int) -> list[Path]:
-    """Return what duplicity has made in encrypted/ and cache/, relative to backup/. directory: the descriptor of backup/."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), utils.opened("encrypted", parent=directory) as encrypted:
-        found += [Path("encrypted", name) for name in utils.regular_files(encrypted)
-                  if SET_FILE.fullmatch(name) or SIGNATURES.fullmatch(name)]
-    with contextlib.suppress(FileNotFoundError):
-        for place, directories, names, _ in os.fwalk("cache", dir_fd=directory):
-            leavings = [name for name in directories if name.endswith("-tempdir")]
-            found += [Path(place, name) for name in names + leavings]
-            directories[:] = [name for name in directories if name not in leavings]
-    return found
+def delete_dead_files(dead: Sequence[Path]) -> None:
+    """Delete what dead_files has found; the manifests first, for without one no set counts."""
+    if dead:
+        log.info("deleting %d files of a backup that was not finished", len(dead))
+    for path in dead:
+        utils.remove(path)
 
 
 @contextlib.contextmanager
-def failed_set_thrown_away(paths: Paths) -> Iterator[None]:
-    """Delete at once the set that the block was making when it failed, even whole, so that a full disk does not stay full.
+def failed_set_thrown_away() -> Iterator[None]:
+    """Delete the set that the block was making when it failed, so that a full disk gets free again.
 
-    That is what was not there before and is dated after the newest set, or as the new files of cache/: the clock may have been set back.
+    It may be whole, and dated before others, where the clock was set back meanwhile: what is new in
+    the archive directory tells which one it is.
     """
-    with utils.owned_directory(paths.backup) as directory:
-        before, sets = set(duplicity_files(directory)), sets_in(directory)
+    before = set(ARCHIVE.glob("*"))
+    try:
+        yield
+    except BaseException:
         try:
-            yield
-        except BaseException:
-            try:
-                new = [path for path in duplicity_files(directory) if path not in before]
-                stamps = {stamp_of(path) for path in new if path.parts[0] == "cache"}
-                delete_dead_files(paths, directory, [
-                    path for path in new if stamp_of(path) in stamps or not sets or stamp_of(path) > sets[-1].stamp])
-            except (OSError, Failure) as error:
-                log.error("the unfinished backup could not be deleted, the next run will: %s", failure_of(error))
-            raise
+            made = {stamp_of(path) for path in ARCHIVE.glob("*") if path not in before}
+            delete_dead_files(dead_files(made - {""}))
+        except OSError as error:
+            log.error("the unfinished backup could not be deleted, the next run will: %s",
+                      failure_of(error))
+        raise
 
 
 def make_directories(night: Night) -> None:
-    """Make the directories of a run, each with its mode and group."""
-    utils.make_owned_directory(night.paths.encrypted, 0o750, night.user.pw_gid)
-    utils.make_owned_directory(night.paths.cache, 0o700, 0)
-    if not night.paths.key.exists():
-        utils.write_atomically(night.paths.key, base64.b64encode(secrets.token_bytes(48)).decode() + "\n")
-        log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no backup can be opened", night.paths.key)
+    """Make the directories of a run, each with its mode and group, and the key if there is none."""
+    utils.make_owned_directory(ENCRYPTED, 0o750, night.user.pw_gid)
+    utils.make_owned_directory(CACHE, 0o700, 0)
+    if not KEY.exists():
+        utils.write_atomically(KEY, base64.b64encode(secrets.token_bytes(48)).decode() + "\n")
+        log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no backup can be "
+                    "opened", KEY.absolute())
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[None]:
+    """Keep duplicity's temporary directory while the block runs."""
+    utils.make_owned_directory(TEMPORARY, 0o700, 0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the next run will
+            utils.remove(TEMPORARY)
 
 
 # Step 4: the layout of old
@@ -642,37 +649,81 @@ def make_directories(night: Night) -> None:
 def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
     """Move plain backups to where the next backup contains them, and remove their openssl copies.
 
-    Each change leaves a state from which the next run goes on. Returns the state of the directory they are in then, if there is one.
-    Raises Failure if there is no room to move them to another disk.
+    Each change leaves a state from which the next run goes on. Returns the state of the directory
+    they are in then, if there is one. Raises Failure if there is no room to move them to another
+    file system.
     """
+    if PLAIN.is_dir() and os.listdir(PLAIN):
+        utils.make_owned_directory(PLAIN, 0o700, 0)  # it is plain mail
+        move_plain_backups(paths)
+    for path in PLAIN.glob("*"):  # of which there is a copy now
+        utils.remove(path)
+    with contextlib.suppress(OSError):  # one that is a mount point stays, empty
+        PLAIN.rmdir()
+    originals: dict[str, int] = {}
+    state = None
     if os.path.lexists(paths.migrated):
         utils.make_owned_directory(paths.migrated, 0o700, 0)
-        for half in paths.migrated.rglob(".*.copy"):  # of a killed run, see utils.move_file: the original is still there
-            name, place = half.name[1:].removesuffix(".copy"), paths.plain / half.parent.relative_to(paths.migrated)
-            if not half.is_dir() and any(os.path.lexists(place / original) for original in (name, re.sub(r"\.\d+$", "", name))):
-                half.unlink()
-    if os.path.lexists(paths.plain):
-        utils.make_owned_directory(paths.plain, 0o700, 0)  # it is plain mail
-        try:
-            os.rename(paths.plain, paths.migrated)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            if error.errno in (errno.EXDEV, errno.EBUSY) and (
-                    utils.tree_size(paths.plain) + reserve_bytes(paths.root) > utils.free_bytes(paths.root)):
-                raise Failure(f"{paths.root} has no room for the old backups in {paths.plain}; make room there") from error
-            move_directory(paths.plain, paths.migrated)
-        utils.sync_directory(paths.root)
-        utils.sync_directory(paths.backup)
-    orphans = [name for name in sorted(utils.regular_files(paths.encrypted)) if name.endswith(".enc")
-               and not delete_copy(paths.encrypted / name, paths.migrated / name.removesuffix(".enc"))]
+        with utils.owned_directory(paths.migrated) as directory:
+            state = directory_state(os.fstat(directory))
+            originals = {entry.name: entry.stat(follow_symlinks=False).st_size
+                         for entry in utils.walk_entries(utils.path_of(directory))
+                         if entry.is_file(follow_symlinks=False)}
+    orphans = []
+    for name, size in utils.regular_files(ENCRYPTED).items():
+        plain_name = name.removesuffix(".enc")
+        if plain_name in originals and size == openssl_size(originals[plain_name]):
+            (ENCRYPTED / name).unlink()
+        elif plain_name != name:
+            orphans.append(name)
     if orphans:
-        utils.make_owned_directory(paths.legacy, 0o700, 0)
-        log.warning("old copies without a plain original of their size are moved to %s, %d in number; see there whether you need them",
-                    paths.legacy, len(orphans))
+        utils.make_owned_directory(LEGACY, 0o700, 0)
+        log.warning("old copies without a plain original of their size are moved to %s, %d in number; "
+                    "see there whether you need them", LEGACY.absolute(), len(orphans))
         for name in orphans:
-            move_aside(paths.encrypted / name, paths.legacy / name)
-    return directory_state(paths.migrated.lstat()) if os.path.lexists(paths.migrated) else None
+            os.rename(ENCRYPTED / name, unused(LEGACY / name))
+    return state
+
+
+def move_plain_backups(paths: Paths) -> None:
+    """Move the plain backups, by a rename, or by a copy where they are on another file system.
+
+    A copy gets its name when it is whole and on the disk, and then the originals may go. Raises Failure if there is no room for a copy.
+    """
+    target = paths.migrated
+    if os.path.lexists(target):
+        names = os.listdir(PLAIN)
+        with utils.owned_directory(target) as directory:
+            equal = filecmp.cmpfiles(PLAIN, utils.path_of(directory), names, shallow=False)[0]
+        if len(equal) == len(names):  # a run was killed before it had deleted all of them
+            return
+        target = unused(target / "duplicity-again")
+    try:
+        os.rename(PLAIN, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY):
+            raise
+        size = sum(entry.stat(follow_symlinks=False).st_size for entry in utils.walk_entries(PLAIN))
+        if size + reserve_bytes(paths.root) > utils.free_bytes(paths.root):
+            raise Failure(f"{paths.root} has no room for the old backups in {PLAIN.absolute()}; make "
+                          "room there") from error
+        part = paths.migrated.with_name(f"{MIGRATED}.part")
+        utils.remove(part)  # of a run that was killed
+        utils.make_owned_directory(part, 0o700, 0)
+        with utils.owned_directory(part) as directory:
+            shutil.copytree(PLAIN, utils.path_of(directory), symlinks=True, dirs_exist_ok=True)
+            os.sync()
+            os.rename(part, target)
+            if not os.path.samestat(os.lstat(target), os.fstat(directory)):
+                raise Failure(f"somebody renamed {part} meanwhile; run the backup again") from error
+    utils.sync_directory(target.parent)
+    utils.sync_directory(Path())
+
+
+def unused(path: Path) -> Path:
+    """Return path, or the first of path.2, path.3 and so on at which nothing stands."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain([path], numbered) if not os.path.lexists(place))
 
 
 def directory_state(status: os.stat_result) -> DirectoryState:
@@ -680,62 +731,23 @@ def directory_state(status: os.stat_result) -> DirectoryState:
     return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
-def move_directory(source: Path, target: Path) -> None:
-    """Move all that is in a directory into another, which may be on another file system and may hold some of it already.
+def openssl_size(size: int) -> int:
+    """Return the bytes that an openssl copy of a file of so many bytes has.
 
-    A file is gone from source only when it is in target on the disk; two different ones of one name are both kept.
+    `openssl enc -aes-256-cbc -a -salt` writes 16 bytes of salt and whole blocks of 16, in base64
+    with 64 characters a line.
     """
-    target.mkdir(mode=0o700, exist_ok=True)
-    utils.sync_directory(target.parent)
-    for path in sorted(source.iterdir()):
-        utils.raise_if_interrupted()
-        goal = target / path.name
-        if path.is_dir() and not path.is_symlink():
-            taken = os.path.lexists(goal) and (goal.is_symlink() or not goal.is_dir())
-            move_directory(path, goal.with_name(f"{path.name}.directory") if taken else goal)
-        else:
-            move_aside(path, goal)
-    if not source.is_mount():
-        source.rmdir()
-
-
-def move_aside(path: Path, goal: Path) -> None:
-    """Move a file to goal, or to the first of goal.1, goal.2 and so on at which nothing stands; where its equal stands that serves."""
-    number, place = 0, goal
-    while os.path.lexists(place):
-        if all(stat.S_ISREG(file.lstat().st_mode) for file in (path, place)) and filecmp.cmp(path, place, shallow=False):
-            utils.sync_file(place)
-            path.unlink()
-            return
-        number += 1
-        place = goal.with_name(f"{goal.name}.{number}")
-    utils.move_file(path, place)
-
-
-def delete_copy(copy: Path, original: Path) -> bool:
-    """Delete an openssl copy if its plain original is there, of the size that the copy implies. Returns whether it did.
-
-    `openssl enc -aes-256-cbc -a -salt` writes 16 bytes of salt and whole blocks of 16, in base64 with 64 characters a line.
-    """
-    try:
-        status = original.lstat()
-    except FileNotFoundError:
-        return False
-    characters = -(-(16 + 16 * (status.st_size // 16 + 1)) // 3) * 4
-    if not stat.S_ISREG(status.st_mode) or copy.lstat().st_size != characters + -(-characters // 64):
-        return False
-    copy.unlink()
-    return True
+    characters = -(-(16 + 16 * (size // 16 + 1)) // 3) * 4
+    return characters + -(-characters // 64)
 
 
 # Step 5: full or incremental
 
 
-def read_sets(encrypted: Union[Path, int]) -> tuple[list[BackupSet], int]:
-    """Read from the names in encrypted/ (its path or descriptor) what sets there are, oldest first, complete or not.
+def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
+    """Read from the names in encrypted/ what sets there are, oldest first, complete or not.
 
-    A signature file that is dated up to 60 seconds off a complete set without one belongs to that set: some versions date them so.
-    Returns the sets, and the bytes of the files that belong to none.
+    Returns the sets, and the bytes of the files that belong to none that is complete.
     """
     sizes = utils.regular_files(encrypted)
     members: dict[SetKey, set[str]] = {}
@@ -748,26 +760,36 @@ def read_sets(encrypted: Union[Path, int]) -> tuple[list[BackupSet], int]:
     complete = {key for key, names in members.items() if any(".manifest." in name for name in names)}
     for name, key in pair_signatures(signatures, complete).items():
         members[key].add(name)
-    sets = [BackupSet(stamp, previous, (previous, stamp) in complete, frozenset(names), sum(sizes[name] for name in names))
+    sets = [BackupSet(stamp, previous, (previous, stamp) in complete, frozenset(names),
+                      sum(sizes[name] for name in names))
             for (previous, stamp), names in members.items()]
-    sets.sort(key=lambda backup_set: (backup_set.stamp, backup_set.previous or ""))
-    return sets, sum(sizes.values()) - sum(backup_set.size for backup_set in sets if backup_set.complete)
+    sets.sort(key=lambda found: (found.stamp, found.previous or ""))
+    return sets, sum(sizes.values()) - sum(found.size for found in sets if found.complete)
 
 
 def pair_signatures(signatures: Mapping[str, SetKey], complete: Set[SetKey]) -> dict[str, SetKey]:
-    """Return to which complete set each signature file belongs, by its name, see read_sets; the nearest go first."""
+    """Return to which complete set each signature file belongs, by its name.
+
+    One that is dated up to 60 seconds off a complete set without any belongs to that set: some
+    versions date them so. The nearest go first.
+    """
     paired = {name: key for name, key in signatures.items() if key in complete}
     unsigned = complete - set(paired.values())
-    off = sorted((abs(stamp_date(key[1]) - stamp_date(other[1])), name, other) for name, key in signatures.items() if name not in paired
+    off = sorted((abs(stamp_date(key[1]) - stamp_date(other[1])), name, other)
+                 for name, key in signatures.items() if name not in paired
                  for other in unsigned if (key[0] is None) == (other[0] is None))
     for distance, name, other in off:
-        if distance <= timedelta(seconds=SIGNATURE_SECONDS) and name not in paired and other not in paired.values():
+        near = distance <= timedelta(seconds=SIGNATURE_SECONDS)
+        if near and name not in paired and other not in paired.values():
             paired[name] = other
     return paired
 
 
 def key_of(match: Optional[re.Match[str]]) -> Optional[SetKey]:
-    """Return what tells a set from others, of a matched file name: the stamps of the set it builds on, if any, and its own."""
+    """Return what tells a set from others, of a matched file name.
+
+    These are the stamps of the set it builds on, if any, and its own.
+    """
     if not match or (match[1] == "full") != (match[2] is None):
         return None
     with contextlib.suppress(ValueError):  # a stray name may hold a month 13
@@ -777,9 +799,9 @@ def key_of(match: Optional[re.Match[str]]) -> Optional[SetKey]:
     return None
 
 
-def complete_sets(encrypted: Union[Path, int]) -> list[BackupSet]:
-    """Return the sets whose manifest, which duplicity writes last, is in encrypted/ (its path or descriptor), oldest first."""
-    return [backup_set for backup_set in read_sets(encrypted)[0] if backup_set.complete]
+def complete_sets(encrypted: Path) -> list[BackupSet]:
+    """Return the sets whose manifest, which duplicity writes last, is there, oldest first."""
+    return [found for found in read_sets(encrypted)[0] if found.complete]
 
 
 def stamp_date(stamp: str) -> datetime:
@@ -788,20 +810,25 @@ def stamp_date(stamp: str) -> datetime:
 
 
 def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
-    """Group complete sets, oldest first, into chains: a full and the increments that lead back to it. Orphans are in none."""
+    """Group complete sets, oldest first, into chains: a full and the increments that lead to it.
+
+    Orphans are in none.
+    """
     chains: list[list[BackupSet]] = []
-    for backup_set in sets:
-        if backup_set.full:
-            chains.append([backup_set])
+    for found in sets:
+        if found.full:
+            chains.append([found])
         else:
             for chain in chains:
-                if chain[-1].stamp == backup_set.previous:
-                    chain.append(backup_set)
+                if chain[-1].stamp == found.previous:
+                    chain.append(found)
                     break
     return chains
 
 
-def reason_for_full(sets: Sequence[BackupSet], now: datetime, force_full: bool = False) -> Optional[str]:
+def reason_for_full(
+    sets: Sequence[BackupSet], now: datetime, force_full: bool = False
+) -> Optional[str]:
     """Return why the next backup must be a full one, None if an incremental will do.
 
     sets: the complete ones, oldest first. force_full: it was asked for.
@@ -813,43 +840,69 @@ def reason_for_full(sets: Sequence[BackupSet], now: datetime, force_full: bool =
     chain = next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), None)
     if chain is None:
         return "the newest set does not lead back to a full backup"
-    if sum(backup_set.size for backup_set in chain[1:]) * 2 > chain[0].size:
+    if sum(found.size for found in chain[1:]) * 2 > chain[0].size:
         return "the increments add up to more than half of the full backup"
     if now - chain[0].date > timedelta(days=FULL_DAYS):
         return f"the full backup is over {FULL_DAYS} days old"
-    if not all(backup_set.signed for backup_set in chain):
+    if not all(found.signed for found in chain):
         return "signatures are missing, without which duplicity would exit 17 night after night"
     return None
 
 
 def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
-    """Tell whether the next backup of the STORAGE_ROOT in env must be a full one. now: default the clock's time."""
-    return reason_for_full(complete_sets(paths_of(env).encrypted), now or datetime.now(timezone.utc)) is not None
+    """Tell whether the next backup of the STORAGE_ROOT in env must be a full one.
+
+    now: the time, with its zone; default the clock's.
+    """
+    sets = complete_sets(paths_of(env).backup / ENCRYPTED)
+    return reason_for_full(sets, now or datetime.now(timezone.utc)) is not None
+
+
+def check_room(paths: Paths, freed: int = 0) -> None:
+    """Check that there is room for duplicity's temporary files.
+
+    freed: bytes that will be free until then. Raises Failure.
+    """
+    needed = TEMPORARY_BYTES + reserve_bytes(Path())
+    free = utils.free_bytes(Path()) + freed
+    if free < needed:
+        raise Failure(f"{paths.backup} has {human_size(free)} free and a backup needs "
+                      f"{human_size(needed)} at least; make room there")
+
+
+def reserve_bytes(path: Path) -> int:
+    """Return the room that a backup leaves to mail: 5 % of path's file system, at most 1 GB."""
+    return min(utils.total_bytes(path) // 20, RESERVE_BYTES)
 
 
 # Steps 6 and 15: hooks
 
 
 def run_hook(night: Night, name: str, record: Record) -> None:
-    """Run an executable file of backup/ as STORAGE_USER, if it is there; what goes wrong with it needs attention, no more.
+    """Run an executable file of backup/ as STORAGE_USER, if it is there.
 
-    It gets the settings of the file, and PATH, HOME and USER. Without a `#!` line /bin/sh runs it, as su did in the 2015 script.
+    What goes wrong with it needs attention, no more. It gets the settings of the file, and PATH,
+    HOME and USER. Without a `#!` line /bin/sh runs it, as su did in the 2015 script.
     """
     hook = night.paths.backup / name
-    if not os.path.lexists(hook):
+    if not os.path.lexists(name):
         return
     log.info("running the hook %s", hook)
     try:
-        if not hook.stat().st_mode & 0o111:
-            record.warn(f"the hook {hook} is not executable and was not run; run: chmod +x {shlex.quote(str(hook))}")
+        if not os.stat(name).st_mode & 0o111:
+            record.warn(f"the hook {hook} is not executable and was not run; "
+                        f"run: chmod +x {shlex.quote(str(hook))}")
             return
-        with hook.open("rb") as stream:
-            command = [str(hook)] if stream.read(4).startswith((b"#!", b"\x7fELF")) else ["/bin/sh", str(hook)]
+        with open(name, "rb") as stream:
+            is_program = stream.read(4).startswith((b"#!", b"\x7fELF"))
     except OSError as error:
         record.warn(f"the hook could not be run: {failure_of(error)}")
         return
-    environment = {**night.settings, "PATH": night.environment["PATH"], "HOME": night.user.pw_dir, "USER": night.user.pw_name}
-    answer = utils.shell(command, environment, user=night.user, umask=0o022, on_line=log.info if night.verbose else log.debug)
+    user = night.user
+    environment = {**night.settings, "PATH": night.environment["PATH"], "HOME": user.pw_dir,
+                   "USER": user.pw_name}
+    command = [str(hook)] if is_program else ["/bin/sh", str(hook)]
+    answer = utils.shell(command, environment, user=user, umask=0o022, on_line=log.debug)
     if answer.exit_code:
         record.warn(f"the hook {hook} failed; mend it: it ended with {answer}")
 
@@ -859,23 +912,28 @@ def run_hook(night: Night, name: str, record: Record) -> None:
 
 @contextlib.contextmanager
 def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror]]:
-    """Keep a copy of STORAGE_ROOT, of which the first pass is made here while mail runs, for as long as the block runs.
+    """Keep a copy of STORAGE_ROOT while the block runs; its first pass is made here, mail running.
 
-    Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself while mail is stopped.
+    Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself while mail is
+    stopped.
     """
-    paths, place = night.paths, snapshot_of(night.paths)
-    spare = min(utils.total_bytes(place.parent) // 10, SPARE_BYTES)
-    excluded = frozenset({paths.backup.name, paths.snapshots[1].name})
+    paths = night.paths
+    one_disk = utils.on_one_mount(Path(), paths.root)  # the links need that
+    place = SNAPSHOT if one_disk else paths.copy_beside
+    spare = min(utils.total_bytes(paths.root) // 10, SPARE_BYTES)
+    excluded = frozenset({paths.backup.name, COPY_BESIDE})
     copy = None
     log.info("copying %s while mail runs", paths.root)
     with contextlib.ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
         try:
             utils.make_owned_directory(place, 0o700, 0)
-            copy = stack.enter_context(utils.mirror_of(paths.root, place, excluded, may_link, spare))
+            copy = stack.enter_context(
+                utils.mirror_of(paths.root, place, excluded, may_link, spare))
         except (utils.CannotMirror, OSError) as error:
-            remove_copy(paths, place)  # its room is duplicity's
-            record.remarks.append(f"mail was down while duplicity read {paths.root} itself, because it could not be copied: {error}")
+            remove_copy(place)  # its room is duplicity's
+            record.remarks.append(f"mail was down while duplicity read {paths.root} itself, because "
+                                  f"it could not be copied: {error}")
             log.info(record.remarks[-1])
         yield copy
 
@@ -883,31 +941,23 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
 @needs_attention_at_most
 def remove_copy_at_last(night: Night, record: Record, place: Path) -> None:
     """Remove the copy when it has served."""
-    remove_copy(night.paths, place)
+    remove_copy(place)
 
 
-def remove_copy(paths: Paths, place: Path) -> None:
+def remove_copy(place: Path) -> None:
     """Remove a copy of the tree, of this run or of one that died, if it is there.
 
-    place: one of the two places. Raises Failure if what stands there is no copy: STORAGE_USER can give directories of root's another
-    name, this one too.
+    Raises Failure if what stands there is no copy: STORAGE_USER can give directories of root's
+    another name, that of the copy beside backup/, too.
     """
     if not os.path.lexists(place):
         return
-    beside = place.parent != paths.backup
-    with utils.owned_directory(place) if beside else utils.owned_directory(paths.backup, place.name) as directory:
-        check_copy(place, os.listdir(directory))
-        try:
-            utils.remove_at("tree", directory)
-        except OSError as error:
-            raise Failure(f"the copy {place} could not be removed, {failure_of(error)}; see lsattr -R there") from error
+    with utils.owned_directory(place) as directory:
+        if foreign := sorted(set(os.listdir(directory)) - {"tree"}):
+            raise Failure(f"{place.absolute()} is not a copy of the tree, for it holds "
+                          f"{printable(foreign[0])}; move it to where it belongs")
+        utils.remove("tree", directory)
     place.rmdir()
-
-
-def check_copy(place: Path, names: Sequence[str]) -> None:
-    """Raise Failure (exit code 2) if these names, of what is in the place of the copy, are not those of a copy."""
-    if foreign := sorted(set(names) - {"tree"}):
-        raise Failure(f"{place} is not a copy of the tree, for it holds {printable(foreign[0])}; move it to where it belongs", 2)
 
 
 def finish_copy(copy: utils.Mirror) -> None:
@@ -915,108 +965,108 @@ def finish_copy(copy: utils.Mirror) -> None:
     try:
         utils.update_mirror(copy)
     except utils.CannotMirror as error:
-        raise Failure(f"no backup was made because the copy could not be finished: {error}; see to that, run the backup again") from error
+        raise Failure("no backup was made because the copy could not be finished: "
+                      f"{error}; see to that, run the backup again") from error
 
 
 @contextlib.contextmanager
 def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     """Keep mail stopped while the block runs, see utils.services_stopped. lock: its descriptor."""
     log.info("stopping mail")
-    with utils.services_stopped(night.services, night.paths.stopped, night.environment, lock, record.downtime):
+    with utils.services_stopped(night.services, night.paths.stopped, night.environment, lock,
+                                record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.downtime.awake:
-        record.warn(f"something started mail while it was to be down, {record.downtime.awake}: the backup may hold "
-                    "half of what it wrote; see what did")
-
-
-def snapshot_of(paths: Paths) -> Path:
-    """Return the directory for the copy: it must be on the tree's own disk, for the links."""
-    return paths.snapshots[0 if not paths.backup.exists() or utils.on_one_mount(paths.backup, paths.root) else 1]
+        record.warn(f"something started mail while it was to be down, {record.downtime.awake}: the "
+                    "backup may hold half of what it wrote; see what did")
 
 
 def may_link(path: str, siblings: Set[str]) -> bool:
-    """Tell of a directory of the tree whether its files are never rewritten in place: messages, and volumes of the legacy layout.
+    """Tell of a directory of the tree whether its files are never rewritten in place.
 
-    path: relative to STORAGE_ROOT. siblings: the names of all directories beside it: Maildir's cur, new and tmp are side by side.
+    These are messages, and volumes of the legacy layout. path: relative to STORAGE_ROOT. siblings:
+    the names of all directories beside it: Maildir's cur, new and tmp are side by side.
     """
-    name = os.path.basename(path)
-    return name in ("cur", "new") and {"cur", "new", "tmp"} <= siblings or path.split("/")[0] == MIGRATED
+    is_maildir = os.path.basename(path) in ("cur", "new") and {"cur", "new", "tmp"} <= siblings
+    return is_maildir or path.split("/")[0] == MIGRATED
 
 
 # Steps 11 to 14: duplicity
 
 
-def duplicity_command(paths: Paths, archive: Path, action: str, *arguments: str) -> list[str]:
-    """Return a duplicity command in the order that all versions take: action, options, then the rest, the target last.
+def duplicity_command(action: str, *arguments: str, low_priority: bool = False) -> list[str]:
+    """Return a duplicity command for what is in the working directory.
 
-    archive: the archive directory. The kernel kills it when this process dies, so that no orphan goes on writing.
+    The order is that of all versions: action, options, then the rest, the target last. The kernel
+    kills it when this process dies, so that no orphan goes on writing.
     """
-    return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--archive-dir", str(archive), *arguments, paths.encrypted.as_uri()]
+    return ["setpriv", "--pdeathsig", "KILL", *(LOW_PRIORITY if low_priority else []),
+            "duplicity", action, "--archive-dir", str(CACHE), "--name", ARCHIVE.name, *arguments]
 
 
-def set_command(night: Night, action: str, copy: Optional[Path] = None) -> list[str]:
-    """Return the command that makes a set. action: full or incremental. copy: read it, with mail running, in place of STORAGE_ROOT."""
-    excluded = [] if copy else exclusions(night.paths)
-    command = duplicity_command(
-        night.paths, night.paths.cache, action, *excluded, "--volsize", str(VOLUME_MEGABYTES), "--gpg-options=--cipher-algo=AES256",
-        "--allow-source-mismatch", "--log-fd=LOG", str(copy or night.paths.root))
-    # Where a container forbids it (-t) duplicity reads at the priority that it has.
-    return [*command[:3], "nice", "-n", "19", "ionice", "-t", "-c", "3", *command[3:]] if copy else command
+TARGET = f"file://{ENCRYPTED}"
+
+
+def set_command(paths: Paths, action: str, copy: Optional[Path] = None) -> list[str]:
+    """Return the command that makes a set.
+
+    action: full or incremental. copy: to read, with mail running, in place of STORAGE_ROOT.
+    """
+    return duplicity_command(
+        action, *([] if copy else exclusions(paths)), "--volsize", str(VOLUME_MEGABYTES),
+        "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG",
+        str(copy or paths.root), TARGET, low_priority=copy is not None)
 
 
 def exclusions(paths: Paths) -> list[str]:
-    """Return duplicity's options to leave out of STORAGE_ROOT what is no user data; to duplicity the names are patterns."""
-    return [part for path in (paths.backup, paths.snapshots[1]) for part in ("--exclude", glob.escape(str(path)))]
+    """Return duplicity's options to leave out of STORAGE_ROOT what is no user data.
+
+    To duplicity the names are patterns.
+    """
+    return [part for path in (paths.backup, paths.copy_beside)
+            for part in ("--exclude", glob.escape(str(path)))]
 
 
 def remove_old_command(night: Night) -> list[str]:
-    """Return the command that deletes the chains whose newest set is older than BACKUP_KEEP_DAYS."""
-    return duplicity_command(night.paths, night.paths.cache, "remove-older-than", "--force", "--verbosity", "error", f"{night.keep_days}D")
+    """Return the command that deletes chains whose newest set is older than BACKUP_KEEP_DAYS."""
+    return duplicity_command("remove-older-than", "--force", "--verbosity", "error",
+                             f"{night.keep_days}D", TARGET)
 
 
-def clean_up_command(night: Night) -> list[str]:
+def clean_up_command() -> list[str]:
     """Return the command that deletes files of no complete set."""
-    return duplicity_command(night.paths, night.paths.cache, "cleanup", "--force", "--verbosity", "error")
+    return duplicity_command("cleanup", "--force", "--verbosity", "error", TARGET)
 
 
 def run_duplicity(
-    command: Sequence[str], environment: Mapping[str, str], verbose: bool = False, log_lines: Optional[list[str]] = None,
+    work: Work, command: Sequence[str], log_lines: Optional[list[str]] = None,
     watch: utils.Watch = lambda process: None,
 ) -> Finished:
-    """Run a duplicity command with the passphrase, which nothing but duplicity and its gpg ever has, in its environment.
+    """Run a duplicity command in the working directory.
 
-    verbose: show what it says. log_lines: takes the lines of the machine log of a command that has one. A record with a name that is
-    not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then prints it as an error of logging, from where it is put back as a
-    WARNING. watch: see utils.shell. Returns how it ended.
+    The passphrase is in its environment; nothing but duplicity and its gpg ever has it. log_lines:
+    takes the lines of the machine log of a command that has one. A record with a name that is not
+    UTF-8 fails to be written there (0.8.22, 3.2.1); Python then prints it as an error of logging,
+    from where it is put back as a WARNING. watch: see utils.shell. Returns how it ended.
     """
     lost_records: list[str] = []
 
     def take_line(line: str) -> None:
-        (log.info if verbose else log.debug)(line)
+        log.debug(line)
         if line.startswith("Message: "):
             lost_records.extend(["WARNING 1", f". {line.removeprefix('Message: ')}"])
 
-    (log.info if verbose else log.debug)("running %s", shlex.join(command))
-    answer = utils.shell(command, environment, secret=environment["PASSPHRASE"], umask=0o077, watch=watch, on_line=take_line,
-                         on_log=None if log_lines is None else log_lines.append)
+    log.debug("running %s", shlex.join(command))
+    passphrase = read_passphrase()
+    # A relative directory for temporary files would be made absolute.
+    environment = {**gpg_environment(work), "PASSPHRASE": passphrase,
+                   "TMPDIR": f"/proc/self/cwd/{TEMPORARY}"}
+    answer = utils.shell(
+        command, environment, directory=".", secret=passphrase, umask=0o077, watch=watch,
+        on_line=take_line, on_log=None if log_lines is None else log_lines.append)
     if log_lines is not None:
         log_lines.extend(lost_records)
-    return answer
-
-
-def run_nightly_duplicity(
-    night: Night, command: Sequence[str], log_lines: Optional[list[str]] = None, watch: utils.Watch = lambda process: None
-) -> Finished:
-    """Run a duplicity command of the night, see run_duplicity. Raises Failure, and ends it, if backup/ is replaced."""
-    def watch_place(process: int) -> None:
-        check_in_place(night.paths)
-        watch(process)
-
-    check_in_place(night.paths)
-    environment = {**gpg_environment(night), "PASSPHRASE": read_passphrase(night.paths.key), "TMPDIR": str(night.paths.temporary)}
-    answer = run_duplicity(command, environment, night.verbose, log_lines, watch_place)
-    check_in_place(night.paths)
     return answer
 
 
@@ -1026,59 +1076,70 @@ def explain(action: str, answer: Finished) -> str:
     return f"duplicity {action} failed: {meaning}; it ended with {answer}"
 
 
-def make_set(night: Night, record: Record, action: str, copy: Optional[utils.Mirror] = None) -> None:
-    """Have duplicity make a set, and believe it only if duplicity says so, its manifest is there and no entry is missing.
+def make_set(
+    night: Night, record: Record, action: str, copy: Optional[utils.Mirror] = None
+) -> None:
+    """Have duplicity make a set, and believe it only when it is proved.
 
-    duplicity 0.8.22 exits 0 for a tree that vanishes while it reads. action: full or incremental. copy: what it reads in place of
+    duplicity must say so, its manifest be there, and no entry be missing: 0.8.22 exits 0 for a tree
+    that vanishes while it reads. action: full or incremental. copy: what it reads in place of
     STORAGE_ROOT. Raises Failure.
     """
     root, tree = str(night.paths.root), copy.target if copy else night.paths.root
     record.kind, record.source = action, "copy" if copy else "direct"
-    before = complete_sets(night.paths.encrypted)
-    excluded = [] if copy else [night.paths.backup, night.paths.snapshots[1]]
+    before = complete_sets(ENCRYPTED)
+    excluded = [] if copy else [night.paths.backup, night.paths.copy_beside]
     entries = utils.count_entries(tree, excluded)
     log_lines: list[str] = []
-    log.info("duplicity makes the %s backup of %s", action, tree)
-    with progress(night.verbose) as draw:
+    log.info("duplicity makes the %s backup of %s", action, root)
+    with progress() as draw:
         since = before[-1].date.timestamp() if action == "incremental" else 0.0
-        watch = watch_set(night, draw, utils.content_size(tree, excluded, since) if draw else 0)
-        answer = run_nightly_duplicity(night, set_command(night, action, copy.target if copy else None), log_lines, watch)
+        total = utils.content_size(tree, excluded, since) if draw else 0
+        answer = run_duplicity(night, set_command(night.paths, action, copy.target if copy else None),
+                               log_lines, watch_set(night.paths, draw, total))
     if answer.exit_code in DAMAGED_ARCHIVE_CODES:
-        with contextlib.suppress(OSError), utils.owned_directory(night.paths.backup) as directory:
-            utils.remove_at(night.paths.cache.name, directory)
-            log.warning("deleted %s, which may be damaged and which the next run makes anew", night.paths.cache)
+        utils.remove(CACHE)
+        log.warning("deleted %s, which may be damaged and which the next run makes anew",
+                    CACHE.absolute())
     if answer.exit_code:
         raise Failure(explain(action, answer))
-    after = complete_sets(night.paths.encrypted)
-    if after[:-1] != before or not any(chain[-1] == after[-1] and (len(chain) == 1) == (action == "full") for chain in chains_of(after)):
-        raise Failure(f"duplicity ended well but no new {action} set is in {night.paths.encrypted}; run the backup with --full")
+    after = complete_sets(ENCRYPTED)
+    chains = [chain for chain in chains_of(after) if chain[-1] == after[-1]]
+    if after[:-1] != before or not chains or (len(chains[0]) == 1) != (action == "full"):
+        raise Failure(f"duplicity ended well but no new {action} set is in {ENCRYPTED.absolute()}; "
+                      "run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
     unexplained = math.inf if reported is None else abs(reported - entries) - len(warnings)
-    # Nothing changes a copy. Others than mail may go on writing to the tree itself: then a hundredth of it may come or go meanwhile.
-    if unexplained > 0 and (copy or unexplained > entries // 100 + abs(utils.count_entries(tree, excluded) - entries)):
-        raise Failure(f"duplicity read {reported} of the {entries} files and directories of {tree}, and did not say why; "
-                      "see that nothing but mail writes there, and run the backup again")
+    # Nothing changes a copy. Others than mail may go on writing to the tree itself: then a hundredth
+    # of it may come or go meanwhile.
+    if unexplained > 0 and (copy or unexplained > entries // 100 + abs(
+            utils.count_entries(tree, excluded) - entries)):
+        raise Failure(f"duplicity read {reported} of the {entries} files and directories of {root}, "
+                      "and did not say why; see that nothing but mail writes there, and run the "
+                      "backup again")
     record.size = after[-1].size
-    record.unread = [printable(f"{os.path.join(root, path)}: {why}") for path, why in copy.unread.items()] if copy else []
+    record.unread = [printable(f"{root}/{path}: {why}") for path, why in copy.unread.items()] if (
+        copy) else []
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
     if record.unread:
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
-def watch_set(night: Night, draw: Optional[Draw], total: int) -> utils.Watch:
-    """Return a watch on duplicity that ends it before it takes the last room, and draws how much of the tree it has read.
+def watch_set(paths: Paths, draw: Optional[Draw], total: int) -> utils.Watch:
+    """Return a watch on duplicity that ends it before it takes the last room, and draws its progress.
 
-    total: how much there is to read, in bytes. What it reads besides is, of each finished volume, three times as much (seen: 0.8.22,
-    3.2.1).
+    total: how much there is to read, in bytes. What it reads besides is, of each finished volume,
+    three times as much (seen: 0.8.22, 3.2.1).
     """
-    before = sum(utils.regular_files(night.paths.encrypted).values())
-    reserve = reserve_bytes(night.paths.backup)
+    before = sum(utils.regular_files(ENCRYPTED).values())
+    reserve = reserve_bytes(Path())
 
     def watch(process: int) -> None:
-        if utils.free_bytes(night.paths.backup) < reserve:
-            raise Failure(f"duplicity was ended before it took the last room of {night.paths.backup}; make room there")
+        if utils.free_bytes(Path()) < reserve:
+            raise Failure(f"duplicity was ended before it took the last room of {paths.backup}; make "
+                          "room there")
         if draw:
-            made = sum(utils.regular_files(night.paths.encrypted).values()) - before
+            made = sum(utils.regular_files(ENCRYPTED).values()) - before
             draw(utils.bytes_read_by(process) - 3 * made, total)
 
     return watch
@@ -1086,15 +1147,16 @@ def watch_set(night: Night, draw: Optional[Draw], total: int) -> utils.Watch:
 
 def first_of(texts: Sequence[str]) -> str:
     """Return the first 20 of some texts, and how many more there are."""
-    return "; ".join(texts[:20]) + (f"; and {len(texts) - 20} more" if len(texts) > 20 else "")
+    return "; ".join([*texts[:20], *([f"and {len(texts) - 20} more"] if len(texts) > 20 else [])])
 
 
 def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
     """Read duplicity's machine log: records of `LEVEL code`, then lines that begin with a full stop.
 
-    A file that could not be read is a WARNING with the general code 1, or 9 if its status could not be had, and exit code 0; the
-    statistics count it as an error or not (all seen: 0.8.22, 3.2.1). Returns the number of source entries, and the warnings but
-    those with codes 2 to 6, which are about files of other sets in the target (duplicity's log.py).
+    A file that could not be read is a WARNING with the general code 1, or 9 if its status could not
+    be had, and exit code 0; the statistics count it as an error or not (all seen: 0.8.22, 3.2.1).
+    Returns the number of source entries, and the warnings but those with codes 2 to 6, which are
+    about files of other sets in the target (duplicity's log.py).
     """
     entries: Optional[int] = None
     warnings: list[str] = []
@@ -1111,95 +1173,76 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
 
 
 @needs_attention_at_most
-def delete_migrated_backups(night: Night, record: Record, state: Optional[DirectoryState]) -> None:
+def delete_migrated_backups(
+    night: Night, record: Record, state: Optional[DirectoryState]
+) -> None:
     """Delete the plain backups of the legacy layout, now that a backup contains every file of theirs.
 
-    state: of their directory from before the backup: one that was renamed meanwhile, even there and back, may not be in it.
+    state: of their directory from before the backup: one that was renamed meanwhile, even there and
+    back, may not be in it.
     """
     migrated = night.paths.migrated
     if state is None:
         return
-    if any(migrated.name in warning or warning.endswith(f" {night.paths.root}") for warning in record.unread):
+    root = f" {night.paths.root}"
+    if any(migrated.name in why or why.endswith(root) for why in record.unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
     with utils.owned_directory(migrated) as directory:
         if directory_state(os.fstat(directory)) != state:
-            record.warn(f"{migrated} is kept because it was changed during the backup; run the backup again")
+            record.warn(f"{migrated} is kept because it was changed during the backup; run the backup "
+                        "again")
             return
         names = sorted(os.listdir(directory), key=lambda name: name.startswith("duplicity-"))
         if names and not names[-1].startswith("duplicity-"):
-            record.warn(f"{migrated} is kept because it holds no backups; move it to where it belongs, or away")
+            record.warn(f"{migrated} is kept because it holds no backups; move it to where it "
+                        "belongs, or away")
             return
         os.sync()
-        try:
-            for name in names:  # what tells that they are backups goes last, so that the run after one that is killed here goes on
-                utils.remove_at(name, directory)
-        except OSError as error:
-            raise Failure(f"{migrated} could not be deleted, {failure_of(error)}; see lsattr -R there") from error
+        # What tells that they are backups goes last, so that the run after one that is killed here
+        # goes on.
+        for name in names:
+            utils.remove(name, directory)
     migrated.rmdir()
 
 
 def run_after_set(night: Night, record: Record, command: Sequence[str]) -> None:
     """Run a duplicity command after a set was made: its failure needs attention, no more."""
-    answer = run_nightly_duplicity(night, command)
+    answer = run_duplicity(night, command)
     if answer.exit_code:
         record.warn(explain(command[4], answer))
 
 
-@contextlib.contextmanager
-def deletion_allowed(paths: Paths) -> Iterator[bool]:
-    """Keep commands that read away from encrypted/ while the block runs. Yields whether that can be had: not while one reads."""
-    if not os.path.lexists(paths.encrypted):  # moved aside: nobody can read there
-        yield True
-        return
-    with utils.directory_locked(paths.encrypted, exclusive=True) as allowed:
-        yield allowed
-
-
 @needs_attention_at_most
-def clean_up(night: Night, record: Record, allowed: bool) -> None:
-    """Have duplicity delete files of no complete set, and delete what readers that died have left. allowed: whether nobody reads."""
-    if allowed:
-        run_after_set(night, record, clean_up_command(night))
-        with utils.owned_directory(night.paths.backup) as directory:
-            for place in night.paths.backup.glob(READER_PREFIX + "????????"):  # as tempfile names them
-                if stat.S_ISDIR(place.lstat().st_mode):
-                    with utils.directory_locked(place, exclusive=True) as dead:
-                        if dead:
-                            utils.remove_at(place.name, directory)
-        for home in RUN_DIRECTORY.glob(f"{night.paths.gnupg.name}-*"):
-            with utils.directory_locked(home, exclusive=True) as dead:
-                if dead:
-                    utils.remove(home)
+def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet]) -> None:
+    """Delete the chains that are old enough, unless the clock may have jumped ahead.
 
-
-@needs_attention_at_most
-def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet], allowed: bool) -> None:
-    """Delete the chains that are old enough, unless the clock may have jumped ahead: it would delete all of them.
-
-    sets: the complete ones from before this run. allowed: whether nobody reads.
+    It would delete all of them. sets: the complete ones from before this run.
     """
-    if not allowed:
-        record.warn("no old backups were deleted because a --verify, --list or --restore reads them; the next run will delete them")
-        return
     if sets and night.now - sets[-1].date > timedelta(days=FULL_DAYS):
-        record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days old: check the clock; "
-                    "if it is right the next run will delete them")
+        record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days old: "
+                    "check the clock; if it is right the next run will delete them")
         return
     log.info("deleting old backups")
     run_after_set(night, record, remove_old_command(night))
 
 
 @needs_attention_at_most
+def clean_up(night: Night, record: Record) -> None:
+    """Have duplicity delete files of no complete set."""
+    run_after_set(night, record, clean_up_command())
+
+
+@needs_attention_at_most
 def grant_group_read(night: Night, record: Record) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
-    with utils.owned_directory(night.paths.backup, night.paths.encrypted.name) as directory:
-        for name in utils.regular_files(directory):
-            with contextlib.suppress(FileNotFoundError), utils.opened(name, os.O_RDONLY | os.O_NONBLOCK, directory) as file:
-                status = os.fstat(file)
-                if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (0, night.user.pw_gid, 0o640):
-                    os.fchown(file, 0, night.user.pw_gid)
-                    os.fchmod(file, 0o640)
+    wanted = (0, night.user.pw_gid, 0o640)
+    for name in utils.regular_files(ENCRYPTED):
+        path = ENCRYPTED / name
+        status = path.lstat()
+        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != wanted:
+            os.chown(path, 0, night.user.pw_gid)
+            path.chmod(0o640)
 
 
 # Step 15: how the run went
@@ -1217,12 +1260,12 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
         utils.raise_if_interrupted()
     except (Failure, OSError, Interrupted) as error:
         failure = failure_of(error) if isinstance(error, OSError) else error
-        if failure.exit_code == 2 and record.duplicity_version is None and not record.downtime.not_started:  # step 1 was not over
-            raise failure from error
+        not_started = record.downtime.not_started
+        if failure.exit_code == 2 and record.duplicity_version is None and not not_started:
+            raise failure from error  # step 1 was not over
         tell_of_services(record)
-        code = 5 if record.downtime.not_started else 1 if failure.exit_code == 2 else failure.exit_code
-        write_last_run(night, record, code, str(failure))
-        failure.exit_code = code
+        failure.exit_code = 5 if not_started else 1 if failure.exit_code == 2 else failure.exit_code
+        write_last_run(night, record, failure.exit_code, str(failure))
         raise failure from error
     tell_of_services(record)
     write_last_run(night, record)
@@ -1240,19 +1283,24 @@ def exit_code_of(record: Record) -> int:
 
 
 def tell_what_was_made(night: Night, record: Record) -> None:
-    """Say on a terminal, as the last line, what was made, how big it is and how long mail was down."""
+    """Say on a terminal what was made, how big it is and how long mail was down."""
     seconds = (datetime.now(timezone.utc) - night.now).total_seconds()
     log.info("made the %s backup, %s, in %.0f seconds; mail was down for %.1f seconds", record.kind,
              human_size(record.size), seconds, record.downtime.seconds)
 
 
 @needs_attention_at_most
-def write_last_run(night: Night, record: Record, exit_code: Optional[int] = None, message: str = "") -> None:
-    """Write last-run.json. exit_code, message: of a run that failed; of one that made a backup the record tells them."""
-    not_started = [f"{name} could not be started again" for name in record.downtime.not_started]
-    messages = not_started + record.attention + record.remarks + [message]
+def write_last_run(
+    night: Night, record: Record, exit_code: Optional[int] = None, message: str = ""
+) -> None:
+    """Write last-run.json.
+
+    exit_code, message: of a run that failed; of one that made a backup the record tells them.
+    """
+    messages = [f"{name} could not be started again" for name in record.downtime.not_started]
+    messages += [*record.attention, *record.remarks, message]
     content = {
-        "start": night.now.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "start": night.now.isoformat(timespec="seconds"),
         "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": record.kind,
         "source": record.source,
@@ -1261,19 +1309,24 @@ def write_last_run(night: Night, record: Record, exit_code: Optional[int] = None
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
     }
-    check_in_place(night.paths)
-    utils.write_atomically(night.paths.last_run, json.dumps(content, indent=1) + "\n", 0o640, night.user.pw_gid)
+    utils.write_atomically(LAST_RUN, json.dumps(content, indent=1) + "\n", 0o640, night.user.pw_gid)
 
 
 def read_last_run(path: Path) -> Optional[dict[str, Any]]:
-    """Return what last-run.json holds, None if there was no run yet; if it cannot be read, a failed run that says so."""
+    """Return what last-run.json holds, None if there was no run yet.
+
+    If it cannot be read, a failed run that says so.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {"exit_code": 1, "message": f"{path} does not hold a run; remove it"}
+        if isinstance(content, dict):
+            return content
+        why = f"{path} does not hold a run"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        return {"exit_code": 1, "message": f"cannot read {path}: {error}; remove it"}
+        why = f"cannot read {path}: {error}"
+    return {"exit_code": 1, "message": f"{why}; remove it"}
 
 
 # Status
@@ -1282,58 +1335,72 @@ NO_BACKUPS = "No backups have been made yet."
 
 
 def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dict[str, Any]:
-    """Tell what backups there are, how big they are, when each will be deleted and how the last run went; made for JSON.
+    """Tell what backups there are, how big, when each will be deleted and how the last run went.
 
-    env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's. Only directory entries are read. Returns:
-    directory, encpwfile, tz; backups, newest first, each with date (such as 20261122T030000Z), date_str (local ISO time),
-    date_delta (its age), full, previous (the date it builds on), size in bytes, and deleted_in where it can be told;
-    unmatched_file_size in bytes, of files that belong to no complete set; free_size in bytes, of the disk they are on; last_run, as
-    in last-run.json, None if there was none. Raises Failure, OSError.
+    env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's. Only directory
+    entries are read. Returns, made for JSON: directory, encpwfile, tz; backups, newest first, each
+    with date (such as 20261122T030000Z), date_str (local ISO time), date_delta (its age), full,
+    previous (the date it builds on), size in bytes, and deleted_in where it can be told;
+    unmatched_file_size in bytes, of files that belong to no complete set; free_size in bytes, of the
+    disk they are on; last_run, as in last-run.json, None if there was none. Raises Failure, OSError.
     """
-    paths = paths_of(env)
+    backup = paths_of(env).backup
+    encrypted = backup / ENCRYPTED
     now = (now or datetime.now(timezone.utc)).astimezone()
-    sets, unmatched = read_sets(paths.encrypted)
-    sets = [backup_set for backup_set in sets if backup_set.complete]
+    sets, unmatched = read_sets(encrypted)
+    sets = [found for found in sets if found.complete]
     deleted_in = tell_deletions(sets, timedelta(days=keep_days_of(env)), now)
+    disk = next(path for path in (encrypted, *encrypted.parents) if path.exists())
     return {
-        "directory": str(paths.encrypted), "encpwfile": str(paths.key), "tz": now.tzname(),
+        "directory": str(encrypted), "encpwfile": str(backup / KEY), "tz": now.tzname(),
         "backups": [{
-            "date": backup_set.stamp, "date_str": backup_set.date.astimezone().isoformat(),
-            "date_delta": span(backup_set.date, now), "full": backup_set.full, "previous": backup_set.previous,
-            "size": backup_set.size, **({"deleted_in": deleted_in[backup_set]} if backup_set in deleted_in else {}),
-        } for backup_set in reversed(sets)],
-        "unmatched_file_size": unmatched, "free_size": utils.free_bytes(next(
-            path for path in (paths.encrypted, *paths.encrypted.parents) if path.exists())), "last_run": read_last_run(paths.last_run)}
+            "date": found.stamp, "date_str": found.date.astimezone().isoformat(),
+            "date_delta": span(found.date, now), "full": found.full, "previous": found.previous,
+            "size": found.size,
+            **({"deleted_in": deleted_in[found]} if found in deleted_in else {}),
+        } for found in reversed(sets)],
+        "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
+        "last_run": read_last_run(backup / LAST_RUN)}
 
 
 def span(begin: datetime, end: datetime) -> str:
-    """Return the time between two in its two largest units, such as "3 hours, 5 minutes"; of one that is over, "0 minutes"."""
+    """Return the time between two in its two largest units, such as "3 hours, 5 minutes".
+
+    Of one that is over it is "0 minutes".
+    """
     delta = relativedelta(max(begin, end), begin)
-    units = [(abs(getattr(delta, unit)), unit) for unit in ("years", "months", "days", "hours", "minutes")]
+    units = [(abs(getattr(delta, unit)), unit)
+             for unit in ("years", "months", "days", "hours", "minutes")]
     first = next((place for place, (number, _) in enumerate(units) if number), len(units) - 1)
-    return ", ".join(f"{number} {unit if number != 1 else unit[:-1]}" for number, unit in units[first:first + 2])
+    return ", ".join(f"{number} {unit if number != 1 else unit[:-1]}"
+                     for number, unit in units[first:first + 2])
 
 
-def tell_deletions(sets: Sequence[BackupSet], keep: timedelta, now: datetime) -> dict[BackupSet, str]:
-    """Tell when each set will be deleted. sets: the complete ones, oldest first. keep: how old the newest of a chain must be.
+def tell_deletions(
+    sets: Sequence[BackupSet], keep: timedelta, now: datetime
+) -> dict[BackupSet, str]:
+    """Tell when each set will be deleted, in texts such as "2 days, 3 hours".
 
-    Exact for the chains before the last full and for orphans, which duplicity's cleanup deletes; for the current chain an estimate
-    of when the next full starts a new one, and of its age from then on. Returns texts such as "2 days, 3 hours".
+    Exact for the chains before the last full and for orphans, which duplicity's cleanup deletes; for
+    the current chain an estimate of when the next full starts a new one, and of its age from then on.
+    sets: the complete ones, oldest first. keep: how old the newest of a chain must be.
     """
     chains = chains_of(sets)
-    chained = {backup_set for chain in chains for backup_set in chain}
-    told = {backup_set: "on next daily backup" for backup_set in sets if backup_set not in chained}
+    chained = {found for chain in chains for found in chain}
+    told = {found: "on next daily backup" for found in sets if found not in chained}
     for chain in chains[:-1]:
         end = chain[-1].date + keep
         told.update(dict.fromkeys(chain, "on next daily backup" if end <= now else span(now, end)))
     for full, *increments in chains[-1:]:
         next_full = full.date + timedelta(days=FULL_DAYS)
         if grown := sum(increment.size for increment in increments):
-            next_full = full.date + timedelta(days=min(FULL_DAYS, full.size / 2 / (grown / len(increments))))
+            days = min(FULL_DAYS, full.size / 2 / (grown / len(increments)))
+            next_full = full.date + timedelta(days=days)
         newest = ([full] + increments)[-1].date
         last = newest if reason_for_full(sets, now) else max(newest, next_full)
-        days = max(0, -((now - last - keep) // timedelta(days=1)))
-        told.update(dict.fromkeys((full, *increments), f"approx. {days} day{'' if days == 1 else 's'}"))
+        days_left = max(0, -((now - last - keep) // timedelta(days=1)))
+        text = f"approx. {days_left} day{'' if days_left == 1 else 's'}"
+        told.update(dict.fromkeys((full, *increments), text))
     return told
 
 
@@ -1342,65 +1409,80 @@ def human_size(size_bytes: int) -> str:
     size, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
     while size >= 999.5 and len(units) > 1:
         size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "bytes" or size >= 99.95 else f"{size:.1f} {units[0]}"
+    whole = units[0] == "bytes" or size >= 99.95
+    return f"{size:.0f} {units[0]}" if whole else f"{size:.1f} {units[0]}"
 
 
 def headline_of(status: Mapping[str, Any], now: datetime) -> tuple[bool, str]:
-    """Return whether all is well, and in a line how it stands: OK, or why the status has exit code 3.
+    """Return whether all is well, and in a line how it stands: OK, or why --status has exit code 3.
 
     status: backup_status's answer. now: the time, with its zone.
     """
     backups, last = status["backups"], status["last_run"]
-    told = f"last backup {backups[0]['date_delta']} ago" if backups else "there is no complete backup"
+    told = f"last backup {backups[0]['date_delta']} ago" if backups else (
+        "there is no complete backup")
     for increments, found in enumerate(backups):
         if found["full"]:
             date = stamp_date(found["date"]).astimezone()
-            told += date.strftime(", full on %A" if now - date < timedelta(days=6) else ", full on %Y-%m-%d")
+            recent = now - date < timedelta(days=6)
+            told += date.strftime(", full on %A" if recent else ", full on %Y-%m-%d")
             told += f", {increments} increment{'' if increments == 1 else 's'} since"
             break
     if last is not None and last.get("exit_code") not in (0, 3):
         return False, printable(f"FAILED: the last run failed: {last.get('message')}; {told}")
-    if not backups or now - stamp_date(backups[0]["date"]) > timedelta(hours=OVERDUE_HOURS):
+    overdue = timedelta(hours=OVERDUE_HOURS)
+    if not backups or now - stamp_date(backups[0]["date"]) > overdue:
         return False, f"OVERDUE: there is no backup of the last {OVERDUE_HOURS} hours; {told}"
     return True, f"OK: {told}"
 
 
 def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) -> str:
-    """Return backup_status's answer for people, with no line break at its end. now: see headline_of. colour: for a terminal."""
+    """Return backup_status's answer for people, with no line break at its end.
+
+    now: see headline_of. colour: for a terminal.
+    """
     well, headline = headline_of(status, now)
     lines = [f"\x1b[{32 if well else 31}m{headline}\x1b[0m" if colour else headline, ""]
     row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
-    lines += [row.format("When", "Age", "Type", "Size", "Deleted in")] if status["backups"] else [NO_BACKUPS, ""]
+    if status["backups"]:
+        lines += [row.format("When", "Age", "Type", "Size", "Deleted in")]
+    else:
+        lines += [NO_BACKUPS, ""]
     for backup in status["backups"]:
         kind = "full" if backup["full"] else "increment"
-        lines.append(row.format(
-            backup["date_str"], backup["date_delta"], kind, human_size(backup["size"]), backup.get("deleted_in", "unknown")))
+        lines.append(row.format(backup["date_str"], backup["date_delta"], kind,
+                                human_size(backup["size"]), backup.get("deleted_in", "unknown")))
         if backup["full"]:
             lines.append("")  # a chain ends, or rather begins
-    total = sum(backup["size"] for backup in status["backups"]) + status["unmatched_file_size"]
-    unmatched = f", of which {human_size(status['unmatched_file_size'])} in files of no complete backup"
-    lines += [f"Total:    {human_size(total)}{unmatched if status['unmatched_file_size'] else ''}",
-              f"Free:     {human_size(status['free_size'])} on that disk",
-              f"Backups:  {printable(status['directory'])}", f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)",
-              f"Last run: {printable(last_run_text(status['last_run']))}"]
-    return "\n".join(lines)
+    unmatched = status["unmatched_file_size"]
+    total = human_size(sum(backup["size"] for backup in status["backups"]) + unmatched)
+    if unmatched:
+        total += f", of which {human_size(unmatched)} in files of no complete backup"
+    return "\n".join([
+        *lines, f"Total:    {total}", f"Free:     {human_size(status['free_size'])} on that disk",
+        f"Backups:  {printable(status['directory'])}",
+        f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)",
+        f"Last run: {printable(last_run_text(status['last_run']))}"])
 
 
 def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
-    """Return in a line when the last run ended, in local ISO time, and how it went. last: of last-run.json, None if there was no run."""
+    """Return in a line when the last run ended, in local ISO time, and how it went.
+
+    last: of last-run.json, None if there was no run.
+    """
     if last is None:
         return "none yet"
     end, seconds = str(last.get("end", "unknown")), last.get("downtime_seconds")
     with contextlib.suppress(ValueError, OverflowError):
         end = datetime.fromisoformat(end).astimezone().isoformat()
-    told = [f"exit code {last.get('exit_code')}", last.get("kind"),
-            {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source"))),
+    source = {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source")))
+    told = [f"exit code {last.get('exit_code')}", last.get("kind"), source,
             seconds is not None and f"mail down {seconds} seconds", last.get("message")]
     return f"{end}: {', '.join(str(part) for part in told if part)}"
 
 
 def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
-    """Print the status. Returns the exit code: 3 if there is no backup of the last 36 hours, or if the last run failed."""
+    """Print the status. Returns the exit code: 0, or 3 if not all is well, see headline_of."""
     now = datetime.now().astimezone()
     status = backup_status(env, now)
     well, headline = headline_of(status, now)
@@ -1425,30 +1507,39 @@ PAGE = """\
 <title>Backups</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="robots" content="noindex">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+    content="default-src 'none'; style-src 'unsafe-inline'">
 <style>
-:root {{ color-scheme: light dark; --page: #ffffff; --text: #1b222c; --muted: #566170; --line: #d8dde4; --bar: #2563a8;
-    --alarm: #8f1d14; --alarm-page: #fdecea; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #14181d; --text: #e4e8ed; --muted: #a4aebb; --line: #363e48; --bar: #7fb3ee;
-    --alarm: #ffb9b0; --alarm-page: #3d1d1a; }} }}
-body {{ max-width: 44rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--text);
-    font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
+:root {{ color-scheme: light dark; --page: #ffffff; --text: #1b222c; --muted: #566170;
+    --line: #d8dde4; --bar: #2563a8; --alarm: #8f1d14; --alarm-page: #fdecea; }}
+@media (prefers-color-scheme: dark) {{
+    :root {{ --page: #14181d; --text: #e4e8ed; --muted: #a4aebb; --line: #363e48;
+        --bar: #7fb3ee; --alarm: #ffb9b0; --alarm-page: #3d1d1a; }}
+}}
+body {{ max-width: 44rem; margin: 0 auto; padding: 1rem; background: var(--page);
+    color: var(--text); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
 h1 {{ margin: 0; font-size: 1.6rem; line-height: 1.2; }}
 h1 + p, dt, caption, small, thead {{ color: var(--muted); font-size: .8125rem; }}
-.alarm {{ padding: .5rem .75rem; border-left: .25rem solid; background: var(--alarm-page); color: var(--alarm); }}
+.alarm {{ padding: .5rem .75rem; border-left: .25rem solid; background: var(--alarm-page);
+    color: var(--alarm); }}
 dd {{ margin: 0 0 1rem; }}
-.bar {{ display: block; min-width: 2px; height: .5rem; margin-top: .2rem; background: var(--bar); }}
-table {{ width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
+.bar {{ display: block; min-width: 2px; height: .5rem; margin-top: .2rem;
+    background: var(--bar); }}
+table {{ width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums;
+    overflow-wrap: normal; }}
 caption {{ text-align: left; }}
-th, td {{ padding: .4rem 0 .4rem min(2rem, 3vw); border-bottom: 1px solid var(--line); font-weight: inherit; text-align: left;
-    vertical-align: top; }}
+th, td {{ padding: .4rem 0 .4rem min(2rem, 3vw); border-bottom: 1px solid var(--line);
+    font-weight: inherit; text-align: left; vertical-align: top; }}
 th:first-child {{ padding-left: 0; width: 45%; }}
 tbody + tbody tr:first-child > * {{ padding-top: 2rem; }}
 .full, tfoot tr:last-child {{ font-weight: bold; }}
 .size {{ text-align: right; }}
 .size, time span {{ white-space: nowrap; }}
 small {{ display: block; font-weight: normal; }}
-@media (max-width: 30rem) {{ body {{ padding: .5rem; }} table {{ font-size: .8125rem; }} }}
+@media (max-width: 30rem) {{
+    body {{ padding: .5rem; }}
+    table {{ font-size: .8125rem; }}
+}}
 </style>
 </head>
 <body>
@@ -1460,9 +1551,11 @@ small {{ display: block; font-weight: normal; }}
 <dt>Last run</dt>
 <dd class="{last_class}">{last_run}</dd>
 <dt>Encrypted files</dt>
-<dd><code>{directory}</code>, {free} free on that disk<br>These are safe to copy anywhere: to another machine, best of all.</dd>
+<dd><code>{directory}</code>, {free} free on that disk<br>
+These are safe to copy anywhere: to another machine, best of all.</dd>
 <dt>Key</dt>
-<dd><code>{key}</code><br>Keep a copy of this elsewhere, and not beside the files: without it no backup can be opened.</dd>
+<dd><code>{key}</code><br>
+Keep a copy of this elsewhere, and not beside the files: without it no backup can be opened.</dd>
 </dl>
 {backups}
 </main>
@@ -1474,7 +1567,8 @@ TABLE = """\
 <caption>All backups, the newest first, in local time. A full backup begins a chain; an increment
 needs those below it in its chain.</caption>
 <thead>
-<tr><th scope="col">When</th><th scope="col">Type</th><th scope="col" class="size">Size</th><th scope="col">Deleted in…</th></tr>
+<tr><th scope="col">When</th><th scope="col">Type</th><th scope="col" class="size">Size</th>
+<th scope="col">Deleted in…</th></tr>
 </thead>
 {chains}
 <tfoot>
@@ -1484,17 +1578,20 @@ needs those below it in its chain.</caption>
 
 
 def status_page(status: Mapping[str, Any], now: datetime) -> str:
-    """Return backup_status's answer as a web page that holds no script and fetches nothing; it is ASCII, whatever the locale.
+    """Return backup_status's answer as a web page without a script, which fetches nothing.
 
-    now: the time, with its zone, at which the answer was asked for.
+    It is ASCII, whatever the locale. now: the time, with its zone, at which the answer was asked for.
     """
     well, headline = headline_of(status, now)
     last = status["last_run"]
+    clock = clock_time(now.astimezone().isoformat(timespec="seconds"))
     page = PAGE.format(
         headline_class="" if well else "alarm", headline=for_page(headline),
-        now=for_page(f"{clock_time(now.astimezone().isoformat(timespec='seconds'))} {status['tz']}"),
-        last_class="alarm" if last and last.get("exit_code") == 3 else "", last_run=for_page(clock_time(last_run_text(last))),
-        directory=for_page(status["directory"]), free=human_size(status["free_size"]), key=for_page(status["encpwfile"]),
+        now=for_page(f"{clock} {status['tz']}"),
+        last_class="alarm" if last and last.get("exit_code") == 3 else "",
+        last_run=for_page(clock_time(last_run_text(last))),
+        directory=for_page(status["directory"]), free=human_size(status["free_size"]),
+        key=for_page(status["encpwfile"]),
         backups=table(status) if status["backups"] else f"<p><strong>{NO_BACKUPS}</strong></p>")
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
@@ -1505,7 +1602,7 @@ def for_page(text: str) -> str:
 
 
 def clock_time(text: str) -> str:
-    """Return text with the local ISO time that it begins with as a clock shows it, such as 2026-11-22 03:00:00."""
+    """Return text with the ISO time that it begins with as a clock shows it: 2026-11-22 03:00:00."""
     return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)[+-]\d\d:\d\d", r"\1 \2", text)
 
 
@@ -1517,7 +1614,8 @@ def table(status: Mapping[str, Any]) -> str:
     largest = max(1, *(backup["size"] for backup in status["backups"]))
     chains = "<tbody>\n"
     for number, backup in enumerate(status["backups"], 1):
-        kind, (day, clock) = "full" if backup["full"] else "increment", clock_time(backup["date_str"]).split()
+        kind = "full" if backup["full"] else "increment"
+        day, clock = clock_time(backup["date_str"]).split()
         chains += (
             f'<tr class="{kind}"><th scope="row"><time datetime="{backup["date_str"]}">'
             f'<span>{day}</span> <span>{clock}</span></time><small>{backup["date_delta"]} ago</small>'
@@ -1530,182 +1628,215 @@ def table(status: Mapping[str, Any]) -> str:
     sums = {"Files of no complete backup": unmatched} if unmatched else {}
     sums["Total"] = unmatched + sum(backup["size"] for backup in status["backups"])
     return TABLE.format(chains=f"{chains}</tbody>", sums="\n".join(
-        f'<tr><th scope="row" colspan="2">{name}</th><td class="size">{human_size(size)}</td><td></td></tr>'
-        for name, size in sums.items()))
+        f'<tr><th scope="row" colspan="2">{name}</th><td class="size">{human_size(size)}</td>'
+        "<td></td></tr>" for name, size in sums.items()))
 
 
 # Reading: verify, list, restore
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What a command that reads knows. archive: an archive directory of its own. environment: for the programs it runs."""
+class Reader(Work):
+    """What a command that reads knows. Its working directory is its own, with links to backups.
 
-    paths: Paths
-    archive: Path
-    environment: Mapping[str, str]
-    verbose: bool
+    sets: those in encrypted/ when it began, complete or not, oldest first; only complete ones are
+    linked. noted: the stamps of those for which cache/ had a manifest.
+    """
 
-    def run(
-        self, action: str, *options: str, directory: Optional[Path] = None, log_lines: Optional[list[str]] = None,
-        watch: utils.Watch = lambda process: None,
-    ) -> Finished:
-        """Run a duplicity command on the backups, see run_duplicity. directory: to restore to or compare with. Returns how it ended."""
-        command = duplicity_command(self.paths, self.archive, action, *options) + ([str(directory)] if directory else [])
-        return run_duplicity(command, self.environment, self.verbose, log_lines, watch)
+    sets: Sequence[BackupSet]
+    noted: frozenset[str]
 
-    def open_file(self, name: str, take_text: Optional[utils.TakeLine] = None) -> Finished:
-        """Have gpg open a file of encrypted/, see run_gpg. Returns how it ended."""
-        return run_gpg(self.paths.encrypted / name, self.environment["PASSPHRASE"], {**self.environment, "PASSPHRASE": ""}, take_text)
+    @property
+    def complete(self) -> list[BackupSet]:
+        """The complete sets, oldest first."""
+        return [found for found in self.sets if found.complete]
+
+    def path(self, name: str) -> Path:
+        """Return where a file of encrypted/ really is."""
+        return self.paths.backup / ENCRYPTED / name
 
 
 @contextlib.contextmanager
-def reader_of(settings: Mapping[str, str], verbose: bool = False) -> Iterator[Reader]:
-    """Put together what a command that reads needs: directories of its own, so that it neither waits for a backup nor disturbs one.
+def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
+    """Put together what a command that reads needs, and work in a directory of its own.
 
-    No backup deletes a set while the block runs, unless the lock on encrypted/ cannot be had. The archive directory begins as hard
-    links to the finished files of cache/ where those can be had; duplicity makes the rest. Raises Failure if there is no backup, or no
-    key that opens any.
+    That has hard links to the files of the sets that are complete now, and to duplicity's notes on
+    them. So a set that is being made, or that died, is not seen (duplicity from 3.0.6 on takes it
+    for the newest, and fails), what is pruned meanwhile is still read, and no backup notices.
+    Raises Failure if there is no backup, or no key that opens any.
     """
     paths = paths_of(settings)
-    if not complete_sets(paths.encrypted):
-        raise Failure(f"there is no complete backup in {paths.encrypted}; make one, or put your copy of the backups there")
+    if os.geteuid() != 0:
+        raise Failure("only root can read the backups; run it as root")
+    environment = program_environment()
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
-        utils.find_program(program, program_environment())
-    passphrase = read_passphrase(paths.key, lenient=True)
-    for directory in (paths.backup, paths.encrypted):
-        try:
-            utils.check_owned_directory(directory)
-        except Failure as error:
-            log.warning("what is read may be somebody else's: %s", error)
+        utils.find_program(program, environment)
+    if not complete_sets(paths.backup / ENCRYPTED):
+        raise Failure(f"there is no complete backup in {paths.backup / ENCRYPTED}; make one, or put "
+                      "your copy of the backups there")
+    try:
+        utils.work_inside(paths.backup)
+        utils.check_owned_directory(ENCRYPTED)
+    except Failure as error:  # a rescue is no time for manners
+        log.warning("what is read may be somebody else's: %s", error)
+        os.chdir(paths.backup)
+    read_passphrase()
+    try:
+        check_key()
+    except Failure as error:
+        log.warning(error)
     with contextlib.ExitStack() as stack:
-        if not stack.enter_context(utils.directory_locked(paths.encrypted, exclusive=False)):
-            log.warning("%s is locked by somebody else; a backup that runs meanwhile may delete what is read", paths.encrypted)
-        own = Path(stack.enter_context(reader_directory(paths)))
-        gnupg = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{paths.gnupg.name}-", dir=RUN_DIRECTORY)))
-        for directory in (own, gnupg):
-            stack.enter_context(utils.directory_locked(directory, exclusive=True))  # a backup that cleans up sees that we live
-        environment = {**program_environment(), "GNUPGHOME": str(gnupg), "TMPDIR": str(own), "PASSPHRASE": passphrase}
-        stack.callback(utils.shell, ["gpgconf", "--kill", "all"], {**environment, "PASSPHRASE": ""}, interruptible=False,
-                       timeout_seconds=GPGCONF_SECONDS)
-        archive = own / "archive"
-        archive.mkdir()
-        link_finished_files(paths.cache, archive)
-        reader = Reader(paths, archive, environment, verbose)
+        own = stack.enter_context(reader_directory())
+        reader = Reader(paths, environment, link_sets(own), frozenset(
+            stamp_of(path) for path in ARCHIVE.glob("*.manifest")))
+        stack.callback(os.chdir, "/")
+        os.chdir(own)
+        stack.enter_context(gpg_home(reader))
         check_reading_key(reader)
         yield reader
 
 
-def reader_directory(paths: Paths) -> "tempfile.TemporaryDirectory[str]":
-    """Make a directory for a command that reads: on the same disk as cache/, for the links, or where there is no room in TMPDIR."""
-    if os.access(paths.backup, os.W_OK) and utils.free_bytes(paths.backup) >= TEMPORARY_BYTES:
-        with contextlib.suppress(OSError):  # a disk with an error lets nobody write, whatever access(2) says
-            return tempfile.TemporaryDirectory(prefix=READER_PREFIX, dir=paths.backup)
-    return tempfile.TemporaryDirectory(prefix=READER_PREFIX)
+@contextlib.contextmanager
+def reader_directory() -> Iterator[Path]:
+    """Make a directory for a command that reads: in backup/, or where there is no room in TMPDIR."""
+    name = f"{READER_PREFIX}{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as stack:
+        own = Path(tempfile.gettempdir(), name)
+        if utils.free_bytes(Path()) >= TEMPORARY_BYTES:
+            with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+                own = stack.enter_context(utils.own_directory(Path(name).absolute()))
+        if not own.exists():
+            stack.enter_context(utils.own_directory(own))
+        yield own
+
+
+def link_sets(own: Path) -> list[BackupSet]:
+    """Fill the directory of a command that reads. Returns the sets there are, complete or not."""
+    (own / TEMPORARY).mkdir()
+    link(KEY, own)
+    while True:
+        for directory in (ENCRYPTED, ARCHIVE):
+            utils.remove(own / directory)
+            (own / directory).mkdir(parents=True)
+        sets = read_sets(ENCRYPTED)[0]
+        names = {name for found in sets if found.complete for name in found.files}
+        # In the archive directory manifests are not compressed, signatures are.
+        notes = {path for name in names for suffix in ("", ".gz")
+                 if (path := ARCHIVE / f"{name.removesuffix('.gpg')}{suffix}").exists()}
+        try:
+            for path in notes.union(ENCRYPTED / name for name in names):
+                link(path, own)
+            return sets
+        except FileNotFoundError:  # a backup is just pruning
+            continue
+
+
+def link(path: Path, own: Path) -> None:
+    """Link a file into the directory of a command that reads. path: relative, it is the same there.
+
+    Where the file system allows no hard link it is a symbolic one, which a backup can prune away.
+    """
+    try:
+        os.link(path, own / path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        log.debug("what a backup prunes meanwhile cannot be read: %s", error)
+        os.symlink(path.absolute(), own / path)
 
 
 def check_reading_key(reader: Reader) -> None:
-    """Check that the key opens something of the backups, the newest manifest if it is right. Raises Failure if it opens nothing."""
-    for backup_set in reversed(complete_sets(reader.paths.encrypted)):
-        if not all(is_wrong_key(reader.open_file(name)) for name in backup_set.metadata):
+    """Check that the key opens something of the backups, the newest manifest if it is right.
+
+    Raises Failure if it opens nothing.
+    """
+    for found in reversed(reader.complete):
+        if not all(is_wrong_key(run_gpg(reader, name)) for name in found.metadata):
             return
     raise Failure(wrong_key_of(reader.paths))
 
 
-def link_finished_files(cache: Path, archive: Path) -> None:
-    """Fill an archive directory with hard links to the files of another that duplicity has finished, as far as they can be had."""
-    for directory, _, names in os.walk(cache):
-        target = archive / os.path.relpath(directory, cache)
-        target.mkdir(exist_ok=True)
-        for name in names:
-            if ARCHIVE_FILE.fullmatch(name) and not name.endswith(".part"):
-                with contextlib.suppress(OSError):  # another disk, or a backup has just renamed it
-                    os.link(Path(directory, name), target / name)
-
-
 def verify(reader: Reader) -> list[str]:
-    """Check every file of every backup: volumes against the checksums in their manifest, manifests and signatures by gpg's own check.
+    """Check every file of every backup.
 
-    Prints how many sets, files and bytes were checked. Returns what is damaged or missing, a sentence each.
+    Volumes are checked against the checksums in their manifest, manifests and signatures by gpg's
+    own check. Prints how many sets, files and bytes were checked. Returns what is damaged or missing,
+    a sentence each.
     """
-    sets = read_sets(reader.paths.encrypted)[0]
-    complete = [backup_set for backup_set in sets if backup_set.complete]
-    running = utils.is_locked(reader.paths.lock)
     wrong = []
-    sizes = utils.regular_files(reader.paths.encrypted)
-    size = sum(backup_set.size for backup_set in complete)
-    with progress(reader.verbose) as draw:
-        files = done = 0
-
-        def tell(path: Path) -> None:
-            nonlocal files, done
-            (log.info if reader.verbose else log.debug)("checking %s", path)
-            if draw:
-                draw(done, size)
-            files += 1
-            done += sizes.get(path.name, 0)
-
-        for backup_set in complete:
-            wrong += verify_set(reader, backup_set, tell)
-    wrong += missing_sets(reader, sets, running)
-    print(f"checked {len(complete)} backup sets: {files} files, {human_size(done)}")
+    files = size = 0
+    total = sum(found.size for found in reader.complete)
+    with progress() as draw:
+        for found in reader.complete:
+            for name, why in check_set(reader, found):
+                files += 1
+                if why:
+                    wrong.append(f"{reader.path(name)} {why}")
+                if name in found.files:
+                    size += (ENCRYPTED / name).stat().st_size
+                if draw:
+                    draw(size, total)
+    wrong += missing_sets(reader)
+    print(f"checked {len(reader.complete)} backup sets: {files} files, {human_size(size)}")
     return wrong
 
 
-def missing_sets(reader: Reader, sets: Sequence[BackupSet], running: bool) -> list[str]:
-    """Return what of whole sets is missing, a sentence each. sets: complete or not. running: a backup may be making the last of them."""
+def missing_sets(reader: Reader) -> list[str]:
+    """Return what of whole sets is missing, a sentence each, and print which are unfinished."""
     wrong = []
-    complete = [backup_set for backup_set in sets if backup_set.complete]
-    chained = {backup_set for chain in chains_of(complete) for backup_set in chain}
-    for backup_set in sets:
-        if backup_set.complete and backup_set not in chained:
-            wrong.append(f"the increment of {backup_set.stamp} leads back to no full backup: sets before it are missing")
-        if not backup_set.complete and (not running or backup_set.stamp < complete[-1].stamp):
-            wrong.append(f"the manifest of {backup_set.stamp} is missing from {reader.paths.encrypted}")
-    known = {backup_set.stamp for backup_set in sets}
-    for path in sorted(reader.archive.rglob("*.manifest")):
-        match = ARCHIVE_FILE.fullmatch(path.name)
-        if match and match[1] not in known:
-            wrong.append(f"the set of {match[1]} is missing from {reader.paths.encrypted}, all of it")
+    encrypted = reader.paths.backup / ENCRYPTED
+    chained = {found for chain in chains_of(reader.complete) for found in chain}
+    for found in reader.sets:
+        if found.complete and found not in chained:
+            wrong.append(f"the increment of {found.stamp} leads back to no full backup: sets before "
+                         "it are missing")
+        if found.complete and not found.signed:
+            wrong.append(f"the signatures of {found.stamp} are missing from {encrypted}")
+        if not found.complete and found.stamp > reader.complete[-1].stamp:
+            print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
+                  "deletes it")
+        elif not found.complete:
+            wrong.append(f"the manifest of {found.stamp} is missing from {encrypted}")
+    for stamp in sorted(reader.noted - {found.stamp for found in reader.sets}):
+        wrong.append(f"the set of {stamp} is missing from {encrypted}, all of it")
     return wrong
 
 
-def verify_set(reader: Reader, backup_set: BackupSet, tell: Callable[[Path], None]) -> list[str]:
-    """Check the files of a complete set, see verify. tell: called with each before it is read. Returns what is damaged or missing."""
-    wrong = []
+def check_set(reader: Reader, found: BackupSet) -> Iterator[tuple[str, str]]:
+    """Check the files of a complete set, see verify.
+
+    Yields each file's name, and what is wrong with it, empty if nothing is.
+    """
     manifest: list[str] = []
-    opened = []
-    for name in backup_set.metadata:
-        path = reader.paths.encrypted / name
-        tell(path)
-        answer = reader.open_file(name, manifest.append if name == backup_set.manifest else None)
-        if not answer.exit_code:
-            opened.append(name)
+    for name in found.metadata:
+        log.debug("checking %s", reader.path(name))
+        answer = run_gpg(reader, name, manifest.append if name == found.manifest else None)
+        if is_wrong_key(answer):
+            yield name, "was made with another key than this, or it is damaged"
         else:
-            why = "another key than this made it, or it is damaged" if is_wrong_key(answer) else "it is damaged"
-            wrong.append(f"{path}: {why}")
-    if not backup_set.signed:
-        wrong.append(f"the signatures of {backup_set.stamp} are missing from {reader.paths.encrypted}")
-    checksums = checksums_in(manifest, backup_set.manifest)
-    volumes = {name for name in backup_set.files if ".difftar." in name}
-    for name in sorted(checksums.keys() | (volumes if backup_set.manifest in opened else set())):
-        path = reader.paths.encrypted / name
-        if name not in volumes:
-            wrong.append(f"{path} is missing")
-            continue
-        tell(path)
-        try:
-            if name not in checksums:
-                wrong.append(f"{path} is not in its set's manifest")
-            elif utils.sha1_of(path) != checksums[name]:
-                wrong.append(f"{path} is damaged: its checksum is not that in the manifest")
-        except OSError as error:
-            wrong.append(f"{path} cannot be read: {error.strerror}")
-    return wrong
+            yield name, "is damaged" if answer.exit_code else ""
+        if answer.exit_code and name == found.manifest:
+            return  # nothing tells what its volumes should be
+    checksums = checksums_in(manifest, found.manifest)
+    for name in sorted(checksums.keys() | found.volumes):
+        log.debug("checking %s", reader.path(name))
+        if name not in found.volumes:
+            yield name, "is missing"
+        elif name not in checksums:
+            yield name, "is not in its set's manifest"
+        else:
+            try:
+                good = utils.sha1_of(ENCRYPTED / name) == checksums[name]
+                yield name, "" if good else "is damaged: its checksum is not that in the manifest"
+            except OSError as error:
+                yield name, f"cannot be read: {error.strerror}"
 
 
 def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
-    """Return the SHA-1 of each volume of a set by the volume's name, empty if the manifest lacks it. manifest: its lines, name: its own."""
+    """Return the SHA-1 of each volume of a set by the volume's name, empty if the manifest lacks it.
+
+    manifest: its lines. name: its own.
+    """
     checksums: dict[str, str] = {}
     volume = ""
     for line in manifest:
@@ -1718,14 +1849,18 @@ def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
 
 
 def compare(reader: Reader) -> list[str]:
-    """Compare the newest backup with the live files, contents included. Returns the differences, a sentence each. Raises Failure."""
+    """Compare the newest backup with the live files, contents included.
+
+    Returns the differences, a sentence each. Raises Failure.
+    """
     lines: list[str] = []
-    answer = reader.run("verify", "--compare-data", *exclusions(reader.paths), "--allow-source-mismatch", "--log-fd=LOG",
-                        directory=reader.paths.root, log_lines=lines)
-    if answer.exit_code not in (0, 1):
-        raise Failure(explain("verify", answer))
-    different = [line.removeprefix(". ") for line in lines if line.startswith(". ") and "ifference found: " in line]
-    if answer.exit_code and not different:
+    command = duplicity_command("verify", "--compare-data", *exclusions(reader.paths),
+                                "--allow-source-mismatch", "--log-fd=LOG", TARGET,
+                                str(reader.paths.root))
+    answer = run_duplicity(reader, command, lines)
+    different = [line.removeprefix(". ") for line in lines
+                 if line.startswith(". ") and "ifference found: " in line]
+    if answer.exit_code not in (0, 1) or answer.exit_code and not different:
         raise Failure(explain("verify", answer))
     return different
 
@@ -1733,16 +1868,20 @@ def compare(reader: Reader) -> list[str]:
 def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
     """Return the paths in a backup, in order, escaped. options: see time_options. Raises Failure."""
     lines: list[str] = []
-    answer = reader.run("list-current-files", *options, "--log-fd=LOG", log_lines=lines)
+    command = duplicity_command("list-current-files", *options, "--log-fd=LOG", TARGET)
+    answer = run_duplicity(reader, command, lines)
     if answer.exit_code:
         raise Failure(explain("list-current-files", answer))
-    # Whatever is not ASCII duplicity escapes (its util.py, 0.8.22 and 3.2.1).
-    names = [printable(match[1].encode("ascii", "backslashreplace").decode("unicode-escape"))
-             for line in lines if (match := re.fullmatch(r"INFO 10 \S+ '(.*)' \S+", line))]
-    # Records that were lost, for names that are not UTF-8, are the date in 24 characters and the name, as Python shows a string.
+    names = []
     for line in lines:
-        if re.match(r"\. [\"']\w{3} \w{3} [ \d]\d ", line):
-            with contextlib.suppress(ValueError, SyntaxError):  # a name with a line break can look like one
+        if match := re.fullmatch(r"INFO 10 \S+ '(.*)' \S+", line):
+            # Whatever is not ASCII duplicity escapes (its util.py, 0.8.22 and 3.2.1).
+            escaped = match[1].encode("ascii", "backslashreplace")
+            names.append(printable(escaped.decode("unicode-escape")))
+        elif re.match(r"\. [\"']\w{3} \w{3} [ \d]\d ", line):
+            # Records that were lost, for names that are not UTF-8, are the date in 24 characters and
+            # the name, as Python shows a string.
+            with contextlib.suppress(ValueError, SyntaxError):  # a name can look like one
                 names.append(printable(str(ast.literal_eval(line[2:]))[25:]))
     return sorted(names)
 
@@ -1759,93 +1898,98 @@ def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSe
     with contextlib.suppress(ValueError, OverflowError):
         if re.fullmatch(r"(\d+[smhDWMYdwy])+", time):
             ages = re.findall(r"(\d+)(.)", time)
-            asked = now - timedelta(seconds=sum(int(number) * AGE_SECONDS[unit] for number, unit in ages))
+            seconds = sum(int(number) * AGE_SECONDS[unit] for number, unit in ages)
+            asked = now - timedelta(seconds=seconds)
         elif re.match(r"\d{4}-?\d\d-?\d\d", time):
             asked = isoparse(time).astimezone()
     if asked is None:
         raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as 3D, 2026-11-20 "
                       "or 2026-11-20T03:00:00", 2)
-    older = [backup_set for backup_set in sets if backup_set.date <= asked]
+    older = [found for found in sets if found.date <= asked]
     if not older:
-        dates = ", ".join(backup_set.date.astimezone().isoformat() for backup_set in sets)
+        dates = ", ".join(found.date.astimezone().isoformat() for found in sets)
         raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, "
                       f"or a later one: {dates}")
     return older[-1]
 
 
 def time_options(reader: Reader, time: Optional[str]) -> list[str]:
-    """Return duplicity's options for the newest backup, or that of a time, see set_of_time, which is named."""
+    """Return duplicity's options for the newest backup, or that of a time, which is named."""
     if time is None:
         return []
-    chains = chains_of(complete_sets(reader.paths.encrypted))
-    sets = sorted((backup_set for chain in chains for backup_set in chain), key=lambda found: found.stamp)
-    chosen = set_of_time(sets, time, datetime.now(timezone.utc))
+    chained = [found for chain in chains_of(reader.complete) for found in chain]
+    chained.sort(key=lambda found: found.stamp)
+    chosen = set_of_time(chained, time, datetime.now(timezone.utc))
     log.warning("backup of %s", chosen.date.astimezone().isoformat(" "))
     return ["-t", str(int(chosen.date.timestamp()))]
 
 
 def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional[str]) -> None:
-    """Restore a backup, or one directory or file of it, into a directory that does not exist yet or is empty.
+    """Restore a backup, or one directory or file of it, into a directory that is new or empty.
 
-    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file goes there by its name. time: see
-    set_of_time. Raises Failure.
+    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file goes there by
+    its name. time: see set_of_time. Raises Failure.
     """
     of_time = time_options(reader, time)
     wanted = os.path.normpath(path or ".")
     if path == "" or f"{wanted}/".startswith(("/", "../")):
-        raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
+        raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, "
+                      "such as mail/mailboxes/example.com", 2)
     options = of_time + (["-r", wanted] if wanted != "." else [])
-    with restore_directory(reader.paths, directory) as (place, mode):
-        fresh = f".restoring-{os.getpid()}"  # versions differ in what they do with a directory that is there
-        lines: list[str] = []
-        log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything", directory)
-        try:
-            with progress(reader.verbose) as draw:
-                free = utils.free_bytes(place)
-                watch: utils.Watch = lambda process: draw(free - utils.free_bytes(place), None) if draw else None
-                answer = reader.run("restore", *options, "--log-fd=LOG", directory=directory / fresh, log_lines=lines, watch=watch)
-        except BaseException:
-            if utils.is_in(place, fresh):
-                log.warning("what was restored until then is in %s", directory / fresh)
-            raise
-        if answer.exit_code == 19 or not answer.exit_code and not utils.is_in(place, fresh):
-            utils.remove_at(fresh, place)  # 3.2.1 leaves an empty one
-            raise Failure(f"{printable(wanted)} is not in the backup; there is: {', '.join(near_paths(reader, wanted, of_time))}")
-        if answer.exit_code:
-            left = f"\nwhat could be restored is in {directory / fresh}" if utils.is_in(place, fresh) else ""
-            raise Failure(f"{explain('restore', answer)}{left}")
-        move_up(fresh, place, os.path.basename(wanted), mode)
-        if lost := read_machine_log(lines)[1]:  # duplicity exits 0 when the disk refuses a name or a content (seen: 0.8.22)
-            raise Failure(f"not all could be restored to {directory}; try another disk: {first_of(lost)}")
+    with restore_directory(reader.paths, directory) as place:
+        # What others do in a directory that is theirs leads nowhere: duplicity writes to one of
+        # root's, through a descriptor.
+        fresh = f".restoring-{os.getpid()}"
+        os.mkdir(fresh, 0o700, dir_fd=place)
+        with utils.opened(fresh, parent=place) as descriptor:
+            target = Path(f"/proc/{os.getpid()}/fd/{descriptor}/restored")
+            lines: list[str] = []
+            log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything",
+                     directory)
+            command = duplicity_command("restore", *options, "--log-fd=LOG", TARGET, str(target))
+            try:
+                with progress() as draw:
+                    free = utils.free_bytes(place)
+                    answer = run_duplicity(reader, command, lines, lambda process: draw(
+                        free - utils.free_bytes(place), None) if draw else None)
+                if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(target):
+                    utils.remove("restored", descriptor)  # 3.2.1 leaves an empty one
+                    near = ", ".join(near_paths(reader, wanted, of_time))
+                    raise Failure(f"{printable(wanted)} is not in the backup; there is: {near}")
+                if answer.exit_code:
+                    raise Failure(explain("restore", answer))
+                move_up(descriptor, place, os.path.basename(wanted))
+            finally:
+                if os.listdir(utils.path_of(descriptor)):
+                    log.warning("what was restored until then is in %s", directory / fresh)
+                else:
+                    os.rmdir(fresh, dir_fd=place)
+        if lost := read_machine_log(lines)[1]:  # the disk refused a name or a content (seen: 0.8.22)
+            raise Failure(f"not all could be restored to {directory}; try another disk: "
+                          f"{first_of(lost)}")
     log.info("restored to %s", directory)
 
 
 @contextlib.contextmanager
-def restore_directory(paths: Paths, directory: Path) -> Iterator[tuple[int, int]]:
-    """Make the directory to restore to, for nobody but root yet, and keep it open: who owns what holds it can rename it meanwhile.
+def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
+    """Make the directory to restore to, and keep it open and locked. An empty one may be there.
 
-    An empty one may be there. Yields its descriptor and the mode that it had. If the block fails it has that again, or, if it was
-    made and is empty, goes. Raises Failure.
+    Yields its descriptor. If the block fails and it was made and is empty, it goes. Raises Failure.
     """
-    real = Path(os.path.realpath(directory))
-    if paths.backup in real.parents:
-        raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; name another place", 2)
+    if paths.backup in Path(os.path.realpath(directory)).parents:
+        raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; "
+                      "name another place", 2)
     if not directory.parent.is_dir():
         raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
     made = not os.path.lexists(directory)
     if made:
         directory.mkdir(mode=0o700)
-    if not directory.is_dir() or any(directory.iterdir()):
-        raise Failure(f"{directory} is there already and not empty; name a directory that does not exist yet", 2)
     try:
-        with utils.opened(os.fspath(real)) as place:
-            mode = stat.S_IMODE(os.fstat(place).st_mode)
-            os.fchmod(place, 0o700)
-            try:
-                yield place, mode
-            except BaseException:
-                os.fchmod(place, mode)
-                raise
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise Failure(f"{directory} is there already and not empty; name a directory that does "
+                          "not exist yet", 2)
+        with utils.opened(os.path.realpath(directory)) as place:
+            yield place
     except BaseException:
         if made:
             with contextlib.suppress(OSError):
@@ -1853,27 +1997,30 @@ def restore_directory(paths: Paths, directory: Path) -> Iterator[tuple[int, int]
         raise
 
 
-def move_up(fresh: str, place: int, name: str, mode: int) -> None:
-    """Put what was restored in its place: place gets a directory's entries, mode, owner and times, a file goes into it by name.
+def move_up(source: int, place: int, name: str) -> None:
+    """Put what was restored, `restored` in source, in its place.
 
-    place: the descriptor of the directory to restore to. fresh: what was restored, an entry of it. mode: what place had.
+    place gets a directory's entries, mode, owner and times, a file goes into it by name. source,
+    place: descriptors.
     """
-    status = os.stat(fresh, dir_fd=place, follow_symlinks=False)
+    status = os.stat("restored", dir_fd=source, follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode):
-        os.rename(fresh, name, src_dir_fd=place, dst_dir_fd=place)
-        os.fchmod(place, mode)
+        os.rename("restored", name, src_dir_fd=source, dst_dir_fd=place)
         return
-    with utils.opened(fresh, parent=place) as source:
-        for child in os.listdir(source):
-            os.rename(child, child, src_dir_fd=source, dst_dir_fd=place)
-    os.rmdir(fresh, dir_fd=place)
+    with utils.opened("restored", parent=source) as restored:
+        for child in os.listdir(restored):
+            os.rename(child, child, src_dir_fd=restored, dst_dir_fd=place)
+    os.rmdir("restored", dir_fd=source)
     os.fchown(place, status.st_uid, status.st_gid)
     os.fchmod(place, stat.S_IMODE(status.st_mode))
     os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def near_paths(reader: Reader, wanted: str, options: Sequence[str]) -> list[str]:
-    """Return what there is in the backup where a path was looked for: the entries of the directory nearest to it, 20 at most."""
+    """Return what there is in the backup where a path was looked for.
+
+    These are the entries of the directory nearest to it, 20 at most.
+    """
     names = list_files(reader, options)
     found: list[str] = []
     while wanted and not found:
@@ -1892,29 +2039,37 @@ def show_plan(night: Night, force_full: bool) -> None:
     """
     check_root()
     paths = night.paths
-    with contextlib.suppress(FileNotFoundError):
-        utils.check_owned_directory(paths.backup)
-    check_surroundings(night)
-    sets = complete_sets(paths.encrypted)
-    if sets:
-        check_clock(night, sets)
-    reason = reason_for_full(sets, night.now, force_full)
-    services = utils.service_manager(night.environment)
-    lines = services.running(night.services)
-    before, after = ([[str(paths.backup / name)]] if os.path.lexists(paths.backup / name) else []
-                     for name in ("before-backup", "after-backup"))
-    commands = [
-        *before, *(services.command("stop", line) for line in lines),
-        *(services.command("start", line) for line in lines),
-        set_command(night, "full" if reason else "incremental", snapshot_of(paths) / "tree"),
-        remove_old_command(night), clean_up_command(night), *after]
-    print(f"make a full backup: {reason}" if reason else "make an incremental backup")
-    if paths.plain.exists():
-        print(f"move {printable(str(paths.plain))} to {printable(str(paths.migrated))}")
-    for path in dead_paths(paths):
-        print(f"delete {printable(str(path))}")
-    for command in commands:
-        print(f"run {printable(shlex.join(command))}")
+    with contextlib.ExitStack() as stack:
+        if os.path.lexists(paths.backup):
+            utils.work_inside(paths.backup)
+        else:  # what a directory looks like in which nothing was ever made
+            os.chdir(stack.enter_context(tempfile.TemporaryDirectory(dir=RUN_DIRECTORY)))
+            stack.callback(os.chdir, "/")
+        check_surroundings(night)
+        sets = complete_sets(ENCRYPTED)
+        if sets:
+            check_clock(night, sets)
+        dead = dead_files()
+        freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
+        check_room(paths, sum(path.stat().st_size for path in freed))
+        reason = reason_for_full(sets, night.now, force_full)
+        services = utils.service_manager(night.environment)
+        lines = services.running(night.services)
+        one_disk = utils.on_one_mount(Path(), paths.root)
+        before, after = ([[str(paths.backup / name)]] if os.path.lexists(name) else []
+                         for name in ("before-backup", "after-backup"))
+        print(f"make a full backup: {reason}" if reason else "make an incremental backup")
+        if PLAIN.exists():
+            print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(paths.migrated))}")
+        for path in dead:
+            print(f"delete {printable(str(path.absolute()))}")
+        for command in [
+                *before, *(services.command("stop", line) for line in lines),
+                *(services.command("start", line) for line in lines),
+                set_command(paths, "full" if reason else "incremental",
+                            (SNAPSHOT if one_disk else paths.copy_beside) / "tree"),
+                remove_old_command(night), clean_up_command(), *after]:
+            print(f"run {printable(shlex.join(command))}")
 
 
 # Messages and progress
@@ -1923,22 +2078,28 @@ CLEAR_LINE = "\r\x1b[K"
 
 
 class _Prefixed(logging.Formatter):
-    """Begins every line with the program's name, on a terminal a step with the time, too, and escapes what that could mistake."""
+    """Begins every line with the program's name, on a terminal a step with the time, too.
+
+    What a terminal could mistake is escaped.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         terminal = sys.stderr.isatty()
-        clock = time.strftime("%H:%M:%S ") if terminal and record.levelno == logging.INFO else ""
-        lines = "\n".join(f"backup: {clock}{printable(line)}" for line in super().format(record).split("\n"))
+        step = terminal and record.levelno <= logging.INFO
+        clock = time.strftime("%H:%M:%S ") if step else ""
+        lines = "\n".join(f"backup: {clock}{printable(line)}"
+                          for line in super().format(record).split("\n"))
         return CLEAR_LINE + lines if terminal else lines
 
 
 @contextlib.contextmanager
-def progress(verbose: bool) -> Iterator[Optional[Draw]]:
-    """Yield a function that draws how far something has come, None where that is not to be shown: without a terminal, and with -v.
+def progress() -> Iterator[Optional[Draw]]:
+    """Yield a function that draws how far something has come.
 
-    It takes the bytes done, and of how many if that is known, and draws one line over and over again.
+    It takes the bytes done, and of how many if that is known, and draws one line over and over
+    again. None where that is not to be shown: without a terminal, and with -v.
     """
-    if verbose or not sys.stderr.isatty():
+    if log.isEnabledFor(logging.DEBUG) or not sys.stderr.isatty():
         yield None
         return
     began = time.monotonic()
@@ -1946,20 +2107,22 @@ def progress(verbose: bool) -> Iterator[Optional[Draw]]:
     def draw(done: int, total: Optional[int]) -> None:
         done = max(0, min(done, total or done))
         rate = done / max(0.001, time.monotonic() - began)
-        text = f"{human_size(done)}{f' of {human_size(total)}' if total else ''}, {human_size(int(rate))}/s"
+        text = human_size(done) + (f" of {human_size(total)}" if total else "")
+        text += f", {human_size(int(rate))}/s"
         if total and rate:
             minutes, seconds = divmod(round((total - done) / rate), 60)
             text += f", {minutes}:{seconds:02} left"
+        show(f"{CLEAR_LINE}        {text}")
+
+    def show(text: str) -> None:
         with contextlib.suppress(OSError):  # the terminal is gone: a backup goes on
-            sys.stderr.write(f"{CLEAR_LINE}        {text}")
+            sys.stderr.write(text)
             sys.stderr.flush()
 
     try:
         yield draw
     finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(CLEAR_LINE)
-            sys.stderr.flush()
+        show(CLEAR_LINE)
 
 
 # Command line
@@ -1995,41 +2158,53 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options of a command line. Raises Failure (exit code 2) if they are wrong or do not go together."""
+    """Return the options of a command line.
+
+    Raises Failure (exit code 2) if they are wrong or do not go together.
+    """
     parser = Parser(
-        prog="backup.py", description="Back up a mail server's user data with duplicity, encrypted.", epilog=EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="make a full backup")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, touch nothing")
-    parser.add_argument("--status", action="store_true", help="show what backups there are")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="with --status: for programs")
-    form.add_argument("--html", action="store_true", help="with --status: as a web page")
-    parser.add_argument("--verify", action="store_true", help="check every backup file")
-    parser.add_argument("--compare", action="store_true", help="with --verify: also against the live files")
-    parser.add_argument("--list", action="store_true", help="list the files in a backup")
-    parser.add_argument("--restore", metavar="DIR", help="restore into DIR, which does not exist yet or is empty")
-    parser.add_argument("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
-    parser.add_argument("--time", metavar="TIME", help="with --list, --restore: as of TIME, such as 3D or 2026-11-20")
-    parser.add_argument("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
-    parser.add_argument("--storage-root", metavar="DIR", help="back up DIR, without a settings file; its owner is STORAGE_USER")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the steps and what duplicity says")
-    parser.add_argument("--version", action="version", version=f"backup.py {VERSION}")
+        prog="backup.py", description="Back up a mail server's user data with duplicity, encrypted.",
+        epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--full", action="store_true", help="make a full backup")
+    add("--dry-run", action="store_true", help="show what would be done, touch nothing")
+    add("--status", action="store_true", help="show what backups there are")
+    add("--json", action="store_true", help="with --status: for programs")
+    add("--html", action="store_true", help="with --status: as a web page")
+    add("--verify", action="store_true", help="check every backup file")
+    add("--compare", action="store_true", help="with --verify: also against the live files")
+    add("--list", action="store_true", help="list the files in a backup")
+    add("--restore", metavar="DIR", help="restore into DIR, which does not exist yet or is empty")
+    add("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
+    add("--time", metavar="TIME",
+        help="with --list, --restore: as of TIME, such as 3D or 2026-11-20")
+    add("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
+    add("--storage-root", metavar="DIR",
+        help="back up DIR, without a settings file; its owner is STORAGE_USER")
+    add("-v", "--verbose", action="store_true", help="show the steps and what duplicity says")
+    add("--version", action="version", version=f"backup.py {VERSION}")
     options = parser.parse_args(arguments)
-    commands = [name for name in ("status", "verify", "list", "restore") if getattr(options, name) not in (None, False)]
+    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    commands = given & {"status", "verify", "list", "restore"}
     if options.restore == "":
         parser.error("--restore is empty; name a directory")
-    if len(commands) > 1 or commands and (options.full or options.dry_run):
-        parser.error(f"--{commands[0]} goes with no other command")
-    belongs = {"json": ["status"], "html": ["status"], "compare": ["verify"], "path": ["restore"], "time": ["list", "restore"]}
-    for option, wanted in belongs.items():
-        if getattr(options, option) not in (None, False) and not set(wanted) & set(commands):
-            parser.error(f"--{option} goes with --{' or --'.join(wanted)}")
+    if len(commands) > 1 or commands and given & {"full", "dry_run"}:
+        parser.error(f"--{min(commands)} goes with no other command")
+    if {"json", "html"} <= given:
+        parser.error("--json goes not with --html")
+    belongs = {"json": {"status"}, "html": {"status"}, "compare": {"verify"}, "path": {"restore"},
+               "time": {"list", "restore"}}
+    for option in sorted(given & belongs.keys()):
+        if not belongs[option] & commands:
+            parser.error(f"--{option} goes with --{' or --'.join(sorted(belongs[option]))}")
     return options
 
 
 def read_settings(options: argparse.Namespace) -> dict[str, str]:
-    """Return the settings of the file, or of --storage-root alone. Raises Failure (exit code 2) if they cannot be had."""
+    """Return the settings of the file, or of --storage-root alone.
+
+    Raises Failure (exit code 2) if they cannot be had.
+    """
     if options.storage_root is None:
         return utils.load_environment(options.config or SETTINGS_FILE)
     settings = utils.load_environment(options.config) if options.config else {}
@@ -2039,7 +2214,8 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     try:
         owner = pwd.getpwuid(os.stat(root).st_uid).pw_name
     except OSError as error:
-        raise Failure(f"cannot read {printable(root)}: {error.strerror}; name another directory with --storage-root", 2) from error
+        raise Failure(f"cannot read {printable(root)}: {error.strerror}; name another directory with "
+                      "--storage-root", 2) from error
     except KeyError:  # as on a rescue system, which does not need it to read
         owner = ""
     return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
@@ -2050,20 +2226,24 @@ def failure_of(error: Exception) -> Failure:
     if not isinstance(error, OSError):
         return error if isinstance(error, Failure) else Failure(str(error))
     path = utils.path_in(error)
-    return Failure(f"{path}{': ' if path else ''}{error.strerror or error}; see to that and run this again")
+    why = f"{path}: {error.strerror}" if path else str(error.strerror or error)
+    return Failure(f"{why}; see to that and run this again")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Do what the command line asks for. Returns the exit code. Raises Failure, Interrupted or OSError."""
+    """Do what the command line asks for.
+
+    Returns the exit code. Raises Failure, Interrupted or OSError.
+    """
     options = parse_arguments(arguments)
     if options.verbose or sys.stderr.isatty():
-        logging.getLogger().setLevel(logging.INFO)
+        logging.getLogger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json, options.html)
     if options.verify or options.list or options.restore is not None:
         return read(options, settings)
-    night = night_of(settings, options.verbose)
+    night = night_of(settings)
     if options.dry_run:
         show_plan(night, options.full)
         return 0
@@ -2072,13 +2252,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
-    """Verify, list or restore. Returns the exit code: 3 for damage or differences. Raises Failure or OSError."""
+    """Verify, list or restore.
+
+    Returns the exit code: 3 for damage or differences. Raises Failure or OSError.
+    """
     names, wrong = [], []
-    with utils.ended_in_good_order(), reader_of(settings, options.verbose) as reader:
+    directory = Path(options.restore or "").absolute()
+    with utils.ended_in_good_order(), reader_of(settings) as reader:
         if options.list:
             names = list_files(reader, time_options(reader, options.time))
-        elif options.restore is not None:
-            restore(reader, Path(options.restore).absolute(), options.path, options.time)
+        elif options.restore:
+            restore(reader, directory, options.path, options.time)
         else:
             wrong = verify(reader) + (compare(reader) if options.compare else [])
     utils.raise_if_interrupted()
@@ -2090,7 +2274,10 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line, say what went wrong in one sentence, and return the exit code. arguments: without the program's name."""
+    """Run the command line, say what went wrong in one sentence, and return the exit code.
+
+    arguments: without the program's name.
+    """
     utils.open_closed_streams()
     utils.allow_any_depth()
     handler = logging.StreamHandler()
@@ -2098,8 +2285,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger().addHandler(handler)
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to end
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once, without Python's traceback
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once, without traceback
     try:
         code = run(arguments)
         if code != 5:  # which comes before any other

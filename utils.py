@@ -48,7 +48,6 @@ LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
 ONLY_LINKS_NS = 1_000_000_000
 BLOCK_BYTES = 1 << 24
 FICLONE = 0x40049409  # of linux/fs.h
-LOCK_SECONDS = 10
 START_ATTEMPTS = 3
 TIMED_OUT = 124
 NOT_EXECUTABLE = 126
@@ -102,19 +101,26 @@ def printable(text: str) -> str:
 
 
 def path_in(error: OSError) -> str:
-    """Return the path that an error of the operating system is about, escaped, empty if it tells none: for a descriptor it does not."""
-    return printable(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else ""
+    """Return the absolute path that an error of the operating system is about, escaped.
+
+    It is empty if the error tells none: of a descriptor it does not.
+    """
+    told = isinstance(error.filename, (str, bytes))
+    return printable(os.path.abspath(os.fsdecode(error.filename))) if told else ""
 
 
 @contextlib.contextmanager
 def _whole_path_told(directory: Optional[int]) -> Iterator[None]:
-    """Make an OSError about an entry of a directory that is open name its whole path, where /proc tells it. directory: None for a path."""
+    """Make an OSError about an entry of a directory that is open name its whole path.
+
+    directory: its descriptor, None for a path.
+    """
     try:
         yield
     except OSError as error:
         if directory is not None and isinstance(error.filename, str):
             with contextlib.suppress(OSError):
-                error.filename = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), error.filename)
+                error.filename = os.path.join(os.readlink(path_of(directory)), error.filename)
         raise
 
 
@@ -148,62 +154,98 @@ def system_path(path: str) -> str:
 # Files and directories
 
 
-def check_owned_directory(path: Path) -> os.stat_result:
+def check_owned_directory(path: Path, status: Optional[os.stat_result] = None) -> None:
     """Check that path is a directory, not a symbolic link, that only root can write to.
 
-    Returns its status. Raises Failure (exit code 2) if it is anything else, FileNotFoundError if it is missing.
+    status: that of what was opened by this path. Raises Failure (exit code 2) if it is anything
+    else, FileNotFoundError if it is missing.
     """
-    status = path.lstat()
-    _check_owned(path, status)
-    return status
-
-
-def _check_owned(path: Path, status: os.stat_result) -> None:
-    """Raise Failure, see check_owned_directory. status: that of path."""
+    status = status or path.lstat()
+    path = path.absolute()
     if not stat.S_ISDIR(status.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
         raise Failure(f"{path} is {kind}; put a directory owned by root in its place", 2)
+    name = shlex.quote(str(path))
     if status.st_uid != os.geteuid():
-        raise Failure(f"{path} is not owned by root; check who made it, then run: chown root {shlex.quote(str(path))}", 2)
+        raise Failure(f"{path} is not owned by root; check who made it, then run: chown root {name}", 2)
     if status.st_mode & 0o022:
-        way_out = f"check what is in it, then run: chmod go-w {shlex.quote(str(path))}"
-        raise Failure(f"{path} can be written to by others than root; {way_out}", 2)
+        raise Failure(f"{path} can be written to by others than root; check what is in it, then run: "
+                      f"chmod go-w {name}", 2)
 
 
 @contextlib.contextmanager
-def owned_directory(path: Path, *below: str) -> Iterator[int]:
-    """Keep a directory open while the block runs, so that no renaming of it, or of what holds it, leads elsewhere.
+def owned_directory(path: Path) -> Iterator[int]:
+    """Keep a directory of root's open while the block runs, so that no renaming leads elsewhere.
 
-    below: names that lead from path to it. Each must be a directory that only root can write to, and no symbolic link. Yields its
-    descriptor. Raises Failure (exit code 2), or OSError.
+    Yields its descriptor. Raises Failure, see check_owned_directory, or OSError.
     """
-    check_owned_directory(path)  # which says what else it is; what is opened may be something else already
+    check_owned_directory(path)  # which says what else it is; what is opened may be something else
+    with opened(path) as directory:
+        check_owned_directory(path, os.fstat(directory))
+        yield directory
+
+
+def work_inside(path: Path) -> None:
+    """Make a directory of root's the working directory. Raises as owned_directory does."""
+    with owned_directory(path) as directory:
+        os.fchdir(directory)
+
+
+def path_of(directory: int) -> Path:
+    """Return a path that leads to a directory that is open, whatever its name is by now.
+
+    directory: its descriptor. Any program of root's can use it.
+    """
+    return Path(f"/proc/{os.getpid()}/fd/{directory}")
+
+
+def remove_abandoned(directory: Path, pattern: str) -> None:
+    """Remove what own_directory made for processes that were killed: nobody holds its lock."""
+    for path in directory.glob(pattern):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)
+
+
+@contextlib.contextmanager
+def own_directory(path: Path) -> Iterator[Path]:
+    """Make a directory of this process's own, and remove it after the block.
+
+    It is locked meanwhile, so that others see that it is in use. path: absolute, nothing is there
+    yet. Yields it. Raises OSError.
+    """
     with contextlib.ExitStack() as stack:
-        descriptor = stack.enter_context(opened(os.fspath(path)))
-        _check_owned(path, os.fstat(descriptor))
-        for name in below:
-            path = path / name
-            descriptor = stack.enter_context(opened(name, parent=descriptor))
-            _check_owned(path, os.fstat(descriptor))
-        yield descriptor
+        while not path.exists():  # somebody may have taken it for abandoned before it was locked
+            path.mkdir(mode=0o700)
+            with contextlib.suppress(FileNotFoundError):
+                fcntl.flock(stack.enter_context(opened(path)), fcntl.LOCK_EX)
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):  # the next backup removes what is left
+                remove(path)
 
 
 def on_one_mount(path: Path, other: Path) -> bool:
-    """Tell whether two directories are on one file system, and, where /proc tells, one mount of it, so that files can be linked."""
+    """Tell whether files of one directory can be linked into another.
+
+    Both must be on one file system and, where /proc tells, on one mount of it.
+    """
     return _mount_of(path) == _mount_of(other)
 
 
 def _mount_of(path: Path) -> list[int]:
-    """Return the number of the file system that a directory is on, and of its mount if /proc is there to tell."""
-    with opened(os.fspath(path)) as descriptor:
+    """Return the number of the file system that a directory is on, and of its mount if it is told."""
+    with opened(path) as descriptor:
         found = [os.fstat(descriptor).st_dev]
         with contextlib.suppress(FileNotFoundError):
-            found += map(int, re.findall(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_text()))
+            told = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+            found += map(int, re.findall(r"mnt_id:\s*(\d+)", told))
         return found
 
 
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
-    """Make a directory of root's with this mode and group (a group id), or give an existing one of root's both.
+    """Make a directory of root's with this mode and group (its id), or give an existing one both.
 
     Raises Failure (exit code 2) if something else stands there.
     """
@@ -219,35 +261,25 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
 
 def sync_directory(path: Path) -> None:
     """Force a directory's entries (what was made, renamed or removed in it) to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Force a file and its name to the disk; of a symbolic link only the name."""
-    if not path.is_symlink():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_directory(path.parent)
 
 
 def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -1) -> None:
-    """Write a file so that at any instant the old or the new content is there, whole; a symbolic link at path is replaced.
+    """Write a file so that at any instant the old or the new content is there, whole.
 
-    content: the new text. mode: its permissions. group: its group id, -1 for the caller's.
+    A symbolic link at path is replaced. content: the new text. mode: its permissions. group: its
+    group id, -1 for the caller's.
     """
-    temporary = path.with_name(f".{path.name}.new")  # always the same, so that a killed run leaves one at most
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    temporary = path.with_name(f".{path.name}.new")  # so that a killed run leaves one at most
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            os.fchown(stream.fileno(), -1, group)
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with opened(temporary, flags) as descriptor:
+            os.fchown(descriptor, -1, group)
+            os.fchmod(descriptor, mode)
+            with open(descriptor, "w", encoding="utf-8", closefd=False) as stream:
+                stream.write(content)
+            os.fsync(descriptor)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -255,19 +287,10 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
     sync_directory(path.parent)
 
 
-def is_in(directory: int, name: str) -> bool:
-    """Tell whether a directory that is open holds an entry; to list it would not, on btrfs, if it came since."""
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+def regular_files(directory: Path) -> dict[str, int]:
+    """Return the sizes in bytes of the regular files in a directory by name.
 
-
-def regular_files(directory: Union[Path, int]) -> dict[str, int]:
-    """Return the sizes in bytes of the regular files in a directory by name; none if it is missing. Links are not followed.
-
-    directory: its path or descriptor.
+    There are none if it is missing. Links are not followed.
     """
     sizes: dict[str, int] = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
@@ -278,18 +301,11 @@ def regular_files(directory: Union[Path, int]) -> dict[str, int]:
     return sizes
 
 
-def tree_size(path: Path) -> int:
-    """Return the bytes that a file or a tree takes on the disk, 0 if it is missing."""
-    total = path.lstat().st_blocks * 512 if os.path.lexists(path) else 0
-    for directory, names, files in os.walk(path):
-        for name in names + files:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
-    return total
-
-
 def walk_entries(root: Path, excluded: Collection[Path] = ()) -> Iterator["os.DirEntry[str]"]:
-    """Yield the entries of a tree: files of every kind but sockets, less what is excluded and all below it."""
+    """Yield the entries of a tree: files of every kind but sockets.
+
+    What is excluded is left out, and all below it.
+    """
     left_out = {os.fspath(path) for path in excluded}
     pending = [os.fspath(root)]
     while pending:
@@ -297,8 +313,8 @@ def walk_entries(root: Path, excluded: Collection[Path] = ()) -> Iterator["os.Di
         with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 try:
-                    if entry.path in left_out or not entry.is_file(follow_symlinks=False) and stat.S_ISSOCK(
-                            entry.stat(follow_symlinks=False).st_mode):
+                    if entry.path in left_out or not entry.is_file(follow_symlinks=False) and (
+                            stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)):
                         continue
                 except OSError:  # gone, or unreadable: duplicity tells of that
                     continue
@@ -313,60 +329,34 @@ def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
 
 
 def content_size(root: Path, excluded: Collection[Path] = (), since: float = 0.0) -> int:
-    """Return the bytes in the regular files of a tree, see walk_entries. since: of those changed then or later, in epoch seconds."""
+    """Return the bytes in the regular files of a tree, see walk_entries.
+
+    since: of those changed then or later, in seconds of the epoch.
+    """
     total = 0
     for entry in walk_entries(root, excluded):
         with contextlib.suppress(OSError):
-            if entry.is_file(follow_symlinks=False) and (status := entry.stat(follow_symlinks=False)).st_mtime >= since:
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode) and status.st_mtime >= since:
                 total += status.st_size
     return total
 
 
-def move_file(source: Path, target: Path) -> None:
-    """Rename a file, or where target is on another file system: copy it, sync, then delete it; at any instant one of the two is whole.
+def remove(path: Union[str, Path], directory: Optional[int] = None) -> None:
+    """Remove a file, or a directory with all that is in it, if it is there.
 
-    target: nothing stands there yet.
+    directory: the descriptor of one that is open, to which path is relative.
     """
-    try:
-        os.rename(source, target)
-        return
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-    copy = target.with_name(f".{target.name}.copy")
-    copy.unlink(missing_ok=True)
-    shutil.copy2(source, copy, follow_symlinks=False)
-    sync_file(copy)
-    os.rename(copy, target)
-    sync_directory(target.parent)
-    source.unlink()
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a directory with all that is in it, if it is there."""
-    remove_at(os.fspath(path))
-
-
-def remove_at(name: str, directory: Optional[int] = None) -> None:
-    """Remove an entry of a directory that is open, with all that is in it, if it is there. directory: the descriptor, None for a path."""
     with _whole_path_told(directory):
         try:
-            os.unlink(name, dir_fd=directory)
+            os.unlink(path, dir_fd=directory)
         except FileNotFoundError:
             pass
         except IsADirectoryError:
-            with opened(name, parent=directory) as below:
+            with opened(path, parent=directory) as below:
                 for child in os.listdir(below):
-                    remove_at(child, below)
-            os.rmdir(name, dir_fd=directory)
-
-
-def remove_below(directory: int, path: Path) -> None:
-    """Remove an entry somewhere below a directory that is open, see remove_at. path: relative to it; no link in it is followed."""
-    with contextlib.ExitStack() as stack:
-        for name in path.parts[:-1]:
-            directory = stack.enter_context(opened(name, parent=directory))
-        remove_at(path.name, directory)
+                    remove(child, below)
+            os.rmdir(path, dir_fd=directory)
 
 
 def sha1_of(path: Path) -> str:
@@ -380,7 +370,10 @@ def sha1_of(path: Path) -> str:
 
 
 def free_bytes(path: Union[Path, int]) -> int:
-    """Return the bytes free for everybody, not only for root, on the file system of path, which may be a descriptor."""
+    """Return the bytes free for everybody, not only for root, on the file system of path.
+
+    path: may be a descriptor.
+    """
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
@@ -442,18 +435,19 @@ def mirror_of(
     """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
 
     It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror.
-    place: an empty directory that only root may reach; the mirror is `tree` in it. spare_bytes: the
-    room to leave. Raises CannotMirror, and leaves what it has made to the caller to remove.
+    place: an empty directory that only root may reach; the mirror is `tree` in it. Is it relative,
+    then to a directory that nobody can rename. spare_bytes: the room to leave. Raises CannotMirror, and leaves what it has made to the caller to remove.
     """
     with contextlib.ExitStack() as stack:
         with _told_as_cannot_mirror(source, place):
-            live = stack.enter_context(opened(os.fspath(source)))
+            live = stack.enter_context(opened(source))
             directory = stack.enter_context(owned_directory(place))
             if os.listdir(directory) or os.fstat(directory).st_mode & 0o077:
                 raise CannotMirror(f"{place} is not empty, or others than root can reach it")
             os.mkdir("tree", 0o700, dir_fd=directory)
             copy = stack.enter_context(opened("tree", parent=directory))
-            mirror = Mirror(source, place / "tree", live, copy, excluded, may_link, spare_bytes)
+            target = (path_of(directory) if place.is_absolute() else place) / "tree"
+            mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes)
             needed = spare_bytes + (0 if _can_clone(copy) else _bytes_to_copy(mirror, "", live))
             if free_bytes(copy) < needed:
                 raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free "
@@ -514,7 +508,8 @@ def _told_as_cannot_mirror(source: Path, target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(
-    name: str, flags: int = os.O_RDONLY | os.O_DIRECTORY, parent: Optional[int] = None
+    name: Union[str, Path], flags: int = os.O_RDONLY | os.O_DIRECTORY,
+    parent: Optional[int] = None,
 ) -> Iterator[int]:
     """Keep a file open while the block runs; a symbolic link is refused.
 
@@ -586,7 +581,7 @@ def _mirror_directory(
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
     for name in present:
-        remove_at(name, copy)
+        remove(name, copy)
     _set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
         os.utime(copy, ns=(0 if others else ONLY_LINKS_NS, status.st_mtime_ns))
@@ -664,7 +659,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
     It is never written to what is there: that may be a link to the user's own file.
     """
     name = os.path.basename(path)
-    remove_at(name, copy)
+    remove(name, copy)
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
     try:
@@ -679,7 +674,7 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
             mirror.unread[path] = os.strerror(error.errno)
         elif not _is_gone(error):
             raise
-        remove_at(name, copy)
+        remove(name, copy)
         return
     _set_metadata(name, status, copy)
 
@@ -776,63 +771,23 @@ def _bytes_to_copy(mirror: Mirror, path: str, live: int) -> int:
 
 @contextlib.contextmanager
 def exclusive_process(path: Path) -> Iterator[int]:
-    """Hold the lock file while the block runs; the kernel releases it when its last holder dies, so it is never stale.
+    """Hold the lock file while the block runs.
 
-    path: the lock file, made if it is missing, never deleted, never followed if it is a symbolic link. Yields its descriptor, for
-    a child process to hold on to. Raises Failure: exit code 4 if another process has it, 2 if path is no regular file.
+    The kernel releases it when its last holder dies, so it is never stale. path: the lock file, made
+    if it is missing, never deleted. Yields its descriptor, for a child process to hold on to. Raises
+    Failure (exit code 4) if another process has it.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise Failure(f"the lock {path} is not a regular file; remove it", 2) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Failure(f"the lock {path} is not a regular file; remove it", 2)
-        if not _lock_soon(descriptor, fcntl.LOCK_EX, 0.1):  # is_locked may hold it for an instant
-            holder = printable(os.fsdecode(os.read(descriptor, 200))) or "which has only just begun"
-            raise Failure(f"another run ({holder}) holds the lock {path}; wait for it to end", 4)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}".encode())
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock_soon(descriptor: int, kind: int, seconds: float) -> bool:
-    """Lock a file, trying for some seconds if others have it. kind: fcntl.LOCK_EX or LOCK_SH. Returns whether it did."""
-    deadline = time.monotonic() + seconds
-    while True:
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK) as descriptor:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            pause(0.02)
-
-
-@contextlib.contextmanager
-def directory_locked(path: Path, exclusive: bool) -> Iterator[bool]:
-    """Hold a lock on a directory while the block runs: exclusive, if it can be had at once, or shared, if it can within ten seconds.
-
-    Yields whether it is held.
-    """
-    with opened(os.fspath(path)) as descriptor:
-        yield _lock_soon(descriptor, fcntl.LOCK_EX, 0) if exclusive else _lock_soon(descriptor, fcntl.LOCK_SH, LOCK_SECONDS)
-
-
-def is_locked(path: Path) -> bool:
-    """Tell whether a process holds the lock file exclusively."""
-    try:
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = printable(os.fsdecode(os.read(descriptor, 200)))
+            raise Failure(f"another run ({holder or 'which has only just begun'}) holds the lock "
+                          f"{path.absolute()}; wait for it to end", 4) from error
+        os.ftruncate(descriptor, 0)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        os.write(descriptor, f"process {os.getpid()}, since {since}".encode())
+        yield descriptor
 
 
 # Signals
@@ -939,6 +894,7 @@ def shell(
     *,
     secret: str = "",
     standard_input: str = "",
+    directory: str = "/",
     user: Optional[pwd.struct_passwd] = None,
     umask: int = -1,
     starts_daemons: bool = False,
@@ -952,7 +908,7 @@ def shell(
 
     command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of a descriptor whose lines go to on_log.
     environment: all of the program's environment. secret: hidden in whatever the program prints. standard_input: a few lines for it
-    to read. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an output pipe open
+    to read. directory: where it runs. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an output pipe open
     for ever, so a file takes the output. interruptible: whether a signal to this process ends it, and raises Interrupted.
     timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each line as it comes, escaped. watch: called
     twice a second with its process id; what it raises ends the program. Returns how it ended, with exit code 126 if it could not be
@@ -983,7 +939,7 @@ def shell(
         try:
             process = subprocess.Popen(
                 arguments, env=environment, stdin=subprocess.PIPE if standard_input else subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, cwd="/", pass_fds=log, start_new_session=True, umask=umask, **identity)
+                stderr=subprocess.STDOUT, cwd=directory, pass_fds=log, start_new_session=True, umask=umask, **identity)
         except OSError as error:
             return Finished(NOT_EXECUTABLE, (f"{printable(command[0])}: {error.strerror}",))
         stack.callback(_end_group, process)

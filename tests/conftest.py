@@ -1,6 +1,5 @@
 """What the tests share: a throwaway mail store, `service` as a stand-in that records its calls, and real duplicity and gpg."""
 
-import hashlib
 import os
 import pwd
 import re
@@ -195,8 +194,8 @@ class Store:
     def clean(self) -> None:
         """End the agents that tests or killed runs have left, and remove from /run what they made there."""
         import backup
-        homes = [self.gnupg(), backup.paths_of({"STORAGE_ROOT": str(self.root)}).gnupg]
-        for home in homes:
+        name = backup.paths_of({"STORAGE_ROOT": str(self.root)}).gnupg.name.rpartition("-")[0]
+        for home in [self.gnupg(), *Path("/run").glob(f"{name}-*")]:
             if home.exists():
                 self.run("gpgconf", "--kill", "all", environment={"GNUPGHOME": str(home)})
                 utils.remove(home)
@@ -336,9 +335,6 @@ def copy_backups(made: Store, store: Store) -> None:
     if store.backups.exists():
         shutil.rmtree(store.backups)
     subprocess.run(["cp", "-a", made.backups, store.backups], check=True)
-    (archive,) = (store.backups / "cache").iterdir()  # named after the target's address
-    address = store.encrypted.as_uri().encode()
-    archive.rename(archive.with_name(hashlib.md5(address).hexdigest()))
 
 
 FirstNight = Callable[[Store], None]
