@@ -121,10 +121,6 @@ DUPLICITY_EXIT_CODES = {
     utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
 }
 
-# What a damaged archive directory leads to (seen: 0.8.22; 1 of 3.2.1); it holds nothing that is not
-# in the target, too.
-DAMAGED_ARCHIVE_CODES = (1, 5, 20, 30)
-
 LOW_PRIORITY = ["nice", "-n", "19", "ionice", "-t", "-c", "3"]  # -t: a container may forbid it
 
 log = logging.getLogger("backup")
@@ -172,6 +168,7 @@ class Record:
     attention: what an admin must look at although the backup was made.
     """
 
+    newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
     kind: Optional[str] = None
     source: Optional[str] = None
     size: int = 0  # of the new set, in bytes
@@ -607,7 +604,8 @@ def failed_set_thrown_away() -> Iterator[None]:
     """Delete the set that the block was making when it failed, so that a full disk gets free again.
 
     It may be whole, and dated before others, where the clock was set back meanwhile: what is new in
-    the archive directory tells which one it is.
+    the archive directory tells which one it is. That directory goes, too: duplicity makes it anew,
+    and a damaged one would have every night fail (seen: 0.8.22, 3.2.1).
     """
     before = set(ARCHIVE.glob("*"))
     try:
@@ -615,7 +613,7 @@ def failed_set_thrown_away() -> Iterator[None]:
     except BaseException:
         try:
             made = {stamp_of(path) for path in ARCHIVE.glob("*") if path not in before}
-            delete_dead_files(dead_files(made - {""}))
+            delete_dead_files([*dead_files(made - {""}), ARCHIVE])
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
                       failure_of(error))
@@ -1097,10 +1095,6 @@ def make_set(
         total = utils.content_size(tree, excluded, since) if draw else 0
         answer = run_duplicity(night, set_command(night.paths, action, copy.target if copy else None),
                                log_lines, watch_set(night.paths, draw, total))
-    if answer.exit_code in DAMAGED_ARCHIVE_CODES:
-        utils.remove(CACHE)
-        log.warning("deleted %s, which may be damaged and which the next run makes anew",
-                    CACHE.absolute())
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(ENCRYPTED)
@@ -1117,7 +1111,7 @@ def make_set(
         raise Failure(f"duplicity read {reported} of the {entries} files and directories of {root}, "
                       "and did not say why; see that nothing but mail writes there, and run the "
                       "backup again")
-    record.size = after[-1].size
+    record.size, record.newest_set = after[-1].size, after[-1].stamp
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in copy.unread.items()] if (
         copy) else []
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
@@ -1239,10 +1233,11 @@ def grant_group_read(night: Night, record: Record) -> None:
     wanted = (0, night.user.pw_gid, 0o640)
     for name in utils.regular_files(ENCRYPTED):
         path = ENCRYPTED / name
-        status = path.lstat()
-        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != wanted:
-            os.chown(path, 0, night.user.pw_gid)
-            path.chmod(0o640)
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != wanted:
+                os.chown(path, 0, night.user.pw_gid)
+                path.chmod(0o640)
 
 
 # Step 15: how the run went
@@ -1254,7 +1249,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
 
     A service that could not be started again is told of, and outranks every other exit code.
     """
-    record = Record()
+    record = Record((read_last_run(LAST_RUN) or {}).get("newest_set"))
     try:
         yield record
         utils.raise_if_interrupted()
@@ -1308,6 +1303,7 @@ def write_last_run(
         "exit_code": exit_code_of(record) if exit_code is None else exit_code,
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
+        "newest_set": record.newest_set,
     }
     utils.write_atomically(LAST_RUN, json.dumps(content, indent=1) + "\n", 0o640, night.user.pw_gid)
 
@@ -1640,11 +1636,12 @@ class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete ones are
-    linked. noted: the stamps of those for which cache/ had a manifest.
+    linked. known: the stamps of those that were complete once: cache/ has a manifest, or the last
+    run named it.
     """
 
     sets: Sequence[BackupSet]
-    noted: frozenset[str]
+    known: frozenset[str]
 
     @property
     def complete(self) -> list[BackupSet]:
@@ -1687,8 +1684,9 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         log.warning(error)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(reader_directory())
-        reader = Reader(paths, environment, link_sets(own), frozenset(
-            stamp_of(path) for path in ARCHIVE.glob("*.manifest")))
+        known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
+        known.add((read_last_run(LAST_RUN) or {}).get("newest_set") or "")
+        reader = Reader(paths, environment, link_sets(own), frozenset(known - {""}))
         stack.callback(os.chdir, "/")
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -1792,12 +1790,13 @@ def missing_sets(reader: Reader) -> list[str]:
                          "it are missing")
         if found.complete and not found.signed:
             wrong.append(f"the signatures of {found.stamp} are missing from {encrypted}")
-        if not found.complete and found.stamp > reader.complete[-1].stamp:
+        newer = found.stamp > reader.complete[-1].stamp
+        if not found.complete and newer and found.stamp not in reader.known:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
         elif not found.complete:
             wrong.append(f"the manifest of {found.stamp} is missing from {encrypted}")
-    for stamp in sorted(reader.noted - {found.stamp for found in reader.sets}):
+    for stamp in sorted(reader.known - {found.stamp for found in reader.sets}):
         wrong.append(f"the set of {stamp} is missing from {encrypted}, all of it")
     return wrong
 

@@ -371,7 +371,7 @@ def main() -> None:
     system = f"{os.uname().sysname} {os.uname().release}"
     print(f"{os.cpu_count()} cores, {system}, {version}, {options.messages:,} messages", end="")
     with bench_of(options.directory, options.messages, options.full_size and int(options.full_size * 1e6)) as bench:
-        print(f", {utils.tree_size(bench.root) / 1e6:.0f} MB\n", flush=True)
+        print(f", {utils.content_size(bench.root) / 1e6:.0f} MB\n", flush=True)
         compare(bench, options.rounds)
         compare_first_pass(bench, options.messages, 5)
     show_growth(GROWTH + ((LARGE,) if options.large else ()), options.directory, 1 + options.rounds)

@@ -223,6 +223,7 @@ def assert_equal(mirror: utils.Mirror) -> None:
 def mirrored(root: Path, place: Path, spare_bytes: int = 0) -> Iterator[utils.Mirror]:
     """Make the first pass, and keep the mirror while the block runs."""
     place.mkdir(mode=0o700)
+    place = Path(os.path.relpath(place))  # as in a run, which nobody can rename away
     with utils.mirror_of(root, place, frozenset({"backup"}), may_link, spare_bytes) as mirror:
         yield mirror
 

@@ -76,9 +76,9 @@ def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
     keyed.backup()
     keyed.backup()
     calls = [call for call in keyed.calls() if call.startswith("duplicity") and "--version" not in call]
-    target, archive = f"file://{keyed.encrypted}", f"--archive-dir {keyed.backups}/cache"
+    target, archive = "file://encrypted", "--archive-dir cache --name backup"
     options = f"{archive} --volsize 250 --gpg-options=--cipher-algo=AES256 --allow-source-mismatch --log-fd="
-    assert calls[0].startswith(f"duplicity full {options}") and calls[0].endswith(f" {keyed.backups}/snapshot/tree {target}")
+    assert calls[0].startswith(f"duplicity full {options}") and calls[0].endswith(f" snapshot/tree {target}")
     assert calls[1] == f"duplicity remove-older-than {archive} --force --verbosity error 3D {target}"
     assert calls[2] == f"duplicity cleanup {archive} --force --verbosity error {target}"
     assert calls[3].startswith(f"duplicity incremental {options}")
@@ -235,10 +235,9 @@ exec REAL "$@"
 @pytest.mark.parametrize("call", ["openat", "read", "newfstatat"])
 def test_unread_file_is_named(keyed: Store, name: str, shown: str, call: str) -> None:
     """A file that cannot be opened, read or looked at: the backup is kept, the file named safely, exit 3; a good disk mends it."""
-    tree = keyed.backups / "snapshot/tree"
     (keyed.root / name).write_text("bad sector")
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) exec strace -qq -o /dev/null -P '{tree}/{name}' -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
+case $1 in full) exec strace -qq -o /dev/null -P 'snapshot/tree/{name}' -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
     result = keyed.backup(exit_code=3)

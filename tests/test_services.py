@@ -74,7 +74,8 @@ def processes_of(store: Store) -> list[str]:
             try:
                 with open(f"/proc/{directory.name}/cmdline", "rb") as stream, open(f"/proc/{directory.name}/environ", "rb") as environment:
                     line = os.fsdecode(stream.read().replace(b"\0", b" "))
-                    if str(store.scratch) in line or os.fsencode(store.stopped_list) in environment.read():
+                    inside = os.readlink(f"/proc/{directory.name}/cwd").startswith(str(store.backups))
+                    if inside or str(store.scratch) in line or os.fsencode(store.stopped_list) in environment.read():
                         found.append(line)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue

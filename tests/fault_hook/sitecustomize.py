@@ -39,7 +39,8 @@ def matters(event: str, arguments: tuple[object, ...]) -> bool:
         if event == "open":
             return True
         directory = arguments[-1]
-        path = os.path.join(os.readlink(f"/proc/self/fd/{directory}") if isinstance(directory, int) and directory >= 0 else "", path)
+        is_open = isinstance(directory, int) and directory >= 0
+        path = os.path.join(os.readlink(f"/proc/self/fd/{directory}") if is_open else os.getcwd(), path)
     return path.startswith(PREFIXES)
 
 
