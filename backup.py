@@ -43,7 +43,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn, Optional, Union
 
 from dateutil.parser import isoparse
 from dateutil.relativedelta import relativedelta
@@ -560,10 +560,11 @@ def recover_from_dead_run(paths: Paths) -> None:
     A set that was killed is never resumed: duplicity would believe parts of it that the tree does
     not bear out any more.
     """
-    delete_dead_files(dead_files())
+    for path in [*dead_files(), TEMPORARY]:
+        log.debug("deleting %s", path)
+        utils.remove(path)
     for place in (SNAPSHOT, paths.copy_beside):
         remove_copy(place)
-    utils.remove(TEMPORARY)
     utils.remove_abandoned(Path(), f"{READER_PREFIX}*")
     utils.remove_abandoned(RUN_DIRECTORY, f"{paths.gnupg.name.rpartition('-')[0]}*")
 
@@ -591,14 +592,6 @@ def stamp_of(path: Path) -> str:
     return match[1] if match else ""
 
 
-def delete_dead_files(dead: Sequence[Path]) -> None:
-    """Delete what dead_files has found; the manifests first, for without one no set counts."""
-    if dead:
-        log.info("deleting %d files of a backup that was not finished", len(dead))
-    for path in dead:
-        utils.remove(path)
-
-
 @contextlib.contextmanager
 def failed_set_thrown_away() -> Iterator[None]:
     """Delete the set that the block was making when it failed, so that a full disk gets free again.
@@ -613,7 +606,8 @@ def failed_set_thrown_away() -> Iterator[None]:
     except BaseException:
         try:
             made = {stamp_of(path) for path in ARCHIVE.glob("*") if path not in before}
-            delete_dead_files([*dead_files(made - {""}), ARCHIVE])
+            for path in [*dead_files(made - {""}), ARCHIVE]:
+                utils.remove(path)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
                       failure_of(error))
@@ -769,17 +763,15 @@ def pair_signatures(signatures: Mapping[str, SetKey], complete: Set[SetKey]) -> 
     """Return to which complete set each signature file belongs, by its name.
 
     One that is dated up to 60 seconds off a complete set without any belongs to that set: some
-    versions date them so. The nearest go first.
+    versions date them so.
     """
     paired = {name: key for name, key in signatures.items() if key in complete}
-    unsigned = complete - set(paired.values())
-    off = sorted((abs(stamp_date(key[1]) - stamp_date(other[1])), name, other)
-                 for name, key in signatures.items() if name not in paired
-                 for other in unsigned if (key[0] is None) == (other[0] is None))
-    for distance, name, other in off:
-        near = distance <= timedelta(seconds=SIGNATURE_SECONDS)
-        if near and name not in paired and other not in paired.values():
-            paired[name] = other
+    for wanted in sorted(complete - set(paired.values()), key=lambda key: key[1]):
+        near = [(abs(stamp_date(key[1]) - stamp_date(wanted[1])), name)
+                for name, key in signatures.items()
+                if name not in paired and (key[0] is None) == (wanted[0] is None)]
+        if near and min(near)[0] <= timedelta(seconds=SIGNATURE_SECONDS):
+            paired[min(near)[1]] = wanted
     return paired
 
 
@@ -880,29 +872,19 @@ def run_hook(night: Night, name: str, record: Record) -> None:
     """Run an executable file of backup/ as STORAGE_USER, if it is there.
 
     What goes wrong with it needs attention, no more. It gets the settings of the file, and PATH,
-    HOME and USER. Without a `#!` line /bin/sh runs it, as su did in the 2015 script.
+    HOME and USER. It is started by /bin/sh, which runs one without a `#!` line itself, as the 2015
+    script did.
     """
     hook = night.paths.backup / name
-    if not os.path.lexists(name):
-        return
-    log.info("running the hook %s", hook)
-    try:
-        if not os.stat(name).st_mode & 0o111:
-            record.warn(f"the hook {hook} is not executable and was not run; "
-                        f"run: chmod +x {shlex.quote(str(hook))}")
-            return
-        with open(name, "rb") as stream:
-            is_program = stream.read(4).startswith((b"#!", b"\x7fELF"))
-    except OSError as error:
-        record.warn(f"the hook could not be run: {failure_of(error)}")
-        return
-    user = night.user
-    environment = {**night.settings, "PATH": night.environment["PATH"], "HOME": user.pw_dir,
-                   "USER": user.pw_name}
-    command = [str(hook)] if is_program else ["/bin/sh", str(hook)]
-    answer = utils.shell(command, environment, user=user, umask=0o022, on_line=log.debug)
-    if answer.exit_code:
-        record.warn(f"the hook {hook} failed; mend it: it ended with {answer}")
+    if os.path.lexists(name):
+        log.info("running the hook %s", hook)
+        environment = {**night.settings, "PATH": night.environment["PATH"],
+                       "HOME": night.user.pw_dir, "USER": night.user.pw_name}
+        answer = utils.shell(["/bin/sh", "-c", 'exec "$0"', str(hook)], environment,
+                             user=night.user, umask=0o022, on_line=log.debug)
+        if answer.exit_code:
+            record.warn(f"the hook {hook} failed; mend it, and see that it is executable: "
+                        f"it ended with {answer}")
 
 
 # Steps 7 to 10: the copy
@@ -925,10 +907,9 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
     with contextlib.ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
         try:
-            utils.make_owned_directory(place, 0o700, 0)
             copy = stack.enter_context(
                 utils.mirror_of(paths.root, place, excluded, may_link, spare))
-        except (utils.CannotMirror, OSError) as error:
+        except (Failure, OSError) as error:
             remove_copy(place)  # its room is duplicity's
             record.remarks.append(f"mail was down while duplicity read {paths.root} itself, because "
                                   f"it could not be copied: {error}")
@@ -962,7 +943,7 @@ def finish_copy(copy: utils.Mirror) -> None:
     """Make the copy equal to the tree, while mail is stopped. Raises Failure if that fails."""
     try:
         utils.update_mirror(copy)
-    except utils.CannotMirror as error:
+    except Failure as error:
         raise Failure("no backup was made because the copy could not be finished: "
                       f"{error}; see to that, run the backup again") from error
 
@@ -1671,17 +1652,14 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     if not complete_sets(paths.backup / ENCRYPTED):
         raise Failure(f"there is no complete backup in {paths.backup / ENCRYPTED}; make one, or put "
                       "your copy of the backups there")
-    try:
-        utils.work_inside(paths.backup)
-        utils.check_owned_directory(ENCRYPTED)
-    except Failure as error:  # a rescue is no time for manners
-        log.warning("what is read may be somebody else's: %s", error)
-        os.chdir(paths.backup)
+    os.chdir(paths.backup)
     read_passphrase()
     try:
+        for directory in (Path(), ENCRYPTED):
+            utils.check_owned_directory(directory)
         check_key()
-    except Failure as error:
-        log.warning(error)
+    except Failure as error:  # a rescue is no time for manners
+        log.warning("what is read may be somebody else's: %s", error)
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(reader_directory())
         known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
@@ -1971,23 +1949,23 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
 
 @contextlib.contextmanager
 def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
-    """Make the directory to restore to, and keep it open and locked. An empty one may be there.
+    """Make the directory to restore to, and keep it open. An empty one may be there.
 
-    Yields its descriptor. If the block fails and it was made and is empty, it goes. Raises Failure.
+    Yields its descriptor. If the block fails and it was made and is empty, it goes. Raises Failure
+    or OSError.
     """
-    if paths.backup in Path(os.path.realpath(directory)).parents:
+    real = Path(os.path.realpath(directory))
+    if paths.backup in (real, *real.parents):
         raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; "
                       "name another place", 2)
-    if not directory.parent.is_dir():
-        raise Failure(f"{directory.parent} is not a directory; make it, or name another place", 2)
     made = not os.path.lexists(directory)
     if made:
         directory.mkdir(mode=0o700)
     try:
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise Failure(f"{directory} is there already and not empty; name a directory that does "
-                          "not exist yet", 2)
-        with utils.opened(os.path.realpath(directory)) as place:
+        with utils.opened(real) as place:
+            if os.listdir(place):
+                raise Failure(f"{directory} is there already and not empty; name a directory that "
+                              "does not exist yet", 2)
             yield place
     except BaseException:
         if made:
@@ -2052,22 +2030,15 @@ def show_plan(night: Night, force_full: bool) -> None:
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
         check_room(paths, sum(path.stat().st_size for path in freed))
         reason = reason_for_full(sets, night.now, force_full)
-        services = utils.service_manager(night.environment)
-        lines = services.running(night.services)
-        one_disk = utils.on_one_mount(Path(), paths.root)
-        before, after = ([[str(paths.backup / name)]] if os.path.lexists(name) else []
-                         for name in ("before-backup", "after-backup"))
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
-        if PLAIN.exists():
-            print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(paths.migrated))}")
         for path in dead:
             print(f"delete {printable(str(path.absolute()))}")
-        for command in [
-                *before, *(services.command("stop", line) for line in lines),
-                *(services.command("start", line) for line in lines),
-                set_command(paths, "full" if reason else "incremental",
-                            (SNAPSHOT if one_disk else paths.copy_beside) / "tree"),
-                remove_old_command(night), clean_up_command(), *after]:
+        services = utils.service_manager(night.environment)
+        for line in services.running(night.services):
+            print(f"stop and start {line}")
+        place = SNAPSHOT if utils.on_one_mount(Path(), paths.root) else paths.copy_beside
+        for command in (set_command(paths, "full" if reason else "incremental", place / "tree"),
+                        remove_old_command(night), clean_up_command()):
             print(f"run {printable(shlex.join(command))}")
 
 
@@ -2103,25 +2074,24 @@ def progress() -> Iterator[Optional[Draw]]:
         return
     began = time.monotonic()
 
+    def show(text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone: a backup goes on
+            sys.stderr.write(f"{CLEAR_LINE}{text}")
+            sys.stderr.flush()
+
     def draw(done: int, total: Optional[int]) -> None:
         done = max(0, min(done, total or done))
         rate = done / max(0.001, time.monotonic() - began)
-        text = human_size(done) + (f" of {human_size(total)}" if total else "")
-        text += f", {human_size(int(rate))}/s"
+        text = f"        {human_size(done)}, {human_size(int(rate))}/s"
         if total and rate:
             minutes, seconds = divmod(round((total - done) / rate), 60)
-            text += f", {minutes}:{seconds:02} left"
-        show(f"{CLEAR_LINE}        {text}")
-
-    def show(text: str) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone: a backup goes on
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            text += f", of {human_size(total)}, {minutes}:{seconds:02} left"
+        show(text)
 
     try:
         yield draw
     finally:
-        show(CLEAR_LINE)
+        show("")
 
 
 # Command line
@@ -2220,10 +2190,10 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: Union[Failure, OSError]) -> Failure:
     """Return what the operating system refused as a sentence; a failure as it is."""
-    if not isinstance(error, OSError):
-        return error if isinstance(error, Failure) else Failure(str(error))
+    if isinstance(error, Failure):
+        return error
     path = utils.path_in(error)
     why = f"{path}: {error.strerror}" if path else str(error.strerror or error)
     return Failure(f"{why}; see to that and run this again")

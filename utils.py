@@ -390,10 +390,6 @@ def total_bytes(path: Path) -> int:
 MayLink = Callable[[str, Set[str]], bool]
 
 
-class CannotMirror(Failure):
-    """A tree cannot be mirrored: it holds another file system, there is no room, or the disk refused."""
-
-
 @dataclass
 class Mirror:
     """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
@@ -402,8 +398,8 @@ class Mirror:
     elsewhere. excluded: names at the top of source that are left out. may_link: tells, of a
     directory's relative path and the names of all directories beside it, itself among them, whether
     the regular files in it are never rewritten in place: those become hard links, at no cost.
-    spare_bytes: the room to leave when something is copied. settled_ns: what has an earlier ctime, in
-    nanoseconds of the epoch, has not changed since the last pass. unread: why files could not be
+    spare_bytes: the room to leave when something is copied. settled_ns: what has an earlier ctime,
+    in nanoseconds of the epoch, has not changed since the last pass. unread: why files could not be
     read, by relative path; target lacks them.
     """
 
@@ -421,7 +417,7 @@ class Mirror:
 def allow_any_depth() -> None:
     """Raise the limits on open files and on nested calls, so that no tree is too deep to be copied.
 
-    A path has at most 4096 bytes, and so at most 2,048 directories, each of which takes two of both.
+    A path has at most 4096 bytes, and so at most 2,048 directories; each takes two of both.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
@@ -435,30 +431,23 @@ def mirror_of(
     """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
 
     It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror.
-    place: an empty directory that only root may reach; the mirror is `tree` in it. Is it relative,
-    then to a directory that nobody can rename. spare_bytes: the room to leave. Raises CannotMirror, and leaves what it has made to the caller to remove.
+    place: the directory to make for it; the mirror is `tree` in that. Is it relative, then to a
+    directory that nobody can rename. spare_bytes: the room to leave. Raises Failure or OSError, and
+    leaves what it has made to the caller to remove.
     """
-    with contextlib.ExitStack() as stack:
-        with _told_as_cannot_mirror(source, place):
-            live = stack.enter_context(opened(source))
-            directory = stack.enter_context(owned_directory(place))
-            if os.listdir(directory) or os.fstat(directory).st_mode & 0o077:
-                raise CannotMirror(f"{place} is not empty, or others than root can reach it")
-            os.mkdir("tree", 0o700, dir_fd=directory)
-            copy = stack.enter_context(opened("tree", parent=directory))
+    make_owned_directory(place, 0o700, 0)
+    with owned_directory(place) as directory, opened(source) as live:
+        os.mkdir("tree", 0o700, dir_fd=directory)
+        with opened("tree", parent=directory) as copy:
             target = (path_of(directory) if place.is_absolute() else place) / "tree"
             mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes)
-            needed = spare_bytes + (0 if _can_clone(copy) else _bytes_to_copy(mirror, "", live))
-            if free_bytes(copy) < needed:
-                raise CannotMirror(f"the copy in {place} needs {needed // 10**6} MB free "
-                                   f"and there are {free_bytes(copy) // 10**6} MB")
-        _catch_up(mirror)
-        mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
-        yield mirror
+            _catch_up(mirror)
+            mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
+            yield mirror
 
 
 def _catch_up(mirror: Mirror) -> None:
-    """Make a mirror equal to a tree that may be changing, repeatedly while that took long and gets shorter.
+    """Make a mirror equal to a tree that may be changing, repeatedly while that gets much shorter.
 
     So little is left for the pass that somebody waits for, however long the first one takes.
 
@@ -481,29 +470,20 @@ def _catch_up(mirror: Mirror) -> None:
 def update_mirror(mirror: Mirror) -> None:
     """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
-    Nothing is remembered from one pass to the next. What is unchanged is not read: its own ctime, and
-    that of every directory on the way to it below the top, which is held open, is settled (a rename
-    changes the ctime of what is renamed on ext4, XFS and btrfs), and what stands in the copy is of its
-    kind, size and mtime. Raises CannotMirror.
+    Nothing is remembered from one pass to the next. What is unchanged is not read: its own ctime,
+    and that of every directory on the way to it below the top, which is held open, is settled (a
+    rename changes the ctime of what is renamed on ext4, XFS and btrfs), and what stands in the copy
+    is of its kind, size and mtime. Raises Failure.
     """
     mirror.unread.clear()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_told_as_cannot_mirror(mirror.source, mirror.target))
-        # Opened anew: on btrfs an open directory lists what it held when it was opened (seen: Linux 6.18).
-        live, copy = [stack.enter_context(opened(".", parent=directory))
-                      for directory in (mirror.live, mirror.copy)]
-        _mirror_directory(mirror, "", False, True, live, copy)
-
-
-@contextlib.contextmanager
-def _told_as_cannot_mirror(source: Path, target: Path) -> Iterator[None]:
-    """Raise what the operating system refuses as CannotMirror."""
     try:
-        yield
+        # On btrfs a directory that stays open lists what it held when it was opened (Linux 6.18).
+        with opened(".", parent=mirror.live) as live, opened(".", parent=mirror.copy) as copy:
+            _mirror_directory(mirror, "", False, True, live, copy)
     except OSError as error:
-        name = path_in(error)
-        raise CannotMirror(f"{source} could not be copied to {target}{': ' if name else ''}{name}: "
-                           f"{error.strerror}") from error
+        name = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
+        raise Failure(f"{mirror.source} could not be copied to {mirror.target}: {name}"
+                      f"{error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -523,47 +503,28 @@ def opened(
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _opened_if_there(name: str, parent: int) -> Iterator[Optional[int]]:
-    """Keep a directory open while the block runs. Yields None if it has just gone, or is something else."""
-    with contextlib.ExitStack() as stack:
-        descriptor = None
-        try:
-            descriptor = stack.enter_context(opened(name, parent=parent))
-        except OSError as error:
-            if not _is_gone(error):
-                raise
-        yield descriptor
-
-
-def _statuses(mirror: Mirror, path: str, names: Sequence[str], live: int) -> dict[str, os.stat_result]:
-    """Return the status of those entries of a directory, by name, that are to be mirrored and are there."""
-    found = {}
-    for name in names:
-        if path or name not in mirror.excluded:
-            with contextlib.suppress(FileNotFoundError):
-                found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
-    return found
-
-
 def _mirror_directory(
     mirror: Mirror, path: str, linked: bool, settled: bool, live: int, copy: int
 ) -> None:
     """Make one directory and all below it equal.
 
-    path: relative. linked: whether its files may be links. settled: whether it and every directory on
-    the way to it are what they were in the last pass. live, copy: descriptors.
+    path: relative. linked: whether its files may be links. settled: whether it and every directory
+    on the way to it are what they were in the last pass. live, copy: descriptors.
     """
     raise_if_interrupted()
     status = os.fstat(live)
     if status.st_dev != os.fstat(copy).st_dev:
-        raise CannotMirror(f"{mirror.source / path} and {mirror.target} are not on the same file system")
+        raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
     with os.scandir(copy) as entries:
         present = {entry.name: entry.inode() for entry in entries}
     others = _link_files(live, copy, present) if linked else os.listdir(live)
-    found = _statuses(mirror, path, others, live)
+    found = {}
+    for name in others:
+        if path or name not in mirror.excluded:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
     directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
-    longest_name = LONGEST_PATH - 1 - len(os.fsencode(os.path.join(mirror.target, path)))
+    longest_name = LONGEST_PATH - 1 - len(os.fsencode(mirror.target / path))
     for name, entry in found.items():
         below = os.path.join(path, name)
         if stat.S_ISSOCK(entry.st_mode):
@@ -600,7 +561,8 @@ def _copy_of_unchanged(
     then = os.stat(name, dir_fd=copy, follow_symlinks=False)
     same_kind = stat.S_IFMT(status.st_mode) == stat.S_IFMT(then.st_mode)
     same_size = status.st_size == then.st_size or stat.S_ISDIR(status.st_mode)
-    return then if same_kind and same_size and status.st_mtime_ns == then.st_mtime_ns else None
+    same_time = status.st_mtime_ns == then.st_mtime_ns
+    return then if same_kind and same_size and same_time else None
 
 
 def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
@@ -625,7 +587,10 @@ def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
 
 
 def _link(name: str, live: int, copy: int) -> bool:
-    """Link a file of one directory into another. Returns False if it is gone or cannot be linked, as one that is immutable."""
+    """Link a file of one directory into another.
+
+    Returns False if it is gone or cannot be linked, as one that is immutable.
+    """
     try:
         os.link(name, name, src_dir_fd=live, dst_dir_fd=copy, follow_symlinks=False)
     except OSError as error:
@@ -640,20 +605,26 @@ def _mirror_child(
 ) -> None:
     """Make a directory equal, see _mirror_directory. settled, live, copy: of what holds it."""
     name = os.path.basename(path)
-    with _opened_if_there(name, live) as below:
-        if below is None:
+    with contextlib.ExitStack() as stack:
+        try:
+            below = stack.enter_context(opened(name, parent=live))
+        except OSError as error:
+            if not _is_gone(error):
+                raise
             return
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=copy)
         if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=copy)
             os.mkdir(name, 0o700, dir_fd=copy)
+        target = stack.enter_context(opened(name, parent=copy))
         settled = settled and os.fstat(below).st_ctime_ns < mirror.settled_ns
-        with opened(name, parent=copy) as target:
-            _mirror_directory(mirror, path, linked, settled, below, target)
+        _mirror_directory(mirror, path, linked, settled, below, target)
 
 
-def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, live: int, copy: int) -> None:
+def _replace(
+    mirror: Mirror, path: str, linked: bool, status: os.stat_result, live: int, copy: int
+) -> None:
     """Put in place of what is at path, if anything, a link to the entry of the tree, or a copy.
 
     It is never written to what is there: that may be a link to the user's own file.
@@ -670,7 +641,8 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
         else:
             os.mknod(name, status.st_mode, status.st_rdev, dir_fd=copy)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.EACCES, errno.EPERM, errno.EAGAIN):  # the last for one that is under a lease
+        # EAGAIN comes for a file that is under a lease.
+        if error.errno in (errno.EIO, errno.EACCES, errno.EPERM, errno.EAGAIN):
             mirror.unread[path] = os.strerror(error.errno)
         elif not _is_gone(error):
             raise
@@ -680,27 +652,32 @@ def _replace(mirror: Mirror, path: str, linked: bool, status: os.stat_result, li
 
 
 def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
-    """Copy a regular file of one directory to another, holes left out; clone it where the file system can.
+    """Copy a regular file of one directory to another, holes left out; clone it where that works.
 
-    Returns its status from before it was read. Raises OSError, of which FileNotFoundError tells that it is no regular file any more.
+    Returns its status from before it was read. Raises OSError, of which FileNotFoundError tells that
+    it is no regular file any more.
     """
-    with opened(name, os.O_RDONLY | os.O_NONBLOCK, live) as source, opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, copy) as target:
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with (opened(name, os.O_RDONLY | os.O_NONBLOCK, live) as source,
+          opened(name, new, copy) as target):
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         if status.st_size and not _clone(source, target):
-            if mirror.spare_bytes and free_bytes(target) < mirror.spare_bytes + status.st_blocks * 512:
+            room = free_bytes(target) - mirror.spare_bytes
+            if mirror.spare_bytes and room < status.st_blocks * 512:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             _copy_data(source, target, status.st_size)
     return status
 
 
 def _clone(source: int, target: int) -> bool:
-    """Have a new file share the blocks of another (ioctl_ficlone(2)). Returns whether the file system can."""
+    """Have a new file share the blocks of another (ioctl_ficlone(2)). Returns whether it can."""
+    cannot = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
     try:
         fcntl.ioctl(target, FICLONE, source)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS):
+        if error.errno not in cannot:
             raise
         return False
     return True
@@ -719,51 +696,28 @@ def _copy_data(source: int, target: int, size: int) -> None:
             return  # nothing but a hole is left
         end = os.lseek(source, begin, os.SEEK_HOLE)
         os.lseek(target, begin, os.SEEK_SET)
-        while begin < end and (sent := os.sendfile(target, source, begin, min(end - begin, BLOCK_BYTES))):
+        while begin < end and (
+                sent := os.sendfile(target, source, begin, min(end - begin, BLOCK_BYTES))):
             begin += sent
             raise_if_interrupted()
 
 
 def _is_gone(error: OSError) -> bool:
-    """Tell whether an entry was removed, or became something else, just as it was opened or read as a link."""
-    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
+    """Tell whether an entry was removed, or became something else, just as it was to be read."""
+    return error.errno in (
+        errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 
 
 def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
-    """Give an entry of a directory the owner, mode and mtime of another, where they differ. directory: its descriptor."""
+    """Give an entry of a directory the owner, mode and mtime of another, where they differ."""
     now = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
+    if (now.st_uid, now.st_gid, now.st_mode) != (status.st_uid, status.st_gid, status.st_mode):
         os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
-        now = os.stat(name, dir_fd=directory, follow_symlinks=False)  # bits of the mode may be gone
-    if now.st_mode != status.st_mode:
-        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
+        if not stat.S_ISLNK(status.st_mode):
+            os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
     if now.st_mtime_ns != status.st_mtime_ns:
-        os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=directory, follow_symlinks=False)
-
-
-def _can_clone(copy: int) -> bool:
-    """Tell whether files in a mirror can share their blocks. copy: its descriptor; a pass removes what is left. Raises OSError."""
-    names, flags = ("clone-source", "clone-target"), os.O_RDWR | os.O_CREAT | os.O_EXCL
-    with opened(names[0], flags, copy) as source, opened(names[1], flags, copy) as target:
-        os.write(source, bytes(4096))
-        can = _clone(source, target)
-    for name in names:
-        os.unlink(name, dir_fd=copy)
-    return can
-
-
-def _bytes_to_copy(mirror: Mirror, path: str, live: int) -> int:
-    """Return the room that the files below a directory take which a mirror must copy; those that are linked are not looked at."""
-    raise_if_interrupted()
-    found = _statuses(mirror, path, os.listdir(live), live)
-    directories = {name for name, status in found.items() if stat.S_ISDIR(status.st_mode)}
-    total = sum(status.st_blocks * 512 for name, status in found.items() if name not in directories)
-    for name in directories:
-        below = os.path.join(path, name)
-        if not mirror.may_link(below, directories):
-            with _opened_if_there(name, live) as descriptor:
-                total += _bytes_to_copy(mirror, below, descriptor) if descriptor is not None else 0
-    return total
+        times = (status.st_atime_ns, status.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
 
 
 # The lock
