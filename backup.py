@@ -1,16 +1,19 @@
 #!/usr/bin/python3
 """Nightly backup of a mail server's user data: duplicity, encrypted, mail down for a restart.
 
-The night: check all that can be checked, take the lock, mend what a run that died has left, migrate
-the layout of old, decide between a full and an incremental backup, copy the tree while mail runs,
-stop mail, bring the copy up to date, start mail again, have duplicity read the copy, believe the
-new set only when it is proved, prune, and tell the after-backup hook. `perform_backup` is that list;
-all else in here is one of its steps, the status, or the command line.
+The night: check all that can be checked, take the lock, mend what a run that died has
+left, migrate the layout of old, decide between a full and an incremental backup, copy
+the tree while mail runs, stop mail, bring the copy up to date, start mail again, have
+duplicity read the copy, believe the new set only when it is proved, prune, and tell the
+after-backup hook. `perform_backup` is that list; all else in here is one of its steps,
+the status, or the command line.
 
-STORAGE_USER can rename whatever is in STORAGE_ROOT, backup/ too, but nothing inside backup/. So a
-run works inside it: every path there is relative, and no renaming leads anywhere else.
+STORAGE_USER can rename whatever is in STORAGE_ROOT, backup/ too, but nothing inside
+backup/. So a run works inside it: every path there is relative, and no renaming leads
+anywhere else.
 
-To restore, a mail server's admin needs nothing but duplicity and the first line of secret_key.txt.
+To restore, a mail server's admin needs nothing but duplicity and the first line of
+secret_key.txt.
 """
 
 import argparse
@@ -55,7 +58,8 @@ VERSION = "1.0"
 SETTINGS_FILE = Path("/etc/mailinabox.conf")
 RUN_DIRECTORY = Path("/run")
 
-# What is in backup/, the working directory of a run. That of a command that reads has the same names.
+# What is in backup/, the working directory of a run. That of a command that reads has
+# the same names.
 KEY = Path("secret_key.txt")  # the passphrase is its first line
 ENCRYPTED = Path("encrypted")  # duplicity's target
 CACHE = Path("cache")  # for duplicity's archive directory
@@ -68,8 +72,8 @@ PLAIN = Path("duplicity")  # plain backups, in the legacy layout
 LEGACY = Path("legacy")  # openssl copies that have no plain original
 READER_PREFIX = "reader-"
 
-# In STORAGE_ROOT: the copy, where backup/ is a file system of its own, and the plain backups of the
-# legacy layout, until a backup contains them.
+# In STORAGE_ROOT: the copy, where backup/ is a file system of its own, and the plain
+# backups of the legacy layout, until a backup contains them.
 COPY_BESIDE = ".backup-snapshot"
 MIGRATED = "migrated_unencrypted_backup"
 
@@ -78,7 +82,8 @@ SERVICES = "dovecot postfix"
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 KEY_CHARACTERS = 43
-KEY_ITERATIONS = 1_048_576  # a random key needs no stretching, and gpg's 65 million cost 0.3 s a file
+# A random key needs no stretching, and gpg's 65 million cost 0.3 s a file.
+KEY_ITERATIONS = 1_048_576
 VOLUME_MEGABYTES = 250
 TEMPORARY_BYTES = 575_000_000  # duplicity 3.2.1 keeps up to 2.3 volumes in its temporary directory
 RESERVE_BYTES = 1_000_000_000
@@ -91,27 +96,24 @@ DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
                "M": 30 * DAY, "Y": 365 * DAY, "y": 365 * DAY}
 
-# Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with 3.x, .part
-# and .gz only in the archive directory.
+# Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with
+# 3.x, .part and .gz only in the archive directory.
 STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
-SET_FILE = re.compile(
-    rf"duplicity-(full|inc)\.(?:({STAMP})\.to\.)?({STAMP})\.(manifest|vol\d+\.difftar|jsonstat)\.gpg")
-SIGNATURES = re.compile(
-    rf"duplicity-(full|new)-signatures\.(?:({STAMP})\.to\.)?({STAMP})\.sigtar\.gpg")
-ARCHIVE_FILE = re.compile(
-    rf"duplicity-(?:full|inc|full-signatures|new-signatures)\.(?:{STAMP}\.to\.)?({STAMP})\."
-    r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)(?:\.(?:gpg|gz|part))*")
+FILE = re.compile(
+    rf"duplicity-(full|inc|full-signatures|new-signatures)\.(?:({STAMP})\.to\.)?({STAMP})\."
+    r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)((?:\.(?:gpg|gz|part))*)")
 
-# Of duplicity's exit codes, from its log.py (0.8.22 and 3.2.1), those an admin can do something about.
+# Of duplicity's exit codes, from its log.py (0.8.22 and 3.2.1), those an admin can do
+# something about.
 DUPLICITY_EXIT_CODES = {
     2: "duplicity does not take these options; install version 0.8.21 or newer",
     5: "duplicity finds a damaged file in its archive directory; run the backup again",
     17: "duplicity finds no complete chain to add to; run the backup with --full",
     19: "the path is not in the backup; name one that is",
-    21: "a backup file does not match its checksum; see which with --verify, take an older backup "
-        "with --time, or your copy elsewhere",
-    23: "duplicity was refused what it needs, or another duplicity uses the archive directory; "
-        "end that one",
+    21: "a backup file does not match its checksum; see which with --verify, take an "
+        "older backup with --time, or your copy elsewhere",
+    23: "duplicity was refused what it needs, or another duplicity uses the archive "
+        "directory; end that one",
     30: "duplicity met an error of its own; see its last lines, and what --verify tells",
     31: "gpg failed; see its last lines and check secret_key.txt and the installation of gpg",
     34: "duplicity's temporary directory has no room; make room on that disk",
@@ -131,8 +133,8 @@ Draw = Callable[[int, Optional[int]], None]
 
 
 @dataclass(frozen=True)
-class Paths:
-    """The paths outside of backup/, and its own; absolute."""
+class Work:
+    """What every command knows: backup/ and the paths outside of it, absolute."""
 
     root: Path
     backup: Path
@@ -140,14 +142,7 @@ class Paths:
     migrated: Path
     gnupg: Path  # gpg's home for this process
     stopped: Path  # lists the services that are to come back
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every command knows that runs programs. environment: for them."""
-
-    paths: Paths
-    environment: Mapping[str, str]
+    environment: Mapping[str, str]  # for the programs that are run
 
 
 @dataclass(frozen=True)
@@ -204,8 +199,8 @@ DirectoryState = tuple[int, int, int]
 class BackupSet:
     """One full or incremental backup.
 
-    stamp: when it was begun. previous: the stamp of the set it builds on, None for a full. files:
-    names in encrypted/. size: of all of them, in bytes.
+    stamp: when it was begun. previous: the stamp of the set it builds on, None for a
+    full. files: names in encrypted/. size: of all of them, in bytes.
     """
 
     stamp: str
@@ -246,72 +241,72 @@ class BackupSet:
         return stamp_date(self.stamp)
 
 
-def paths_of(settings: Mapping[str, str]) -> Paths:
-    """Compute all paths from STORAGE_ROOT.
+def work_of(settings: Mapping[str, str]) -> Work:
+    """Compute what every command knows from STORAGE_ROOT.
 
     Raises Failure (exit code 2) if that is missing from the settings or not absolute.
     """
     name = settings.get("STORAGE_ROOT", "")
     if not name.startswith("/"):
-        raise Failure(f"STORAGE_ROOT is {printable(name) or 'missing'}; give it the absolute path of "
-                      "the user data in the settings", 2)
+        raise Failure(f"STORAGE_ROOT is {printable(name) or 'missing'}; give it the "
+                      "absolute path of the user data in the settings", 2)
     root = Path(os.path.realpath(name))  # duplicity would back up nothing but the link
     if root == Path("/"):
-        raise Failure("STORAGE_ROOT is /, the whole system; give it the directory of the user data", 2)
+        raise Failure("STORAGE_ROOT is /, the whole system; give it the user data's directory", 2)
     backup = root / "backup"
-    # Short names that are this root's alone: gpg-agent's socket fails under a long path (seen: over
-    # about 70 characters).
+    # Short names that are this root's alone: gpg-agent's socket fails under a long path
+    # (seen: over about 70 characters).
     token = hashlib.sha256(os.fsencode(backup)).hexdigest()[:12]
-    return Paths(root, backup, root / COPY_BESIDE, root / MIGRATED,
-                 RUN_DIRECTORY / f"backup-gnupg-{token}-{secrets.token_hex(4)}",
-                 RUN_DIRECTORY / f"backup-stopped-{token}")
+    return Work(root, backup, root / COPY_BESIDE, root / MIGRATED,
+                RUN_DIRECTORY / f"backup-gnupg-{token}-{secrets.token_hex(4)}",
+                RUN_DIRECTORY / f"backup-stopped-{token}", program_environment())
 
 
 def keep_days_of(settings: Mapping[str, str]) -> int:
-    """Return BACKUP_KEEP_DAYS. Raises Failure (exit code 2) unless it is a number from 1 to 9999."""
+    """Return BACKUP_KEEP_DAYS.
+
+    Raises Failure (exit code 2) unless it is a number from 1 to 9999.
+    """
     days = settings.get("BACKUP_KEEP_DAYS", KEEP_DAYS)
     if not re.fullmatch(r"[0-9]{1,4}", days) or int(days) < 1:
-        raise Failure(f"BACKUP_KEEP_DAYS is {printable(days) or 'empty'}; give it a number of days "
-                      "from 1 to 9999", 2)
+        raise Failure(f"BACKUP_KEEP_DAYS is {printable(days) or 'empty'}; give it a "
+                      "number of days from 1 to 9999", 2)
     return int(days)
 
 
 def night_of(settings: Mapping[str, str]) -> Night:
     """Check the settings and put together what a run knows.
 
-    settings: as load_environment returns them. Raises Failure (exit code 2) if a setting is missing
-    or wrong.
+    settings: as load_environment returns them. Raises Failure (exit code 2) if a setting
+    is missing or wrong.
     """
-    paths = paths_of(settings)
-    try:
-        str(paths.root).encode()
-    except UnicodeEncodeError as error:  # duplicity 0.8.22 would write elsewhere, and exit 0
-        raise Failure(f"STORAGE_ROOT {printable(str(paths.root))} is not UTF-8, which duplicity "
-                      "needs; rename that directory", 2) from error
-    if not paths.root.is_dir():
-        raise Failure(f"STORAGE_ROOT {paths.root} is not a directory; correct STORAGE_ROOT in the "
-                      "settings", 2)
+    work = work_of(settings)
+    if not work.root.is_dir():
+        raise Failure(f"STORAGE_ROOT {work.root} is not a directory; correct "
+                      "STORAGE_ROOT in the settings", 2)
     if not settings.get("STORAGE_USER"):
-        raise Failure(f"STORAGE_USER is missing, or nobody here owns {paths.root}; name the user who "
-                      "owns the user data in the settings", 2)
+        raise Failure(f"STORAGE_USER is missing, or nobody here owns {work.root}; name "
+                      "the user who owns the user data in the settings", 2)
     try:
         user = pwd.getpwnam(settings["STORAGE_USER"])
     except (KeyError, ValueError) as error:
-        raise Failure(f"there is no user {printable(settings['STORAGE_USER'])}; correct STORAGE_USER "
-                      "in the settings", 2) from error
+        raise Failure(f"there is no user {printable(settings['STORAGE_USER'])}; correct "
+                      "STORAGE_USER in the settings", 2) from error
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
     for name in services:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name):
-            raise Failure(f"{printable(name)} is not the name of a service; correct BACKUP_SERVICES "
-                          "in the settings", 2)
-    return Night(paths, program_environment(), settings, user, keep_days_of(settings), services,
-                 datetime.now(timezone.utc))
+            raise Failure(f"{printable(name)} is not the name of a service; correct "
+                          "BACKUP_SERVICES in the settings", 2)
+    return Night(**vars(work), settings=settings, user=user,
+                 keep_days=keep_days_of(settings), services=services,
+                 now=datetime.now(timezone.utc))
 
 
 def program_environment() -> dict[str, str]:
     """Return the environment for programs.
 
-    It is the caller's, with the system directories on PATH and messages that are not translated.
+    It is the caller's, with the system directories on PATH and messages that are not
+    translated.
     """
     path = utils.system_path(os.environ.get("PATH", ""))
     return {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
@@ -323,36 +318,35 @@ def program_environment() -> dict[str, str]:
 def perform_backup(night: Night, force_full: bool = False) -> int:
     """Make the nightly backup: the steps of the night, one line each.
 
-    night: see night_of. force_full: make a full backup even if an incremental would do. Returns the
-    exit code: 0, 3 if something needs attention, 5 if a service could not be started again. Raises
-    Failure if no backup was made, Interrupted if a signal ended the run. The working directory is
-    backup/ afterwards.
+    night: see night_of. force_full: make a full backup even if an incremental would do.
+    Returns the exit code: 0, 3 if something needs attention, 5 if a service could not be
+    started again. Raises Failure if no backup was made, Interrupted if a signal ended
+    the run. The working directory is backup/ afterwards.
     """
     work_in_backup_directory(night)                                             # 1
     with utils.exclusive_process(LOCK) as lock, last_run_recorded(night) as record:
-        start_services_left_stopped(night, record)                              # of 3, but first of all
+        start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
             check_newest_set(night)                                             # 2
-        recover_from_dead_run(night.paths)                                      # 3
+        recover_from_dead_run(night)                                      # 3
         make_directories(night)
-        migrated = migrate_legacy_layout(night.paths)                           # 4
+        migrated = migrate_legacy_layout(night)                           # 4
         sets = complete_sets(ENCRYPTED)
         kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"    # 5
-        check_room(night.paths)
+        check_room(night)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), temporary_directory():
             with copy_of_tree(night, record) as copy, failed_set_thrown_away():  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
-                        finish_copy(copy)                                       # 9
+                        utils.update_mirror(copy)                               # 9
                     else:
                         make_set(night, record, kind)
                 if copy:                                                        # 10: mail is back
                     make_set(night, record, kind, copy)                         # 11
             delete_migrated_backups(night, record, migrated)
-            remove_old_sets(night, record, sets)                                # 12
-            clean_up(night, record)                                             # 13
+            prune(night, record, sets)                                          # 12, 13
             grant_group_read(night, record)                                     # 14
         write_last_run(night, record)                                           # 15
         run_hook(night, "after-backup", record)
@@ -366,25 +360,25 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
 def check_root() -> None:
     """Raise Failure (exit code 2) unless root runs this."""
     if os.geteuid() != 0:
-        raise Failure("a backup must be made by root, who alone can read all mail and stop services; "
-                      "run it as root", 2)
+        raise Failure("a backup must be made by root, who alone can read all mail and "
+                      "stop services; run it as root", 2)
 
 
 def work_in_backup_directory(night: Night) -> None:
-    """Make backup/ if it is missing, work in it, and let STORAGE_USER's group through, to the hooks.
+    """Make backup/ if it is missing, work in it, and let STORAGE_USER's group through.
 
-    Raises Failure (exit code 2) if it belongs to somebody else or others can write to it.
+    Raises Failure (exit code 2) if it belongs to somebody else or others can write to
+    it.
     """
     check_root()
     group = night.user.pw_gid
-    if not os.path.lexists(night.paths.backup):
-        utils.make_owned_directory(night.paths.backup, 0o750, group)
-    utils.work_inside(night.paths.backup)
-    if os.stat(".").st_gid != group and not os.stat(".").st_mode & stat.S_IXOTH:
+    if not os.path.lexists(night.backup):
+        utils.make_owned_directory(night.backup, 0o750, group)
+    utils.work_inside(night.backup)
+    mode = stat.S_IMODE(os.stat(".").st_mode)
+    if not mode & stat.S_IXOTH:
         os.chown(".", -1, group)
-    status = os.stat(".")
-    if status.st_gid == group and not status.st_mode & stat.S_IXGRP:
-        os.chmod(".", stat.S_IMODE(status.st_mode) | stat.S_IXGRP)
+        os.chmod(".", mode | stat.S_IXGRP)
 
 
 def check_surroundings(night: Night) -> str:
@@ -398,14 +392,14 @@ def check_surroundings(night: Night) -> str:
     for program in programs:
         utils.find_program(program, night.environment)
     for directory in (ENCRYPTED, CACHE, ARCHIVE, SNAPSHOT, TEMPORARY, PLAIN, LEGACY,
-                      night.paths.copy_beside, night.paths.migrated):
+                      night.copy_beside, night.migrated):
         with contextlib.suppress(FileNotFoundError):
             utils.check_owned_directory(directory)
     if os.path.lexists(KEY):
         check_key()
     elif list(ENCRYPTED.glob("duplicity-*")) or os.path.lexists(PLAIN):
-        raise Failure(f"{KEY.absolute()} is missing although there are backups, which only that key "
-                      "opens; put it back from your copy", 2)
+        raise Failure(f"{KEY.absolute()} is missing although there are backups, which "
+                      "only that key opens; put it back from your copy", 2)
     return duplicity_version(night)
 
 
@@ -417,13 +411,13 @@ def read_passphrase() -> str:
     try:
         line = KEY.read_bytes().partition(b"\n")[0].strip().decode()
     except OSError as error:
-        raise Failure(f"cannot read the key {KEY.absolute()}: {error.strerror}; put your copy of the "
-                      "key back", 2) from error
+        raise Failure(f"cannot read the key {KEY.absolute()}: {error.strerror}; put your "
+                      "copy of the key back", 2) from error
     except UnicodeDecodeError:
         line = ""
     if not line or not line.isprintable():
-        raise Failure(f"the first line of {KEY.absolute()} is no passphrase; put your copy of the key "
-                      "back", 2)
+        raise Failure(f"the first line of {KEY.absolute()} is no passphrase; put your "
+                      "copy of the key back", 2)
     return line
 
 
@@ -437,8 +431,8 @@ def check_key() -> None:
     if status.st_uid != os.geteuid():
         raise Failure(f"the key is not owned by root; run: chown root {path}", 2)
     if characters < KEY_CHARACTERS:
-        raise Failure(f"the first line of the key {path} has less than {KEY_CHARACTERS} characters; "
-                      "put your copy of the key back", 2)
+        raise Failure(f"the first line of the key {path} has less than {KEY_CHARACTERS} "
+                      "characters; put your copy of the key back", 2)
 
 
 def duplicity_version(work: Work) -> str:
@@ -461,8 +455,8 @@ def duplicity_version(work: Work) -> str:
 def check_newest_set(night: Night) -> None:
     """Check that the key opens the newest set's manifest, and that the set is not of the future.
 
-    duplicity 0.8.22 would add a set under another key, or an orphan before a set of the future, and
-    exit 0. Raises Failure.
+    duplicity 0.8.22 would add a set under another key, or an orphan before a set of the
+    future, and exit 0. Raises Failure.
     """
     sets = complete_sets(ENCRYPTED)
     if not sets:
@@ -471,11 +465,11 @@ def check_newest_set(night: Night) -> None:
     utils.pause(max(0.0, check_clock(night, sets) + 1))
     answer = run_gpg(night, sets[-1].manifest)
     if is_wrong_key(answer):
-        raise Failure(f"{wrong_key_of(night.paths)}, or {way_out_of(night.paths)}")
+        raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
     if answer.exit_code:
-        manifest = night.paths.backup / ENCRYPTED / sets[-1].manifest
-        raise Failure(f"the newest backup's {manifest} is damaged; {way_out_of(night.paths)}, and "
-                      f"check the disk: gpg ended with {answer}")
+        manifest = night.backup / ENCRYPTED / sets[-1].manifest
+        raise Failure(f"the newest backup's {manifest} is damaged; {way_out_of(night)}, "
+                      f"and check the disk: gpg ended with {answer}")
 
 
 def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
@@ -485,20 +479,21 @@ def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
     """
     ahead = (sets[-1].date - night.now).total_seconds()
     if ahead > CLOCK_SECONDS:
-        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the future: the "
-                      f"clock is wrong, or was; mend the clock, or {way_out_of(night.paths)}")
+        raise Failure(f"the newest backup is dated {sets[-1].date.isoformat()}, in the "
+                      "future: the clock is wrong, or was; mend the clock, or "
+                      f"{way_out_of(night)}")
     return ahead
 
 
-def wrong_key_of(paths: Paths) -> str:
+def wrong_key_of(work: Work) -> str:
     """Return the sentence on a key that does not open the backups."""
-    return (f"the backups in {paths.backup / ENCRYPTED} were made with another key than that in "
-            f"{paths.backup / KEY}; put the old key back")
+    return (f"the backups in {work.backup / ENCRYPTED} were made with another key than "
+            f"that in {work.backup / KEY}; put the old key back")
 
 
-def way_out_of(paths: Paths) -> str:
+def way_out_of(work: Work) -> str:
     """Return what can always be done when no set can be added to those there are."""
-    return f"move {paths.backup / ENCRYPTED} and {paths.backup / CACHE} aside and run --full"
+    return f"move {work.backup / ENCRYPTED} and {work.backup / CACHE} aside and run --full"
 
 
 def run_gpg(work: Work, name: str, take_text: Optional[utils.TakeLine] = None) -> Finished:
@@ -524,14 +519,14 @@ def is_wrong_key(answer: Finished) -> bool:
 
 def gpg_environment(work: Work) -> dict[str, str]:
     """Return the environment for gpg: its home is this process's own, and so is its agent."""
-    return {**work.environment, "GNUPGHOME": str(work.paths.gnupg)}
+    return {**work.environment, "GNUPGHOME": str(work.gnupg)}
 
 
 @contextlib.contextmanager
 def gpg_home(work: Work) -> Iterator[None]:
     """Keep gpg's home while the block runs, and leave neither it nor its agent behind."""
-    with utils.own_directory(work.paths.gnupg):
-        (work.paths.gnupg / "gpg-agent.conf").write_text(f"s2k-count {KEY_ITERATIONS}\n")
+    with utils.own_directory(work.gnupg):
+        (work.gnupg / "gpg-agent.conf").write_text(f"s2k-count {KEY_ITERATIONS}\n")
         try:
             yield
         finally:  # should that fail: an agent whose home is gone ends by itself
@@ -547,34 +542,34 @@ def start_services_left_stopped(night: Night, record: Record) -> None:
 
     An earlier run's keeper died, or they did not start.
     """
-    if lines := utils.services_to_start(night.paths.stopped):
+    if lines := utils.services_to_start(night.stopped):
         log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(lines),
-                    night.paths.stopped)
+                    night.stopped)
         record.downtime.not_started = utils.start_services(
-            lines, night.paths.stopped, night.environment)
+            lines, night.stopped, night.environment)
 
 
-def recover_from_dead_run(paths: Paths) -> None:
+def recover_from_dead_run(work: Work) -> None:
     """Delete what a run that died had not finished, and what readers that died have left.
 
-    A set that was killed is never resumed: duplicity would believe parts of it that the tree does
-    not bear out any more.
+    A set that was killed is never resumed: duplicity would believe parts of it that the
+    tree does not bear out any more.
     """
     for path in [*dead_files(), TEMPORARY]:
         log.debug("deleting %s", path)
         utils.remove(path)
-    for place in (SNAPSHOT, paths.copy_beside):
+    for place in (SNAPSHOT, work.copy_beside):
         remove_copy(place)
     utils.remove_abandoned(Path(), f"{READER_PREFIX}*")
-    utils.remove_abandoned(RUN_DIRECTORY, f"{paths.gnupg.name.rpartition('-')[0]}*")
+    utils.remove_abandoned(RUN_DIRECTORY, f"{work.gnupg.name.rpartition('-')[0]}*")
 
 
 def dead_files(rejected: Collection[str] = ()) -> list[Path]:
     """Return what in encrypted/ and cache/ belongs to no set that counts, manifests first.
 
-    That is what is dated after the newest complete set, and what duplicity only has for the time of
-    a run. In cache/ it is also what is not duplicity's archive directory of today.
-    rejected: stamps of sets that do not count although they may have a manifest.
+    That is what is dated after the newest complete set, and what duplicity only has for
+    the time of a run. In cache/ it is also what is not duplicity's archive directory of
+    today. rejected: stamps of sets that do not count although they may have a manifest.
     """
     sets = [found for found in complete_sets(ENCRYPTED) if found.stamp not in rejected]
     newest = sets[-1].stamp if sets else ""
@@ -588,17 +583,18 @@ def dead_files(rejected: Collection[str] = ()) -> list[Path]:
 
 def stamp_of(path: Path) -> str:
     """Return the stamp of the set that a file of duplicity's belongs to, empty if it bears none."""
-    match = ARCHIVE_FILE.fullmatch(path.name)
-    return match[1] if match else ""
+    match = FILE.fullmatch(path.name)
+    return match[3] if match else ""
 
 
 @contextlib.contextmanager
 def failed_set_thrown_away() -> Iterator[None]:
     """Delete the set that the block was making when it failed, so that a full disk gets free again.
 
-    It may be whole, and dated before others, where the clock was set back meanwhile: what is new in
-    the archive directory tells which one it is. That directory goes, too: duplicity makes it anew,
-    and a damaged one would have every night fail (seen: 0.8.22, 3.2.1).
+    It may be whole, and dated before others, where the clock was set back meanwhile:
+    what is new in the archive directory tells which one it is. That directory goes, too:
+    duplicity makes it anew, and a damaged one would have every night fail (seen: 0.8.22,
+    3.2.1).
     """
     before = set(ARCHIVE.glob("*"))
     try:
@@ -620,8 +616,8 @@ def make_directories(night: Night) -> None:
     utils.make_owned_directory(CACHE, 0o700, 0)
     if not KEY.exists():
         utils.write_atomically(KEY, base64.b64encode(secrets.token_bytes(48)).decode() + "\n")
-        log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no backup can be "
-                    "opened", KEY.absolute())
+        log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no "
+                    "backup can be opened", KEY.absolute())
 
 
 @contextlib.contextmanager
@@ -638,25 +634,25 @@ def temporary_directory() -> Iterator[None]:
 # Step 4: the layout of old
 
 
-def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
+def migrate_legacy_layout(work: Work) -> Optional[DirectoryState]:
     """Move plain backups to where the next backup contains them, and remove their openssl copies.
 
-    Each change leaves a state from which the next run goes on. Returns the state of the directory
-    they are in then, if there is one. Raises Failure if there is no room to move them to another
-    file system.
+    Each change leaves a state from which the next run goes on. Returns the state of the
+    directory they are in then, if there is one. Raises Failure if there is no room to
+    move them to another file system.
     """
     if PLAIN.is_dir() and os.listdir(PLAIN):
         utils.make_owned_directory(PLAIN, 0o700, 0)  # it is plain mail
-        move_plain_backups(paths)
+        move_plain_backups(work)
     for path in PLAIN.glob("*"):  # of which there is a copy now
         utils.remove(path)
     with contextlib.suppress(OSError):  # one that is a mount point stays, empty
         PLAIN.rmdir()
     originals: dict[str, int] = {}
     state = None
-    if os.path.lexists(paths.migrated):
-        utils.make_owned_directory(paths.migrated, 0o700, 0)
-        with utils.owned_directory(paths.migrated) as directory:
+    if os.path.lexists(work.migrated):
+        utils.make_owned_directory(work.migrated, 0o700, 0)
+        with utils.owned_directory(work.migrated) as directory:
             state = directory_state(os.fstat(directory))
             originals = {entry.name: entry.stat(follow_symlinks=False).st_size
                          for entry in utils.walk_entries(utils.path_of(directory))
@@ -670,19 +666,21 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
             orphans.append(name)
     if orphans:
         utils.make_owned_directory(LEGACY, 0o700, 0)
-        log.warning("old copies without a plain original of their size are moved to %s, %d in number; "
-                    "see there whether you need them", LEGACY.absolute(), len(orphans))
+        log.warning("old copies without a plain original of their size are moved to %s, "
+                    "%d in number; see there whether you need "
+                    "them", LEGACY.absolute(), len(orphans))
         for name in orphans:
             os.rename(ENCRYPTED / name, unused(LEGACY / name))
     return state
 
 
-def move_plain_backups(paths: Paths) -> None:
+def move_plain_backups(work: Work) -> None:
     """Move the plain backups, by a rename, or by a copy where they are on another file system.
 
-    A copy gets its name when it is whole and on the disk, and then the originals may go. Raises Failure if there is no room for a copy.
+    A copy gets its name when it is whole and on the disk, and then the originals may go.
+    Raises Failure if there is no room for a copy.
     """
-    target = paths.migrated
+    target = work.migrated
     if os.path.lexists(target):
         names = os.listdir(PLAIN)
         with utils.owned_directory(target) as directory:
@@ -695,11 +693,10 @@ def move_plain_backups(paths: Paths) -> None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EBUSY):
             raise
-        size = sum(entry.stat(follow_symlinks=False).st_size for entry in utils.walk_entries(PLAIN))
-        if size + reserve_bytes(paths.root) > utils.free_bytes(paths.root):
-            raise Failure(f"{paths.root} has no room for the old backups in {PLAIN.absolute()}; make "
-                          "room there") from error
-        part = paths.migrated.with_name(f"{MIGRATED}.part")
+        if utils.content_size(PLAIN) + reserve_bytes(work.root) > utils.free_bytes(work.root):
+            raise Failure(f"{work.root} has no room for the old backups in "
+                          f"{PLAIN.absolute()}; make room there") from error
+        part = work.migrated.with_name(f"{MIGRATED}.part")
         utils.remove(part)  # of a run that was killed
         utils.make_owned_directory(part, 0o700, 0)
         with utils.owned_directory(part) as directory:
@@ -726,8 +723,8 @@ def directory_state(status: os.stat_result) -> DirectoryState:
 def openssl_size(size: int) -> int:
     """Return the bytes that an openssl copy of a file of so many bytes has.
 
-    `openssl enc -aes-256-cbc -a -salt` writes 16 bytes of salt and whole blocks of 16, in base64
-    with 64 characters a line.
+    `openssl enc -aes-256-cbc -a -salt` writes 16 bytes of salt and whole blocks of 16,
+    in base64 with 64 characters a line.
     """
     characters = -(-(16 + 16 * (size // 16 + 1)) // 3) * 4
     return characters + -(-characters // 64)
@@ -739,53 +736,45 @@ def openssl_size(size: int) -> int:
 def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
     """Read from the names in encrypted/ what sets there are, oldest first, complete or not.
 
-    Returns the sets, and the bytes of the files that belong to none that is complete.
+    A signature file that is dated up to 60 seconds off a complete set without one
+    belongs to that set: some versions date them so. Returns the sets, and the bytes of
+    the files that belong to none that is complete.
     """
     sizes = utils.regular_files(encrypted)
     members: dict[SetKey, set[str]] = {}
-    signatures: dict[str, SetKey] = {}
     for name in sizes:
-        if key := key_of(SIGNATURES.fullmatch(name)):
-            signatures[name] = key
-        elif key := key_of(SET_FILE.fullmatch(name)):
+        if key := key_of(name):
             members.setdefault(key, set()).add(name)
-    complete = {key for key, names in members.items() if any(".manifest." in name for name in names)}
-    for name, key in pair_signatures(signatures, complete).items():
-        members[key].add(name)
+    signatures = {key: names for key, names in members.items()
+                  if all(".sigtar." in name for name in names)}
+    complete = {key for key, names in members.items()
+                if any(".manifest." in name for name in names)}
+    for wanted in sorted(complete, key=lambda key: key[1]):
+        near = [(abs(stamp_date(key[1]) - stamp_date(wanted[1])), key) for key in signatures
+                if (key[0] is None) == (wanted[0] is None)]
+        signed = any(".sigtar." in name for name in members[wanted])
+        if near and not signed and min(near)[0] <= timedelta(seconds=SIGNATURE_SECONDS):
+            members[wanted] |= signatures.pop(min(near)[1])
     sets = [BackupSet(stamp, previous, (previous, stamp) in complete, frozenset(names),
                       sum(sizes[name] for name in names))
-            for (previous, stamp), names in members.items()]
+            for (previous, stamp), names in members.items()
+            if any(".sigtar." not in name for name in names)]
     sets.sort(key=lambda found: (found.stamp, found.previous or ""))
     return sets, sum(sizes.values()) - sum(found.size for found in sets if found.complete)
 
 
-def pair_signatures(signatures: Mapping[str, SetKey], complete: Set[SetKey]) -> dict[str, SetKey]:
-    """Return to which complete set each signature file belongs, by its name.
+def key_of(name: str) -> Optional[SetKey]:
+    """Return what tells a set from others, of the name of a file in encrypted/.
 
-    One that is dated up to 60 seconds off a complete set without any belongs to that set: some
-    versions date them so.
+    These are the stamps of the set it builds on, if any, and its own. None of a stray
+    file.
     """
-    paired = {name: key for name, key in signatures.items() if key in complete}
-    for wanted in sorted(complete - set(paired.values()), key=lambda key: key[1]):
-        near = [(abs(stamp_date(key[1]) - stamp_date(wanted[1])), name)
-                for name, key in signatures.items()
-                if name not in paired and (key[0] is None) == (wanted[0] is None)]
-        if near and min(near)[0] <= timedelta(seconds=SIGNATURE_SECONDS):
-            paired[min(near)[1]] = wanted
-    return paired
-
-
-def key_of(match: Optional[re.Match[str]]) -> Optional[SetKey]:
-    """Return what tells a set from others, of a matched file name.
-
-    These are the stamps of the set it builds on, if any, and its own.
-    """
-    if not match or (match[1] == "full") != (match[2] is None):
-        return None
-    with contextlib.suppress(ValueError):  # a stray name may hold a month 13
-        stamp_date(match[2] or match[3])
-        stamp_date(match[3])
-        return match[2], match[3]
+    match = FILE.fullmatch(name)
+    if match and match[4] == ".gpg" and match[1].startswith("full") == (match[2] is None):
+        with contextlib.suppress(ValueError):  # a stray name may hold a month 13
+            stamp_date(match[2] or match[3])
+            stamp_date(match[3])
+            return match[2], match[3]
     return None
 
 
@@ -844,11 +833,11 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
 
     now: the time, with its zone; default the clock's.
     """
-    sets = complete_sets(paths_of(env).backup / ENCRYPTED)
+    sets = complete_sets(work_of(env).backup / ENCRYPTED)
     return reason_for_full(sets, now or datetime.now(timezone.utc)) is not None
 
 
-def check_room(paths: Paths, freed: int = 0) -> None:
+def check_room(work: Work, freed: int = 0) -> None:
     """Check that there is room for duplicity's temporary files.
 
     freed: bytes that will be free until then. Raises Failure.
@@ -856,7 +845,7 @@ def check_room(paths: Paths, freed: int = 0) -> None:
     needed = TEMPORARY_BYTES + reserve_bytes(Path())
     free = utils.free_bytes(Path()) + freed
     if free < needed:
-        raise Failure(f"{paths.backup} has {human_size(free)} free and a backup needs "
+        raise Failure(f"{work.backup} has {human_size(free)} free and a backup needs "
                       f"{human_size(needed)} at least; make room there")
 
 
@@ -871,11 +860,11 @@ def reserve_bytes(path: Path) -> int:
 def run_hook(night: Night, name: str, record: Record) -> None:
     """Run an executable file of backup/ as STORAGE_USER, if it is there.
 
-    What goes wrong with it needs attention, no more. It gets the settings of the file, and PATH,
-    HOME and USER. It is started by /bin/sh, which runs one without a `#!` line itself, as the 2015
-    script did.
+    What goes wrong with it needs attention, no more. It gets the settings of the file,
+    and PATH, HOME and USER. It is started by /bin/sh, which runs one without a `#!` line
+    itself, as the 2015 script did.
     """
-    hook = night.paths.backup / name
+    hook = night.backup / name
     if os.path.lexists(name):
         log.info("running the hook %s", hook)
         environment = {**night.settings, "PATH": night.environment["PATH"],
@@ -883,8 +872,8 @@ def run_hook(night: Night, name: str, record: Record) -> None:
         answer = utils.shell(["/bin/sh", "-c", 'exec "$0"', str(hook)], environment,
                              user=night.user, umask=0o022, on_line=log.debug)
         if answer.exit_code:
-            record.warn(f"the hook {hook} failed; mend it, and see that it is executable: "
-                        f"it ended with {answer}")
+            record.warn(f"the hook {hook} failed; mend it, and see that it is "
+                        f"executable: it ended with {answer}")
 
 
 # Steps 7 to 10: the copy
@@ -894,25 +883,24 @@ def run_hook(night: Night, name: str, record: Record) -> None:
 def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror]]:
     """Keep a copy of STORAGE_ROOT while the block runs; its first pass is made here, mail running.
 
-    Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself while mail is
-    stopped.
+    Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself
+    while mail is stopped.
     """
-    paths = night.paths
-    one_disk = utils.on_one_mount(Path(), paths.root)  # the links need that
-    place = SNAPSHOT if one_disk else paths.copy_beside
-    spare = min(utils.total_bytes(paths.root) // 10, SPARE_BYTES)
-    excluded = frozenset({paths.backup.name, COPY_BESIDE})
+    one_disk = utils.on_one_mount(Path(), night.root)  # the links need that
+    place = SNAPSHOT if one_disk else night.copy_beside
+    spare = min(utils.total_bytes(night.root) // 10, SPARE_BYTES)
+    excluded = frozenset({night.backup.name, COPY_BESIDE})
     copy = None
-    log.info("copying %s while mail runs", paths.root)
+    log.info("copying %s while mail runs", night.root)
     with contextlib.ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
         try:
             copy = stack.enter_context(
-                utils.mirror_of(paths.root, place, excluded, may_link, spare))
+                utils.mirror_of(night.root, place, excluded, may_link, spare))
         except (Failure, OSError) as error:
             remove_copy(place)  # its room is duplicity's
-            record.remarks.append(f"mail was down while duplicity read {paths.root} itself, because "
-                                  f"it could not be copied: {error}")
+            record.remarks.append(f"mail was down while duplicity read {night.root} "
+                                  f"itself, because it could not be copied: {error}")
             log.info(record.remarks[-1])
         yield copy
 
@@ -926,8 +914,8 @@ def remove_copy_at_last(night: Night, record: Record, place: Path) -> None:
 def remove_copy(place: Path) -> None:
     """Remove a copy of the tree, of this run or of one that died, if it is there.
 
-    Raises Failure if what stands there is no copy: STORAGE_USER can give directories of root's
-    another name, that of the copy beside backup/, too.
+    Raises Failure if what stands there is no copy: STORAGE_USER can give directories of
+    root's another name, that of the copy beside backup/, too.
     """
     if not os.path.lexists(place):
         return
@@ -939,33 +927,29 @@ def remove_copy(place: Path) -> None:
     place.rmdir()
 
 
-def finish_copy(copy: utils.Mirror) -> None:
-    """Make the copy equal to the tree, while mail is stopped. Raises Failure if that fails."""
-    try:
-        utils.update_mirror(copy)
-    except Failure as error:
-        raise Failure("no backup was made because the copy could not be finished: "
-                      f"{error}; see to that, run the backup again") from error
-
-
 @contextlib.contextmanager
 def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
-    """Keep mail stopped while the block runs, see utils.services_stopped. lock: its descriptor."""
+    """Keep mail stopped while the block runs, see utils.services_stopped.
+
+    lock: its descriptor.
+    """
     log.info("stopping mail")
-    with utils.services_stopped(night.services, night.paths.stopped, night.environment, lock,
+    with utils.services_stopped(night.services, night.stopped, night.environment, lock,
                                 record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.downtime.awake:
-        record.warn(f"something started mail while it was to be down, {record.downtime.awake}: the "
-                    "backup may hold half of what it wrote; see what did")
+        record.warn("something started mail while it was to be down, "
+                    f"{record.downtime.awake}: the backup may hold half of what it "
+                    "wrote; see what did")
 
 
 def may_link(path: str, siblings: Set[str]) -> bool:
     """Tell of a directory of the tree whether its files are never rewritten in place.
 
-    These are messages, and volumes of the legacy layout. path: relative to STORAGE_ROOT. siblings:
-    the names of all directories beside it: Maildir's cur, new and tmp are side by side.
+    These are messages, and volumes of the legacy layout. path: relative to STORAGE_ROOT.
+    siblings: the names of all directories beside it: Maildir's cur, new and tmp are side
+    by side.
     """
     is_maildir = os.path.basename(path) in ("cur", "new") and {"cur", "new", "tmp"} <= siblings
     return is_maildir or path.split("/")[0] == MIGRATED
@@ -977,8 +961,8 @@ def may_link(path: str, siblings: Set[str]) -> bool:
 def duplicity_command(action: str, *arguments: str, low_priority: bool = False) -> list[str]:
     """Return a duplicity command for what is in the working directory.
 
-    The order is that of all versions: action, options, then the rest, the target last. The kernel
-    kills it when this process dies, so that no orphan goes on writing.
+    The order is that of all versions: action, options, then the rest, the target last.
+    The kernel kills it when this process dies, so that no orphan goes on writing.
     """
     return ["setpriv", "--pdeathsig", "KILL", *(LOW_PRIORITY if low_priority else []),
             "duplicity", action, "--archive-dir", str(CACHE), "--name", ARCHIVE.name, *arguments]
@@ -987,35 +971,35 @@ def duplicity_command(action: str, *arguments: str, low_priority: bool = False) 
 TARGET = f"file://{ENCRYPTED}"
 
 
-def set_command(paths: Paths, action: str, copy: Optional[Path] = None) -> list[str]:
+def set_command(work: Work, action: str, copy: Optional[Path] = None) -> list[str]:
     """Return the command that makes a set.
 
-    action: full or incremental. copy: to read, with mail running, in place of STORAGE_ROOT.
+    action: full or incremental. copy: to read, with mail running, in place of
+    STORAGE_ROOT.
     """
     return duplicity_command(
-        action, *([] if copy else exclusions(paths)), "--volsize", str(VOLUME_MEGABYTES),
+        action, *([] if copy else exclusions(work)), "--volsize", str(VOLUME_MEGABYTES),
         "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG",
-        str(copy or paths.root), TARGET, low_priority=copy is not None)
+        str(copy or work.root), TARGET, low_priority=copy is not None)
 
 
-def exclusions(paths: Paths) -> list[str]:
+def exclusions(work: Work) -> list[str]:
     """Return duplicity's options to leave out of STORAGE_ROOT what is no user data.
 
     To duplicity the names are patterns.
     """
-    return [part for path in (paths.backup, paths.copy_beside)
+    return [part for path in (work.backup, work.copy_beside)
             for part in ("--exclude", glob.escape(str(path)))]
 
 
-def remove_old_command(night: Night) -> list[str]:
-    """Return the command that deletes chains whose newest set is older than BACKUP_KEEP_DAYS."""
-    return duplicity_command("remove-older-than", "--force", "--verbosity", "error",
-                             f"{night.keep_days}D", TARGET)
+def pruning_commands(night: Night) -> list[list[str]]:
+    """Return the commands that delete what is old enough, and files of no complete set.
 
-
-def clean_up_command() -> list[str]:
-    """Return the command that deletes files of no complete set."""
-    return duplicity_command("cleanup", "--force", "--verbosity", "error", TARGET)
+    The first deletes the chains whose newest set is older than BACKUP_KEEP_DAYS.
+    """
+    options = ["--force", "--verbosity", "error"]
+    return [duplicity_command("remove-older-than", *options, f"{night.keep_days}D", TARGET),
+            duplicity_command("cleanup", *options, TARGET)]
 
 
 def run_duplicity(
@@ -1024,10 +1008,11 @@ def run_duplicity(
 ) -> Finished:
     """Run a duplicity command in the working directory.
 
-    The passphrase is in its environment; nothing but duplicity and its gpg ever has it. log_lines:
-    takes the lines of the machine log of a command that has one. A record with a name that is not
-    UTF-8 fails to be written there (0.8.22, 3.2.1); Python then prints it as an error of logging,
-    from where it is put back as a WARNING. watch: see utils.shell. Returns how it ended.
+    The passphrase is in its environment; nothing but duplicity and its gpg ever has it.
+    log_lines: takes the lines of the machine log of a command that has one. A record
+    with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
+    prints it as an error of logging, from where it is put back as a WARNING. watch: see
+    utils.shell. Returns how it ended.
     """
     lost_records: list[str] = []
 
@@ -1060,38 +1045,38 @@ def make_set(
 ) -> None:
     """Have duplicity make a set, and believe it only when it is proved.
 
-    duplicity must say so, its manifest be there, and no entry be missing: 0.8.22 exits 0 for a tree
-    that vanishes while it reads. action: full or incremental. copy: what it reads in place of
-    STORAGE_ROOT. Raises Failure.
+    duplicity must say so, its manifest be there, and no entry be missing: 0.8.22 exits 0
+    for a tree that vanishes while it reads. action: full or incremental. copy: what it
+    reads in place of STORAGE_ROOT. Raises Failure.
     """
-    root, tree = str(night.paths.root), copy.target if copy else night.paths.root
+    root, tree = str(night.root), copy.target if copy else night.root
     record.kind, record.source = action, "copy" if copy else "direct"
     before = complete_sets(ENCRYPTED)
-    excluded = [] if copy else [night.paths.backup, night.paths.copy_beside]
+    excluded = [] if copy else [night.backup, night.copy_beside]
     entries = utils.count_entries(tree, excluded)
     log_lines: list[str] = []
     log.info("duplicity makes the %s backup of %s", action, root)
+    command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
         since = before[-1].date.timestamp() if action == "incremental" else 0.0
         total = utils.content_size(tree, excluded, since) if draw else 0
-        answer = run_duplicity(night, set_command(night.paths, action, copy.target if copy else None),
-                               log_lines, watch_set(night.paths, draw, total))
+        answer = run_duplicity(night, command, log_lines, watch_set(night, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(ENCRYPTED)
     chains = [chain for chain in chains_of(after) if chain[-1] == after[-1]]
     if after[:-1] != before or not chains or (len(chains[0]) == 1) != (action == "full"):
-        raise Failure(f"duplicity ended well but no new {action} set is in {ENCRYPTED.absolute()}; "
-                      "run the backup with --full")
+        raise Failure(f"duplicity ended well but no new {action} set is in "
+                      f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
     unexplained = math.inf if reported is None else abs(reported - entries) - len(warnings)
-    # Nothing changes a copy. Others than mail may go on writing to the tree itself: then a hundredth
-    # of it may come or go meanwhile.
+    # Nothing changes a copy. Others than mail may go on writing to the tree itself: then
+    # a hundredth of it may come or go meanwhile.
     if unexplained > 0 and (copy or unexplained > entries // 100 + abs(
             utils.count_entries(tree, excluded) - entries)):
-        raise Failure(f"duplicity read {reported} of the {entries} files and directories of {root}, "
-                      "and did not say why; see that nothing but mail writes there, and run the "
-                      "backup again")
+        raise Failure(f"duplicity read {reported} of the {entries} files and directories "
+                      f"of {root}, and did not say why; see that nothing but mail writes "
+                      "there, and run the backup again")
     record.size, record.newest_set = after[-1].size, after[-1].stamp
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in copy.unread.items()] if (
         copy) else []
@@ -1100,19 +1085,20 @@ def make_set(
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
-def watch_set(paths: Paths, draw: Optional[Draw], total: int) -> utils.Watch:
-    """Return a watch on duplicity that ends it before it takes the last room, and draws its progress.
+def watch_set(work: Work, draw: Optional[Draw], total: int) -> utils.Watch:
+    """Return a watch on duplicity that ends it before it takes the last room.
 
-    total: how much there is to read, in bytes. What it reads besides is, of each finished volume,
-    three times as much (seen: 0.8.22, 3.2.1).
+    It also draws how much of the tree duplicity has read. total: how much there is to
+    read, in bytes. What it reads besides is, of each finished volume, three times as much
+    (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
     reserve = reserve_bytes(Path())
 
     def watch(process: int) -> None:
         if utils.free_bytes(Path()) < reserve:
-            raise Failure(f"duplicity was ended before it took the last room of {paths.backup}; make "
-                          "room there")
+            raise Failure("duplicity was ended before it took the last room of "
+                          f"{work.backup}; make room there")
         if draw:
             made = sum(utils.regular_files(ENCRYPTED).values()) - before
             draw(utils.bytes_read_by(process) - 3 * made, total)
@@ -1126,12 +1112,14 @@ def first_of(texts: Sequence[str]) -> str:
 
 
 def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
-    """Read duplicity's machine log: records of `LEVEL code`, then lines that begin with a full stop.
+    """Read duplicity's machine log.
 
-    A file that could not be read is a WARNING with the general code 1, or 9 if its status could not
-    be had, and exit code 0; the statistics count it as an error or not (all seen: 0.8.22, 3.2.1).
-    Returns the number of source entries, and the warnings but those with codes 2 to 6, which are
-    about files of other sets in the target (duplicity's log.py).
+    It has records of `LEVEL code`, and then of lines that begin with a full stop.
+    A file that could not be read is a WARNING with the general code 1, or 9 if its
+    status could not be had, and exit code 0; the statistics count it as an error or not
+    (all seen: 0.8.22, 3.2.1). Returns the number of source entries, and the warnings but
+    those with codes 2 to 6, which are about files of other sets in the target
+    (duplicity's log.py).
     """
     entries: Optional[int] = None
     warnings: list[str] = []
@@ -1151,61 +1139,54 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
 def delete_migrated_backups(
     night: Night, record: Record, state: Optional[DirectoryState]
 ) -> None:
-    """Delete the plain backups of the legacy layout, now that a backup contains every file of theirs.
+    """Delete the plain backups of the legacy layout, now that a backup contains them.
 
-    state: of their directory from before the backup: one that was renamed meanwhile, even there and
-    back, may not be in it.
+    state: of their directory from before the backup: one that was renamed meanwhile,
+    even there and back, may not be in it.
     """
-    migrated = night.paths.migrated
+    migrated = night.migrated
     if state is None:
         return
-    root = f" {night.paths.root}"
+    root = f" {night.root}"
     if any(migrated.name in why or why.endswith(root) for why in record.unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
     with utils.owned_directory(migrated) as directory:
         if directory_state(os.fstat(directory)) != state:
-            record.warn(f"{migrated} is kept because it was changed during the backup; run the backup "
-                        "again")
+            record.warn(f"{migrated} is kept because it was changed during the backup; "
+                        "run the backup again")
             return
         names = sorted(os.listdir(directory), key=lambda name: name.startswith("duplicity-"))
         if names and not names[-1].startswith("duplicity-"):
-            record.warn(f"{migrated} is kept because it holds no backups; move it to where it "
-                        "belongs, or away")
+            record.warn(f"{migrated} is kept because it holds no backups; move it to "
+                        "where it belongs, or away")
             return
         os.sync()
-        # What tells that they are backups goes last, so that the run after one that is killed here
-        # goes on.
+        # What tells that they are backups goes last, so that the run after one that is
+        # killed here goes on.
         for name in names:
             utils.remove(name, directory)
     migrated.rmdir()
 
 
-def run_after_set(night: Night, record: Record, command: Sequence[str]) -> None:
-    """Run a duplicity command after a set was made: its failure needs attention, no more."""
-    answer = run_duplicity(night, command)
-    if answer.exit_code:
-        record.warn(explain(command[4], answer))
-
-
 @needs_attention_at_most
-def remove_old_sets(night: Night, record: Record, sets: Sequence[BackupSet]) -> None:
-    """Delete the chains that are old enough, unless the clock may have jumped ahead.
+def prune(night: Night, record: Record, sets: Sequence[BackupSet]) -> None:
+    """Delete the chains that are old enough, and files of no complete set.
 
-    It would delete all of them. sets: the complete ones from before this run.
+    Where the clock may have jumped ahead no chain is deleted: it would be all of them.
+    sets: the complete ones from before this run.
     """
+    commands = pruning_commands(night)
     if sets and night.now - sets[-1].date > timedelta(days=FULL_DAYS):
-        record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days old: "
-                    "check the clock; if it is right the next run will delete them")
-        return
+        record.warn("no old backups were deleted because the newest was over "
+                    f"{FULL_DAYS} days old: check the clock; if it is right the next run "
+                    "will delete them")
+        del commands[0]
     log.info("deleting old backups")
-    run_after_set(night, record, remove_old_command(night))
-
-
-@needs_attention_at_most
-def clean_up(night: Night, record: Record) -> None:
-    """Have duplicity delete files of no complete set."""
-    run_after_set(night, record, clean_up_command())
+    for command in commands:
+        answer = run_duplicity(night, command)
+        if answer.exit_code:
+            record.warn(explain(command[4], answer))
 
 
 @needs_attention_at_most
@@ -1228,7 +1209,8 @@ def grant_group_read(night: Night, record: Record) -> None:
 def last_run_recorded(night: Night) -> Iterator[Record]:
     """Write last-run.json when the block ends, however it ends, unless nothing was touched.
 
-    A service that could not be started again is told of, and outranks every other exit code.
+    A service that could not be started again is told of, and outranks every other exit
+    code.
     """
     record = Record((read_last_run(LAST_RUN) or {}).get("newest_set"))
     try:
@@ -1250,7 +1232,8 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
 def tell_of_services(record: Record) -> None:
     """Say which services could not be started again, and why."""
     for name, why in record.downtime.not_started.items():
-        log.error("%s could not be started again; mend it, the next run tries it, too: %s", name, why)
+        log.error("%s could not be started again; mend it, the next run tries it, too: %s",
+                  name, why)
 
 
 def exit_code_of(record: Record) -> int:
@@ -1271,7 +1254,8 @@ def write_last_run(
 ) -> None:
     """Write last-run.json.
 
-    exit_code, message: of a run that failed; of one that made a backup the record tells them.
+    exit_code, message: of a run that failed; of one that made a backup the record tells
+    them.
     """
     messages = [f"{name} could not be started again" for name in record.downtime.not_started]
     messages += [*record.attention, *record.remarks, message]
@@ -1314,14 +1298,15 @@ NO_BACKUPS = "No backups have been made yet."
 def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dict[str, Any]:
     """Tell what backups there are, how big, when each will be deleted and how the last run went.
 
-    env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's. Only directory
-    entries are read. Returns, made for JSON: directory, encpwfile, tz; backups, newest first, each
-    with date (such as 20261122T030000Z), date_str (local ISO time), date_delta (its age), full,
-    previous (the date it builds on), size in bytes, and deleted_in where it can be told;
-    unmatched_file_size in bytes, of files that belong to no complete set; free_size in bytes, of the
-    disk they are on; last_run, as in last-run.json, None if there was none. Raises Failure, OSError.
+    env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's.
+    Only directory entries are read. Returns, made for JSON: directory, encpwfile, tz;
+    backups, newest first, each with date (such as 20261122T030000Z), date_str (local ISO
+    time), date_delta (its age), full, previous (the date it builds on), size in bytes,
+    and deleted_in; unmatched_file_size in bytes, of files that belong to no complete
+    set; free_size in bytes, of the disk they are on; last_run, as in last-run.json, None
+    if there was none. Raises Failure, OSError.
     """
-    backup = paths_of(env).backup
+    backup = work_of(env).backup
     encrypted = backup / ENCRYPTED
     now = (now or datetime.now(timezone.utc)).astimezone()
     sets, unmatched = read_sets(encrypted)
@@ -1333,8 +1318,7 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
         "backups": [{
             "date": found.stamp, "date_str": found.date.astimezone().isoformat(),
             "date_delta": span(found.date, now), "full": found.full, "previous": found.previous,
-            "size": found.size,
-            **({"deleted_in": deleted_in[found]} if found in deleted_in else {}),
+            "size": found.size, "deleted_in": deleted_in[found],
         } for found in reversed(sets)],
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
         "last_run": read_last_run(backup / LAST_RUN)}
@@ -1358,9 +1342,10 @@ def tell_deletions(
 ) -> dict[BackupSet, str]:
     """Tell when each set will be deleted, in texts such as "2 days, 3 hours".
 
-    Exact for the chains before the last full and for orphans, which duplicity's cleanup deletes; for
-    the current chain an estimate of when the next full starts a new one, and of its age from then on.
-    sets: the complete ones, oldest first. keep: how old the newest of a chain must be.
+    Exact for the chains before the last full and for orphans, which duplicity's cleanup
+    deletes; for the current chain an estimate of when the next full starts a new one,
+    and of its age from then on. sets: the complete ones, oldest first. keep: how old the
+    newest of a chain must be.
     """
     chains = chains_of(sets)
     chained = {found for chain in chains for found in chain}
@@ -1428,7 +1413,7 @@ def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) 
     for backup in status["backups"]:
         kind = "full" if backup["full"] else "increment"
         lines.append(row.format(backup["date_str"], backup["date_delta"], kind,
-                                human_size(backup["size"]), backup.get("deleted_in", "unknown")))
+                                human_size(backup["size"]), backup["deleted_in"]))
         if backup["full"]:
             lines.append("")  # a chain ends, or rather begins
     unmatched = status["unmatched_file_size"]
@@ -1557,7 +1542,8 @@ needs those below it in its chain.</caption>
 def status_page(status: Mapping[str, Any], now: datetime) -> str:
     """Return backup_status's answer as a web page without a script, which fetches nothing.
 
-    It is ASCII, whatever the locale. now: the time, with its zone, at which the answer was asked for.
+    It is ASCII, whatever the locale. now: the time, with its zone, at which the answer
+    was asked for.
     """
     well, headline = headline_of(status, now)
     last = status["last_run"]
@@ -1579,14 +1565,15 @@ def for_page(text: str) -> str:
 
 
 def clock_time(text: str) -> str:
-    """Return text with the ISO time that it begins with as a clock shows it: 2026-11-22 03:00:00."""
+    """Return text with the ISO time that it begins with as a clock shows it."""
     return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)[+-]\d\d:\d\d", r"\1 \2", text)
 
 
 def table(status: Mapping[str, Any]) -> str:
     """Return the page's table of the backups, a part for each chain, and of their sums.
 
-    A bar in each row is as wide, in percent of its cell, as the backup is big beside the largest.
+    A bar in each row is as wide, in percent of its cell, as the backup is big beside the
+    largest.
     """
     largest = max(1, *(backup["size"] for backup in status["backups"]))
     chains = "<tbody>\n"
@@ -1595,10 +1582,11 @@ def table(status: Mapping[str, Any]) -> str:
         day, clock = clock_time(backup["date_str"]).split()
         chains += (
             f'<tr class="{kind}"><th scope="row"><time datetime="{backup["date_str"]}">'
-            f'<span>{day}</span> <span>{clock}</span></time><small>{backup["date_delta"]} ago</small>'
+            f'<span>{day}</span> <span>{clock}</span></time>'
+            f'<small>{backup["date_delta"]} ago</small>'
             f'<span class="bar" style="width: {100 * backup["size"] / largest:.1f}%"></span></th>'
             f'<td>{kind}</td><td class="size">{human_size(backup["size"])}</td>'
-            f'<td>{backup.get("deleted_in", "unknown")}</td></tr>\n')
+            f'<td>{backup["deleted_in"]}</td></tr>\n')
         if backup["full"] and number < len(status["backups"]):
             chains += "</tbody>\n<tbody>\n"
     unmatched = status["unmatched_file_size"]
@@ -1616,9 +1604,9 @@ def table(status: Mapping[str, Any]) -> str:
 class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
-    sets: those in encrypted/ when it began, complete or not, oldest first; only complete ones are
-    linked. known: the stamps of those that were complete once: cache/ has a manifest, or the last
-    run named it.
+    sets: those in encrypted/ when it began, complete or not, oldest first; only complete
+    ones are linked. known: the stamps of those that were complete once: cache/ has a
+    manifest, or the last run named it.
     """
 
     sets: Sequence[BackupSet]
@@ -1631,28 +1619,28 @@ class Reader(Work):
 
     def path(self, name: str) -> Path:
         """Return where a file of encrypted/ really is."""
-        return self.paths.backup / ENCRYPTED / name
+        return self.backup / ENCRYPTED / name
 
 
 @contextlib.contextmanager
 def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     """Put together what a command that reads needs, and work in a directory of its own.
 
-    That has hard links to the files of the sets that are complete now, and to duplicity's notes on
-    them. So a set that is being made, or that died, is not seen (duplicity from 3.0.6 on takes it
-    for the newest, and fails), what is pruned meanwhile is still read, and no backup notices.
-    Raises Failure if there is no backup, or no key that opens any.
+    That has hard links to the files of the sets that are complete now, and to
+    duplicity's notes on them. So a set that is being made, or that died, is not seen
+    (duplicity from 3.0.6 on takes it for the newest, and fails), what is pruned
+    meanwhile is still read, and no backup notices. Raises Failure if there is no backup,
+    or no key that opens any.
     """
-    paths = paths_of(settings)
+    work = work_of(settings)
     if os.geteuid() != 0:
         raise Failure("only root can read the backups; run it as root")
-    environment = program_environment()
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
-        utils.find_program(program, environment)
-    if not complete_sets(paths.backup / ENCRYPTED):
-        raise Failure(f"there is no complete backup in {paths.backup / ENCRYPTED}; make one, or put "
-                      "your copy of the backups there")
-    os.chdir(paths.backup)
+        utils.find_program(program, work.environment)
+    if not complete_sets(work.backup / ENCRYPTED):
+        raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; make "
+                      "one, or put your copy of the backups there")
+    os.chdir(work.backup)
     read_passphrase()
     try:
         for directory in (Path(), ENCRYPTED):
@@ -1664,7 +1652,8 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         own = stack.enter_context(reader_directory())
         known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
         known.add((read_last_run(LAST_RUN) or {}).get("newest_set") or "")
-        reader = Reader(paths, environment, link_sets(own), frozenset(known - {""}))
+        reader = Reader(**vars(work), sets=link_sets(own),
+                        known=frozenset(known - {""}))
         stack.callback(os.chdir, "/")
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -1674,7 +1663,7 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
 
 @contextlib.contextmanager
 def reader_directory() -> Iterator[Path]:
-    """Make a directory for a command that reads: in backup/, or where there is no room in TMPDIR."""
+    """Make a directory for a command that reads: in backup/, or without room there in TMPDIR."""
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
     with contextlib.ExitStack() as stack:
         own = Path(tempfile.gettempdir(), name)
@@ -1687,7 +1676,10 @@ def reader_directory() -> Iterator[Path]:
 
 
 def link_sets(own: Path) -> list[BackupSet]:
-    """Fill the directory of a command that reads. Returns the sets there are, complete or not."""
+    """Fill the directory of a command that reads.
+
+    Returns the sets there are, complete or not.
+    """
     (own / TEMPORARY).mkdir()
     link(KEY, own)
     while True:
@@ -1708,9 +1700,12 @@ def link_sets(own: Path) -> list[BackupSet]:
 
 
 def link(path: Path, own: Path) -> None:
-    """Link a file into the directory of a command that reads. path: relative, it is the same there.
+    """Link a file into the directory of a command that reads.
 
-    Where the file system allows no hard link it is a symbolic one, which a backup can prune away.
+    path: relative, it is the same there.
+
+    Where the file system allows no hard link it is a symbolic one, which a backup can
+    prune away.
     """
     try:
         os.link(path, own / path)
@@ -1729,15 +1724,15 @@ def check_reading_key(reader: Reader) -> None:
     for found in reversed(reader.complete):
         if not all(is_wrong_key(run_gpg(reader, name)) for name in found.metadata):
             return
-    raise Failure(wrong_key_of(reader.paths))
+    raise Failure(wrong_key_of(reader))
 
 
 def verify(reader: Reader) -> list[str]:
     """Check every file of every backup.
 
-    Volumes are checked against the checksums in their manifest, manifests and signatures by gpg's
-    own check. Prints how many sets, files and bytes were checked. Returns what is damaged or missing,
-    a sentence each.
+    Volumes are checked against the checksums in their manifest, manifests and signatures
+    by gpg's own check. Prints how many sets, files and bytes were checked. Returns what
+    is damaged or missing, a sentence each.
     """
     wrong = []
     files = size = 0
@@ -1760,18 +1755,18 @@ def verify(reader: Reader) -> list[str]:
 def missing_sets(reader: Reader) -> list[str]:
     """Return what of whole sets is missing, a sentence each, and print which are unfinished."""
     wrong = []
-    encrypted = reader.paths.backup / ENCRYPTED
+    encrypted = reader.backup / ENCRYPTED
     chained = {found for chain in chains_of(reader.complete) for found in chain}
     for found in reader.sets:
         if found.complete and found not in chained:
-            wrong.append(f"the increment of {found.stamp} leads back to no full backup: sets before "
-                         "it are missing")
+            wrong.append(f"the increment of {found.stamp} leads back to no full backup: "
+                         "sets before it are missing")
         if found.complete and not found.signed:
             wrong.append(f"the signatures of {found.stamp} are missing from {encrypted}")
         newer = found.stamp > reader.complete[-1].stamp
         if not found.complete and newer and found.stamp not in reader.known:
-            print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
-                  "deletes it")
+            print(f"the backup of {found.stamp} is unfinished: it is being made, or the "
+                  "next run deletes it")
         elif not found.complete:
             wrong.append(f"the manifest of {found.stamp} is missing from {encrypted}")
     for stamp in sorted(reader.known - {found.stamp for found in reader.sets}):
@@ -1810,7 +1805,7 @@ def check_set(reader: Reader, found: BackupSet) -> Iterator[tuple[str, str]]:
 
 
 def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
-    """Return the SHA-1 of each volume of a set by the volume's name, empty if the manifest lacks it.
+    """Return the SHA-1 of each volume of a set by the volume's name, empty if it lacks one.
 
     manifest: its lines. name: its own.
     """
@@ -1831,9 +1826,9 @@ def compare(reader: Reader) -> list[str]:
     Returns the differences, a sentence each. Raises Failure.
     """
     lines: list[str] = []
-    command = duplicity_command("verify", "--compare-data", *exclusions(reader.paths),
+    command = duplicity_command("verify", "--compare-data", *exclusions(reader),
                                 "--allow-source-mismatch", "--log-fd=LOG", TARGET,
-                                str(reader.paths.root))
+                                str(reader.root))
     answer = run_duplicity(reader, command, lines)
     different = [line.removeprefix(". ") for line in lines
                  if line.startswith(". ") and "ifference found: " in line]
@@ -1843,7 +1838,10 @@ def compare(reader: Reader) -> list[str]:
 
 
 def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
-    """Return the paths in a backup, in order, escaped. options: see time_options. Raises Failure."""
+    """Return the paths in a backup, in order, escaped.
+
+    options: see time_options. Raises Failure.
+    """
     lines: list[str] = []
     command = duplicity_command("list-current-files", *options, "--log-fd=LOG", TARGET)
     answer = run_duplicity(reader, command, lines)
@@ -1856,8 +1854,8 @@ def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
             escaped = match[1].encode("ascii", "backslashreplace")
             names.append(printable(escaped.decode("unicode-escape")))
         elif re.match(r"\. [\"']\w{3} \w{3} [ \d]\d ", line):
-            # Records that were lost, for names that are not UTF-8, are the date in 24 characters and
-            # the name, as Python shows a string.
+            # Records that were lost, for names that are not UTF-8, are the date in 24
+            # characters and the name, as Python shows a string.
             with contextlib.suppress(ValueError, SyntaxError):  # a name can look like one
                 names.append(printable(str(ast.literal_eval(line[2:]))[25:]))
     return sorted(names)
@@ -1866,10 +1864,11 @@ def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
 def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSet:
     """Return the set that was the newest at a time. sets: the complete ones, oldest first.
 
-    time: an age such as 3D or 1D12h, where a month (M) has 30 days, or what dateutil's isoparse reads
-    with year, month and day, in local time unless it tells a zone. now: the time, with its zone.
-    Raises Failure: exit code 2 if that is no time, 1 if it is before the first set, of which
-    duplicity (0.8.22, 3.2.1) would say nothing and take that one.
+    time: an age such as 3D or 1D12h, where a month (M) has 30 days, or what dateutil's
+    isoparse reads with year, month and day, in local time unless it tells a zone. now:
+    the time, with its zone. Raises Failure: exit code 2 if that is no time, 1 if it is
+    before the first set, of which duplicity (0.8.22, 3.2.1) would say nothing and take
+    that one.
     """
     asked: Optional[datetime] = None
     with contextlib.suppress(ValueError, OverflowError):
@@ -1880,13 +1879,13 @@ def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSe
         elif re.match(r"\d{4}-?\d\d-?\d\d", time):
             asked = isoparse(time).astimezone()
     if asked is None:
-        raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as 3D, 2026-11-20 "
-                      "or 2026-11-20T03:00:00", 2)
+        raise Failure(f"{printable(time) or 'nothing'} is not a time; give one such as "
+                      "3D, 2026-11-20 or 2026-11-20T03:00:00", 2)
     older = [found for found in sets if found.date <= asked]
     if not older:
         dates = ", ".join(found.date.astimezone().isoformat() for found in sets)
-        raise Failure(f"there is no backup as old as {printable(time)}; name the time of one of these, "
-                      f"or a later one: {dates}")
+        raise Failure(f"there is no backup as old as {printable(time)}; name the time of "
+                      f"one of these, or a later one: {dates}")
     return older[-1]
 
 
@@ -1904,18 +1903,18 @@ def time_options(reader: Reader, time: Optional[str]) -> list[str]:
 def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional[str]) -> None:
     """Restore a backup, or one directory or file of it, into a directory that is new or empty.
 
-    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file goes there by
-    its name. time: see set_of_time. Raises Failure.
+    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file
+    goes there by its name. time: see set_of_time. Raises Failure.
     """
     of_time = time_options(reader, time)
     wanted = os.path.normpath(path or ".")
     if path == "" or f"{wanted}/".startswith(("/", "../")):
-        raise Failure(f"--path is {printable(path or 'empty')}; give it relative to STORAGE_ROOT, "
-                      "such as mail/mailboxes/example.com", 2)
+        raise Failure(f"--path is {printable(path or 'empty')}; give it relative to "
+                      "STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
     options = of_time + (["-r", wanted] if wanted != "." else [])
-    with restore_directory(reader.paths, directory) as place:
-        # What others do in a directory that is theirs leads nowhere: duplicity writes to one of
-        # root's, through a descriptor.
+    with restore_directory(reader, directory) as place:
+        # What others do in a directory that is theirs leads nowhere: duplicity writes to
+        # one of root's, through a descriptor.
         fresh = f".restoring-{os.getpid()}"
         os.mkdir(fresh, 0o700, dir_fd=place)
         with utils.opened(fresh, parent=place) as descriptor:
@@ -1941,31 +1940,31 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
                     log.warning("what was restored until then is in %s", directory / fresh)
                 else:
                     os.rmdir(fresh, dir_fd=place)
-        if lost := read_machine_log(lines)[1]:  # the disk refused a name or a content (seen: 0.8.22)
+        if lost := read_machine_log(lines)[1]:  # the disk refused something (seen: 0.8.22)
             raise Failure(f"not all could be restored to {directory}; try another disk: "
                           f"{first_of(lost)}")
     log.info("restored to %s", directory)
 
 
 @contextlib.contextmanager
-def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
+def restore_directory(work: Work, directory: Path) -> Iterator[int]:
     """Make the directory to restore to, and keep it open. An empty one may be there.
 
-    Yields its descriptor. If the block fails and it was made and is empty, it goes. Raises Failure
-    or OSError.
+    Yields its descriptor. If the block fails and it was made and is empty, it goes.
+    Raises Failure or OSError.
     """
     real = Path(os.path.realpath(directory))
-    if paths.backup in (real, *real.parents):
-        raise Failure(f"{directory} is in {paths.backup}, where it could be deleted by the next run; "
-                      "name another place", 2)
+    if work.backup in (real, *real.parents):
+        raise Failure(f"{directory} is in {work.backup}, where it could be deleted by "
+                      "the next run; name another place", 2)
     made = not os.path.lexists(directory)
     if made:
         directory.mkdir(mode=0o700)
     try:
         with utils.opened(real) as place:
             if os.listdir(place):
-                raise Failure(f"{directory} is there already and not empty; name a directory that "
-                              "does not exist yet", 2)
+                raise Failure(f"{directory} is there already and not empty; name a "
+                              "directory that does not exist yet", 2)
             yield place
     except BaseException:
         if made:
@@ -1977,8 +1976,8 @@ def restore_directory(paths: Paths, directory: Path) -> Iterator[int]:
 def move_up(source: int, place: int, name: str) -> None:
     """Put what was restored, `restored` in source, in its place.
 
-    place gets a directory's entries, mode, owner and times, a file goes into it by name. source,
-    place: descriptors.
+    place gets a directory's entries, mode, owner and times, a file goes into it by name.
+    source, place: descriptors.
     """
     status = os.stat("restored", dir_fd=source, follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode):
@@ -2015,10 +2014,9 @@ def show_plan(night: Night, force_full: bool) -> None:
     Raises Failure as the other checks of a backup do.
     """
     check_root()
-    paths = night.paths
     with contextlib.ExitStack() as stack:
-        if os.path.lexists(paths.backup):
-            utils.work_inside(paths.backup)
+        if os.path.lexists(night.backup):
+            utils.work_inside(night.backup)
         else:  # what a directory looks like in which nothing was ever made
             os.chdir(stack.enter_context(tempfile.TemporaryDirectory(dir=RUN_DIRECTORY)))
             stack.callback(os.chdir, "/")
@@ -2028,7 +2026,7 @@ def show_plan(night: Night, force_full: bool) -> None:
             check_clock(night, sets)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        check_room(paths, sum(path.stat().st_size for path in freed))
+        check_room(night, sum(path.stat().st_size for path in freed))
         reason = reason_for_full(sets, night.now, force_full)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
         for path in dead:
@@ -2036,9 +2034,9 @@ def show_plan(night: Night, force_full: bool) -> None:
         services = utils.service_manager(night.environment)
         for line in services.running(night.services):
             print(f"stop and start {line}")
-        place = SNAPSHOT if utils.on_one_mount(Path(), paths.root) else paths.copy_beside
-        for command in (set_command(paths, "full" if reason else "incremental", place / "tree"),
-                        remove_old_command(night), clean_up_command()):
+        place = SNAPSHOT if utils.on_one_mount(Path(), night.root) else night.copy_beside
+        for command in (set_command(night, "full" if reason else "incremental", place / "tree"),
+                        *pruning_commands(night)):
             print(f"run {printable(shlex.join(command))}")
 
 
@@ -2066,8 +2064,8 @@ class _Prefixed(logging.Formatter):
 def progress() -> Iterator[Optional[Draw]]:
     """Yield a function that draws how far something has come.
 
-    It takes the bytes done, and of how many if that is known, and draws one line over and over
-    again. None where that is not to be shown: without a terminal, and with -v.
+    It takes the bytes done, and of how many if that is known, and draws one line over
+    and over again. None where that is not to be shown: without a terminal, and with -v.
     """
     if log.isEnabledFor(logging.DEBUG) or not sys.stderr.isatty():
         yield None
@@ -2082,11 +2080,12 @@ def progress() -> Iterator[Optional[Draw]]:
     def draw(done: int, total: Optional[int]) -> None:
         done = max(0, min(done, total or done))
         rate = done / max(0.001, time.monotonic() - began)
-        text = f"        {human_size(done)}, {human_size(int(rate))}/s"
+        text = human_size(done) + (f" of {human_size(total)}" if total else "")
+        text += f", {human_size(int(rate))}/s"
         if total and rate:
             minutes, seconds = divmod(round((total - done) / rate), 60)
-            text += f", of {human_size(total)}, {minutes}:{seconds:02} left"
-        show(text)
+            text += f", {minutes}:{seconds:02} left"
+        show(f"        {text}")
 
     try:
         yield draw
@@ -2132,8 +2131,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     Raises Failure (exit code 2) if they are wrong or do not go together.
     """
     parser = Parser(
-        prog="backup.py", description="Back up a mail server's user data with duplicity, encrypted.",
-        epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="backup.py", epilog=EPILOG, allow_abbrev=False,
+        description="Back up a mail server's user data with duplicity, encrypted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--full", action="store_true", help="make a full backup")
     add("--dry-run", action="store_true", help="show what would be done, touch nothing")
@@ -2183,8 +2183,8 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     try:
         owner = pwd.getpwuid(os.stat(root).st_uid).pw_name
     except OSError as error:
-        raise Failure(f"cannot read {printable(root)}: {error.strerror}; name another directory with "
-                      "--storage-root", 2) from error
+        raise Failure(f"cannot read {printable(root)}: {error.strerror}; name another "
+                      "directory with --storage-root", 2) from error
     except KeyError:  # as on a rescue system, which does not need it to read
         owner = ""
     return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
@@ -2255,7 +2255,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once, without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once
     try:
         code = run(arguments)
         if code != 5:  # which comes before any other

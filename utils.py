@@ -1,7 +1,8 @@
 """What backup.py needs of the operating system. Nothing in here knows what a backup is.
 
-Settings file, safe files and directories, the mirror of a tree, the lock, signals, the one gateway through which programs run, and
-services that come back whatever happens. Run as a program this file is the keeper: the small process that stops services and starts
+Settings file, safe files and directories, the mirror of a tree, the lock, signals, the
+one gateway through which programs run, and services that come back whatever happens. Run
+as a program this file is the keeper: the small process that stops services and starts
 them again.
 """
 
@@ -53,10 +54,12 @@ TIMED_OUT = 124
 NOT_EXECUTABLE = 126
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# Of systemd's units, see org.freedesktop.systemd1(5): states in which they run, and who stops with one.
+# Of systemd's units, see org.freedesktop.systemd1(5): states in which they run, and who
+# stops with one.
 RUNNING_STATES = ("active", "reloading", "activating")
 STOPPED_WITH = ("ConsistsOf", "RequiredBy", "RequisiteOf", "BoundBy", "PropagatesStopTo")
-UNIT_PROPERTIES = ("Id", "ActiveState", "LoadState", "Transient", "Type", "Job", "TriggeredBy", *STOPPED_WITH)
+UNIT_PROPERTIES = ("Id", "ActiveState", "LoadState", "Transient", "Type", "Job", "TriggeredBy",
+                   *STOPPED_WITH)
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,9 @@ class Failure(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal asks the program to end; not an Exception, so that nothing that only goes on after failures swallows it.
+    """A signal asks the program to end.
+
+    It is no Exception, so that what only goes on after failures does not swallow it.
 
     number: the signal's number. exit_code: 128 and that.
     """
@@ -91,12 +96,14 @@ class Interrupted(BaseException):
 
 
 def printable(text: str) -> str:
-    r"""Return text with everything that a terminal or a mail could mistake written as an escape: a byte that is not UTF-8 as \xNN."""
+    r"""Return text with all that a terminal or a mail could mistake as an escape, such as \xNN."""
     def escape(character: str) -> str:
         if character.isprintable():
             return character
         code = ord(character)
-        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
+            return f"\\x{code - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode()
     return "".join(map(escape, text))
 
 
@@ -125,24 +132,29 @@ def _whole_path_told(directory: Optional[int]) -> Iterator[None]:
 
 
 def load_environment(path: Path) -> dict[str, str]:
-    """Read a settings file of KEY=VALUE lines; blank lines and lines that begin with # are passed over.
+    """Read a settings file of KEY=VALUE lines.
 
-    path: the file. Returns the values by key, white space around both removed. Raises Failure (exit code 2) if the file cannot be
-    read, or if a line is not of that form or gives a key a second, different value.
+    Blank lines and lines that begin with # are passed over.
+    path: the file. Returns the values by key, white space around both removed. Raises
+    Failure (exit code 2) if the file cannot be read, or if a line is not of that form or
+    gives a key a second, different value.
     """
     try:
         lines = os.fsdecode(path.read_bytes()).splitlines()
     except OSError as error:
-        raise Failure(f"cannot read the settings file {path}: {error.strerror}; name another with --config", 2) from error
+        raise Failure(f"cannot read the settings file {path}: {error.strerror}; name another with "
+                      "--config", 2) from error
     settings: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) or "\0" in value:
-            raise Failure(f"line {number} of the settings file {path} is not of the form KEY=VALUE; correct it", 2)
+            raise Failure(f"line {number} of the settings file {path} is not of the form "
+                          "KEY=VALUE; correct it", 2)
         if settings.setdefault(key, value) != value:
-            raise Failure(f"line {number} of the settings file {path} gives {key} a second value; remove one of them", 2)
+            raise Failure(f"line {number} of the settings file {path} gives {key} a second value; "
+                          "remove one of them", 2)
     return settings
 
 
@@ -157,8 +169,8 @@ def system_path(path: str) -> str:
 def check_owned_directory(path: Path, status: Optional[os.stat_result] = None) -> None:
     """Check that path is a directory, not a symbolic link, that only root can write to.
 
-    status: that of what was opened by this path. Raises Failure (exit code 2) if it is anything
-    else, FileNotFoundError if it is missing.
+    status: that of what was opened by this path. Raises Failure (exit code 2) if it is
+    anything else, FileNotFoundError if it is missing.
     """
     status = status or path.lstat()
     path = path.absolute()
@@ -167,10 +179,11 @@ def check_owned_directory(path: Path, status: Optional[os.stat_result] = None) -
         raise Failure(f"{path} is {kind}; put a directory owned by root in its place", 2)
     name = shlex.quote(str(path))
     if status.st_uid != os.geteuid():
-        raise Failure(f"{path} is not owned by root; check who made it, then run: chown root {name}", 2)
+        raise Failure(f"{path} is not owned by root; check who made it, then run: "
+                      f"chown root {name}", 2)
     if status.st_mode & 0o022:
-        raise Failure(f"{path} can be written to by others than root; check what is in it, then run: "
-                      f"chmod go-w {name}", 2)
+        raise Failure(f"{path} can be written to by others than root; check what is in "
+                      f"it, then run: chmod go-w {name}", 2)
 
 
 @contextlib.contextmanager
@@ -211,8 +224,8 @@ def remove_abandoned(directory: Path, pattern: str) -> None:
 def own_directory(path: Path) -> Iterator[Path]:
     """Make a directory of this process's own, and remove it after the block.
 
-    It is locked meanwhile, so that others see that it is in use. path: absolute, nothing is there
-    yet. Yields it. Raises OSError.
+    It is locked meanwhile, so that others see that it is in use. path: absolute, nothing
+    is there yet. Yields it. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
         while not path.exists():  # somebody may have taken it for abandoned before it was locked
@@ -235,7 +248,7 @@ def on_one_mount(path: Path, other: Path) -> bool:
 
 
 def _mount_of(path: Path) -> list[int]:
-    """Return the number of the file system that a directory is on, and of its mount if it is told."""
+    """Return the numbers of the file system that a directory is on, and of its mount."""
     with opened(path) as descriptor:
         found = [os.fstat(descriptor).st_dev]
         with contextlib.suppress(FileNotFoundError):
@@ -268,8 +281,8 @@ def sync_directory(path: Path) -> None:
 def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -1) -> None:
     """Write a file so that at any instant the old or the new content is there, whole.
 
-    A symbolic link at path is replaced. content: the new text. mode: its permissions. group: its
-    group id, -1 for the caller's.
+    A symbolic link at path is replaced. content: the new text. mode: its permissions.
+    group: its group id, -1 for the caller's.
     """
     temporary = path.with_name(f".{path.name}.new")  # so that a killed run leaves one at most
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -394,13 +407,14 @@ MayLink = Callable[[str, Set[str]], bool]
 class Mirror:
     """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
 
-    source, target: the tree and the copy. live, copy: their descriptors, so that no renaming leads
-    elsewhere. excluded: names at the top of source that are left out. may_link: tells, of a
-    directory's relative path and the names of all directories beside it, itself among them, whether
-    the regular files in it are never rewritten in place: those become hard links, at no cost.
-    spare_bytes: the room to leave when something is copied. settled_ns: what has an earlier ctime,
-    in nanoseconds of the epoch, has not changed since the last pass. unread: why files could not be
-    read, by relative path; target lacks them.
+    source, target: the tree and the copy. live, copy: their descriptors, so that no
+    renaming leads elsewhere. excluded: names at the top of source that are left out.
+    may_link: tells, of a directory's relative path and the names of all directories
+    beside it, itself among them, whether the regular files in it are never rewritten in
+    place: those become hard links, at no cost. spare_bytes: the room to leave when
+    something is copied. settled_ns: what has an earlier ctime, in nanoseconds of the
+    epoch, has not changed since the last pass. unread: why files could not be read, by
+    relative path; target lacks them.
     """
 
     source: Path
@@ -417,7 +431,8 @@ class Mirror:
 def allow_any_depth() -> None:
     """Raise the limits on open files and on nested calls, so that no tree is too deep to be copied.
 
-    A path has at most 4096 bytes, and so at most 2,048 directories; each takes two of both.
+    A path has at most 4096 bytes, and so at most 2,048 directories; each takes two of
+    both.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
@@ -430,10 +445,10 @@ def mirror_of(
 ) -> Iterator[Mirror]:
     """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
 
-    It takes no sockets, and follows no links and no mounts. source, excluded, may_link: see Mirror.
-    place: the directory to make for it; the mirror is `tree` in that. Is it relative, then to a
-    directory that nobody can rename. spare_bytes: the room to leave. Raises Failure or OSError, and
-    leaves what it has made to the caller to remove.
+    It takes no sockets, and follows no links and no mounts. source, excluded, may_link:
+    see Mirror. place: the directory to make for it; the mirror is `tree` in that. Is it
+    relative, then to a directory that nobody can rename. spare_bytes: the room to leave.
+    Raises Failure or OSError, and leaves what it has made to the caller to remove.
     """
     make_owned_directory(place, 0o700, 0)
     with owned_directory(place) as directory, opened(source) as live:
@@ -449,11 +464,12 @@ def mirror_of(
 def _catch_up(mirror: Mirror) -> None:
     """Make a mirror equal to a tree that may be changing, repeatedly while that gets much shorter.
 
-    So little is left for the pass that somebody waits for, however long the first one takes.
+    So little is left for the pass that somebody waits for, however long the first one
+    takes.
 
-    Clocks of file systems tick coarsely, and a store through mmap to a page that is dirty already
-    changes no time stamp; after a sync it does. So what changed later than two seconds before the
-    sync counts as changed in the next pass.
+    Clocks of file systems tick coarsely, and a store through mmap to a page that is
+    dirty already changes no time stamp; after a sync it does. So what changed later than
+    two seconds before the sync counts as changed in the next pass.
     """
     seconds = math.inf
     while True:
@@ -470,14 +486,15 @@ def _catch_up(mirror: Mirror) -> None:
 def update_mirror(mirror: Mirror) -> None:
     """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
-    Nothing is remembered from one pass to the next. What is unchanged is not read: its own ctime,
-    and that of every directory on the way to it below the top, which is held open, is settled (a
-    rename changes the ctime of what is renamed on ext4, XFS and btrfs), and what stands in the copy
-    is of its kind, size and mtime. Raises Failure.
+    Nothing is remembered from one pass to the next. What is unchanged is not read: its
+    own ctime, and that of every directory on the way to it below the top, which is held
+    open, is settled (a rename changes the ctime of what is renamed on ext4, XFS and
+    btrfs), and what stands in the copy is of its kind, size and mtime. Raises Failure.
     """
     mirror.unread.clear()
     try:
-        # On btrfs a directory that stays open lists what it held when it was opened (Linux 6.18).
+        # On btrfs a directory that stays open lists what it held when it was opened
+        # (Linux 6.18).
         with opened(".", parent=mirror.live) as live, opened(".", parent=mirror.copy) as copy:
             _mirror_directory(mirror, "", False, True, live, copy)
     except OSError as error:
@@ -508,8 +525,9 @@ def _mirror_directory(
 ) -> None:
     """Make one directory and all below it equal.
 
-    path: relative. linked: whether its files may be links. settled: whether it and every directory
-    on the way to it are what they were in the last pass. live, copy: descriptors.
+    path: relative. linked: whether its files may be links. settled: whether it and every
+    directory on the way to it are what they were in the last pass. live, copy:
+    descriptors.
     """
     raise_if_interrupted()
     status = os.fstat(live)
@@ -553,8 +571,8 @@ def _copy_of_unchanged(
 ) -> Optional[os.stat_result]:
     """Return the status of an entry's copy if the entry is what it was in the last pass.
 
-    That the directories on the way to it are is for the caller to tell. status: that of the entry.
-    copy: the descriptor of the directory in which its copy is.
+    That the directories on the way to it are is for the caller to tell. status: that of
+    the entry. copy: the descriptor of the directory in which its copy is.
     """
     if status.st_ctime_ns >= mirror.settled_ns:
         return None
@@ -568,9 +586,9 @@ def _copy_of_unchanged(
 def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
     """Link the regular files of one directory into another.
 
-    present: the inode numbers there by name; those of links that are right already are taken out.
-    Returns the names of all other entries, and of files that are something else there or refuse to
-    be linked.
+    present: the inode numbers there by name; those of links that are right already are
+    taken out. Returns the names of all other entries, and of files that are something
+    else there or refuse to be linked.
     """
     others = []
     with os.scandir(live) as entries:
@@ -654,8 +672,8 @@ def _replace(
 def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
     """Copy a regular file of one directory to another, holes left out; clone it where that works.
 
-    Returns its status from before it was read. Raises OSError, of which FileNotFoundError tells that
-    it is no regular file any more.
+    Returns its status from before it was read. Raises OSError, of which
+    FileNotFoundError tells that it is no regular file any more.
     """
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with (opened(name, os.O_RDONLY | os.O_NONBLOCK, live) as source,
@@ -672,7 +690,10 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
 
 
 def _clone(source: int, target: int) -> bool:
-    """Have a new file share the blocks of another (ioctl_ficlone(2)). Returns whether it can."""
+    """Have a new file share the blocks of another (ioctl_ficlone(2)).
+
+    Returns whether it can.
+    """
     cannot = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
     try:
         fcntl.ioctl(target, FICLONE, source)
@@ -727,17 +748,17 @@ def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
 def exclusive_process(path: Path) -> Iterator[int]:
     """Hold the lock file while the block runs.
 
-    The kernel releases it when its last holder dies, so it is never stale. path: the lock file, made
-    if it is missing, never deleted. Yields its descriptor, for a child process to hold on to. Raises
-    Failure (exit code 4) if another process has it.
+    The kernel releases it when its last holder dies, so it is never stale. path: the
+    lock file, made if it is missing, never deleted. Yields its descriptor, for a child
+    process to hold on to. Raises Failure (exit code 4) if another process has it.
     """
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK) as descriptor:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = printable(os.fsdecode(os.read(descriptor, 200)))
-            raise Failure(f"another run ({holder or 'which has only just begun'}) holds the lock "
-                          f"{path.absolute()}; wait for it to end", 4) from error
+            raise Failure(f"another run ({holder or 'which has only just begun'}) holds "
+                          f"the lock {path.absolute()}; wait for it to end", 4) from error
         os.ftruncate(descriptor, 0)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         os.write(descriptor, f"process {os.getpid()}, since {since}".encode())
@@ -748,7 +769,7 @@ def exclusive_process(path: Path) -> Iterator[int]:
 
 
 class _Signals:
-    """Which signal has come, and whether it was told of: a handler has nowhere but module state to keep them."""
+    """Which signal has come, and whether it was told of; a handler can keep that nowhere else."""
 
     came: Optional[int] = None
     raised = False
@@ -760,7 +781,7 @@ def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
 
 @contextlib.contextmanager
 def ended_in_good_order() -> Iterator[None]:
-    """Have SIGTERM, SIGINT and SIGHUP end the block only where it can be ended, see raise_if_interrupted.
+    """Have SIGTERM, SIGINT and SIGHUP end the block only at calls of raise_if_interrupted.
 
     A SIGHUP that is ignored, as under nohup, stays so.
     """
@@ -778,8 +799,8 @@ def ended_in_good_order() -> Iterator[None]:
 def raise_if_interrupted() -> None:
     """Raise Interrupted, once, if a signal has come.
 
-    All that takes long asks this every now and then. A handler that raises would do so between any two instructions, and so in the
-    middle of putting things in order.
+    All that takes long asks this every now and then. A handler that raises would do so
+    between any two instructions, and so in the middle of putting things in order.
     """
     if _Signals.came and not _Signals.raised:
         _Signals.raised = True
@@ -798,15 +819,22 @@ def pause(seconds: float) -> None:
 
 
 def open_closed_streams() -> None:
-    """Open /dev/null in place of standard streams that are closed: a pipe or a lock would take their numbers, and programs use them."""
+    """Open /dev/null in place of standard streams that are closed.
+
+    A pipe or a lock would take their numbers, and programs use them.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, which is this one
+            # It gets the lowest free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
 
 
 def give_up_broken_streams() -> None:
-    """Let go of what standard output or error refuse, as when nobody reads them: left for Python to write it would exit with 120."""
+    """Let go of what standard output or error refuse, as when nobody reads them.
+
+    Were it left for Python to write, that would exit with 120.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -816,7 +844,11 @@ def give_up_broken_streams() -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a program ended. exit_code: negative if by a signal, as in subprocess. last_lines: the end of what it printed, escaped."""
+    """How a program ended.
+
+    exit_code: negative if by a signal, as in subprocess. last_lines: the end of what it
+    printed, escaped.
+    """
 
     exit_code: int
     last_lines: tuple[str, ...]
@@ -827,7 +859,10 @@ class Finished:
 
 
 def bytes_read_by(process: int) -> int:
-    """Return how many bytes a process has read, from files and pipes (rchar in proc(5)), 0 if that cannot be told."""
+    """Return how many bytes a process has read, from files and pipes, 0 if that is not told.
+
+    That is rchar in proc(5).
+    """
     with contextlib.suppress(OSError):
         if match := re.search(r"rchar: (\d+)", Path(f"/proc/{process}/io").read_text()):
             return int(match[1])
@@ -835,10 +870,14 @@ def bytes_read_by(process: int) -> int:
 
 
 def find_program(name: str, environment: Mapping[str, str]) -> str:
-    """Return the path of a program on the PATH of environment. Raises Failure (exit code 2) if it is not there."""
+    """Return the path of a program on the PATH of environment.
+
+    Raises Failure (exit code 2) if it is not there.
+    """
     found = shutil.which(name, path=environment["PATH"])
     if not found:
-        raise Failure(f"{name} is not installed: no such program in {environment['PATH']}; install it", 2)
+        raise Failure(f"{name} is not installed: no such program in {environment['PATH']}; "
+                      "install it", 2)
     return found
 
 
@@ -858,15 +897,20 @@ def shell(
     on_log: Optional[TakeLine] = None,
     watch: Watch = lambda process: None,
 ) -> Finished:
-    """Run a program and wait for it: the one gateway for all of them. No shell reads the command.
+    """Run a program and wait for it: the one gateway for all of them.
 
-    command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of a descriptor whose lines go to on_log.
-    environment: all of the program's environment. secret: hidden in whatever the program prints. standard_input: a few lines for it
-    to read. directory: where it runs. user: run as this user, with its groups. umask: -1 for the caller's. starts_daemons: they would hold an output pipe open
-    for ever, so a file takes the output. interruptible: whether a signal to this process ends it, and raises Interrupted.
-    timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each line as it comes, escaped. watch: called
-    twice a second with its process id; what it raises ends the program. Returns how it ended, with exit code 126 if it could not be
-    executed. The program and its process group have ended when an exception leaves.
+    No shell reads the command.
+
+    command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of
+    a descriptor whose lines go to on_log. environment: all of the program's environment.
+    secret: hidden in whatever the program prints. standard_input: a few lines for it to
+    read. directory: where it runs. user: run as this user, with its groups. umask: -1
+    for the caller's. starts_daemons: they would hold an output pipe open for ever, so a
+    file takes the output. interruptible: whether a signal to this process ends it, and
+    raises Interrupted. timeout_seconds: then it is ended, with exit code 124. on_line,
+    on_log: called for each line as it comes, escaped. watch: called twice a second with its process id; what
+    it raises ends the program. Returns how it ended, with exit code 126 if it could not
+    be executed. The program and its process group have ended when an exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -892,8 +936,9 @@ def shell(
             raise_if_interrupted()
         try:
             process = subprocess.Popen(
-                arguments, env=environment, stdin=subprocess.PIPE if standard_input else subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, cwd=directory, pass_fds=log, start_new_session=True, umask=umask, **identity)
+                arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=directory,
+                stdin=subprocess.PIPE if standard_input else subprocess.DEVNULL,
+                pass_fds=log, start_new_session=True, umask=umask, **identity)
         except OSError as error:
             return Finished(NOT_EXECUTABLE, (f"{printable(command[0])}: {error.strerror}",))
         stack.callback(_end_group, process)
@@ -902,7 +947,7 @@ def shell(
                 stream.write(standard_input.encode("utf-8", "surrogateescape"))
         in_time = _wait(process, timeout_seconds, check)
         if interruptible:
-            raise_if_interrupted()  # rather than take for a failure what the signal did to the program
+            raise_if_interrupted()  # it is no failure what the signal did to the program
     if not in_time:
         tail.append(f"no answer within {timeout_seconds:.0f} seconds")
     return Finished(process.returncode if in_time else TIMED_OUT, tuple(tail))
@@ -910,7 +955,10 @@ def shell(
 
 @contextlib.contextmanager
 def _pipe_to(take_line: TakeLine) -> Iterator[int]:
-    """Yield the writing end of a pipe whose lines a thread passes on; all that came before the block ended has been passed on then."""
+    """Yield the writing end of a pipe whose lines a thread passes on.
+
+    All that came before the block ended has been passed on then.
+    """
     reading, writing = os.pipe()
 
     def read_lines() -> None:
@@ -924,12 +972,16 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
         yield writing
     finally:
         os.close(writing)
-        reader.join(BACKGROUND_SECONDS)  # a process left in the background may hold the pipe: its output is nobody's business
+        # A process left in the background may hold the pipe: its output is nobody's business.
+        reader.join(BACKGROUND_SECONDS)
 
 
 @contextlib.contextmanager
 def _file_to(take_line: TakeLine) -> Iterator[int]:
-    """Yield a file in memory (a full disk must not keep a service down); its last lines are passed on when the block ends."""
+    """Yield a file in memory, for a full disk must not keep a service down.
+
+    Its last lines are passed on when the block ends.
+    """
     with os.fdopen(os.memfd_create("output"), "r+b") as stream:
         yield stream.fileno()
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_LINES * LONGEST_LINE_BYTES))
@@ -938,11 +990,14 @@ def _file_to(take_line: TakeLine) -> Iterator[int]:
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Watch) -> bool:
-    """Wait for a program, and call check twice a second meanwhile. Returns whether it ended in time."""
+    """Wait for a program, and call check twice a second meanwhile.
+
+    Returns whether it ended in time.
+    """
     deadline = time.monotonic() + timeout_seconds
     descriptor = os.pidfd_open(process.pid)
     try:
-        while not select.select([descriptor], [], [], max(0.0, min(WATCH_SECONDS, deadline - time.monotonic())))[0]:
+        while not select.select([descriptor], [], [], WATCH_SECONDS)[0]:
             if time.monotonic() >= deadline:
                 return False
             check(process.pid)
@@ -953,7 +1008,7 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Wat
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End a program that still runs, and all of its process group: SIGTERM, at most ten seconds later SIGKILL."""
+    """End a program that still runs, with its process group: SIGTERM, ten seconds later SIGKILL."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -969,9 +1024,9 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 class Downtime:
     """What became of the services.
 
-    seconds: from the first stop until all are known to run again. not_started: why services could
-    not be started again, by their line, see ServiceManager. awake: which ran again before that, as
-    somebody else had started them; empty if none did.
+    seconds: from the first stop until all are known to run again. not_started: why
+    services could not be started again, by their line, see ServiceManager. awake: which
+    ran again before that, as somebody else had started them; empty if none did.
     """
 
     seconds: float = 0.0
@@ -1005,12 +1060,17 @@ class ServiceManager:
         return f"{shlex.join(command)} ended with {answer}" if answer.exit_code else ""
 
     def running(self, names: Sequence[str]) -> list[str]:
-        """Return the lines of those services that run. Raises Failure if one does not answer."""
-        answers = {name: self.run(*self.command("status", name), interruptible=True) for name in names}
+        """Return the lines of those services that run.
+
+        Raises Failure if one does not answer.
+        """
+        answers = {name: self.run(*self.command("status", name), interruptible=True)
+                   for name in names}
         for name, answer in answers.items():
             if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
                 raise Failure(f"it cannot be told whether {name} runs; mend it first: "
-                              f"{shlex.join(self.command('status', name))} ended with {answer}")
+                              f"{shlex.join(self.command('status', name))} ended with "
+                              f"{answer}")
         return [name for name, answer in answers.items() if answer.exit_code == 0]
 
     def command(self, action: str, line: str) -> list[str]:
@@ -1018,15 +1078,19 @@ class ServiceManager:
         return ["service", line, action]
 
     def stop(self, lines: Sequence[str]) -> str:
-        """Stop services in this order. Returns why one could not be stopped, empty if all are."""
+        """Stop services in this order.
+
+        Returns why one could not be stopped, empty if all are.
+        """
         failures = (self.failure(*self.command("stop", line)) for line in lines)
         return next(filter(None, failures), "")
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, every one even when another fails.
 
-        A start is believed when the service runs after it: of a postfix with a broken main.cf
-        it exits 0 (seen: 3.7.11). Returns why services do not run, by their line.
+        A start is believed when the service runs after it: of a postfix with a broken
+        main.cf it exits 0 (seen: 3.7.11). Returns why services do not run, by their
+        line.
         """
         failed = {line: self.failure(*self.command("start", line)) for line in lines}
         return {line: failed[line] or why for line, why in self.not_running(lines).items()}
@@ -1048,24 +1112,26 @@ class ServiceManager:
 class Systemd(ServiceManager):
     """How services are controlled where systemd is process 1: a line is a service's units.
 
-    `service` tells lies there: on Debian 12 postfix.service only stands for postfix@-.service,
-    and can be stopped and started whatever becomes of that (seen: systemd 252, postfix 3.7.11).
+    `service` tells lies there: on Debian 12 postfix.service only stands for
+    postfix@-.service, and can be stopped and started whatever becomes of that (seen:
+    systemd 252, postfix 3.7.11).
     """
 
     program = "systemctl"
     starts_daemons = False  # they are systemd's children, not systemctl's
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked for.
+        # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked
+        # for.
         super().__init__({name: value for name, value in environment.items()
                           if not name.startswith("SYSTEMD_")})
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run, see ServiceManager.
 
-        A line has all running units that go down with the service, and before them the sockets
-        that would start it again, lest they do so between their stop and its own. Raises Failure
-        also if a unit could not be started again.
+        A line has all running units that go down with the service, and before them the
+        sockets that would start it again, lest they do so between their stop and its
+        own. Raises Failure also if a unit could not be started again.
         """
         lines = []
         for name in names:
@@ -1074,9 +1140,10 @@ class Systemd(ServiceManager):
             for unit in running:
                 kind = "transient" if unit.get("Transient") == "yes" else unit["LoadState"]
                 if kind != "loaded":
-                    raise Failure(f"{unit['Id']} runs and could not be started again, for it is "
-                                  f"{kind}; mend that first")
-            # A target is left to itself: to start it would start what was not running, too.
+                    raise Failure(f"{unit['Id']} runs and could not be started again, "
+                                  f"for it is {kind}; mend that first")
+            # A target is left to itself: to start it would start what was not running,
+            # too.
             started = sorted((unit["Id"] for unit in running if not unit["Id"].endswith(".target")),
                              key=lambda unit: (unit.endswith(".service"), unit))
             if started:
@@ -1086,8 +1153,8 @@ class Systemd(ServiceManager):
     def settled_units(self, name: str) -> list[dict[str, str]]:
         """Return the units that go down with one, itself too, when none is just started or stopped.
 
-        A oneshot that is under way is left out: neither is it waited for, nor begun anew. Raises
-        Failure if it takes over 120 seconds.
+        A oneshot that is under way is left out: neither is it waited for, nor begun
+        anew. Raises Failure if it takes over 120 seconds.
         """
         deadline = time.monotonic() + SERVICE_SECONDS
         while True:
@@ -1161,8 +1228,8 @@ class Systemd(ServiceManager):
     def outliving(self) -> list[str]:
         """Return what to put before a command so that it outlives the end of this control group.
 
-        That is what `systemctl kill` and the out-of-memory killer end. Where no scope can be had
-        it is nothing.
+        That is what `systemctl kill` and the out-of-memory killer end. Where no scope
+        can be had it is nothing.
         """
         scope = ["systemd-run", "--scope", "--quiet", "--collect", "--property=TimeoutStopSec=10"]
         why = self.failure(*scope, "true")
@@ -1180,7 +1247,8 @@ def service_manager(environment: Mapping[str, str]) -> ServiceManager:
 def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]:
     """Return the lines of the services that are to come back.
 
-    Those are the stopped ones, then what else is listed in the file, which may be missing.
+    Those are the stopped ones, then what else is listed in the file, which may be
+    missing.
     """
     listed: list[str] = []
     with contextlib.suppress(FileNotFoundError):
@@ -1193,8 +1261,9 @@ def start_services(
 ) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
-    lines: see ServiceManager. list_path: the file that lists the services that are to come back:
-    afterwards those that could not be started, else gone. Returns why they could not, by line.
+    lines: see ServiceManager. list_path: the file that lists the services that are to
+    come back: afterwards those that could not be started, else gone. Returns why they
+    could not, by line.
     """
     manager = service_manager(environment)
     failed = dict.fromkeys(lines, "")
@@ -1217,11 +1286,12 @@ def services_stopped(
 ) -> Iterator[None]:
     """Stop the services of names that run, and start them again after the block whatever happens.
 
-    A keeper (see keep_services) does both, so that even the death of this process brings them back.
-    names: in the order in which they stop and start. list_path: where the keeper notes what it
-    stops; what is listed there already is started too. environment: with a PATH on which systemctl
-    or `service` is. lock: a descriptor that the keeper holds until the services are back. downtime:
-    filled in at the end. Raises Failure if a service cannot be stopped; all are started again then.
+    A keeper (see keep_services) does both, so that even the death of this process brings
+    them back. names: in the order in which they stop and start. list_path: where the
+    keeper notes what it stops; what is listed there already is started too. environment:
+    with a PATH on which systemctl or `service` is. lock: a descriptor that the keeper
+    holds until the services are back. downtime: filled in at the end. Raises Failure if
+    a service cannot be stopped; all are started again then.
     """
     manager = service_manager(environment)
     running = manager.running(names)
@@ -1252,7 +1322,10 @@ def services_stopped(
 
 
 def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
-    """Have the keeper start the services. Returns what it answers then, None if it died before."""
+    """Have the keeper start the services.
+
+    Returns what it answers then, None if it died before.
+    """
     _stream(keeper.stdin).close()
     answer = _stream(keeper.stdout).readline()
     keeper.wait()
@@ -1268,12 +1341,13 @@ def _stream(stream: Optional[IO[str]]) -> IO[str]:
 def keep_services(lines: Sequence[str], list_path: Path) -> int:
     """Stop services, wait for the end of standard input, start them again: the life of the keeper.
 
-    The kernel closes the other end of standard input even when its holder is killed, and a stop
-    that is under way then still ends before the start begins. No signal but SIGKILL disturbs it.
-    It answers with two lines of JSON: why a service could not be stopped, empty if all are; then
-    what could not be started, and the seconds of downtime. lines: see ServiceManager, in the order
-    in which they stop and start. list_path: lists them from before the first stop until after the
-    last start. Returns its exit code: 0, 1 if nothing was stopped, 5 if a service is down.
+    The kernel closes the other end of standard input even when its holder is killed, and
+    a stop that is under way then still ends before the start begins. No signal but
+    SIGKILL disturbs it. It answers with two lines of JSON: why a service could not be
+    stopped, empty if all are; then what could not be started, and the seconds of
+    downtime. lines: see ServiceManager, in the order in which they stop and start.
+    list_path: lists them from before the first stop until after the last start. Returns
+    its exit code: 0, 1 if nothing was stopped, 5 if a service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit

@@ -125,7 +125,7 @@ class Store:
     def stopped_list(self) -> Path:
         """The file in /run that lists the services that are to come back."""
         import backup
-        return backup.paths_of({"STORAGE_ROOT": str(self.root)}).stopped
+        return backup.work_of({"STORAGE_ROOT": str(self.root)}).stopped
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command line that runs backup.py with the settings file."""
@@ -194,7 +194,7 @@ class Store:
     def clean(self) -> None:
         """End the agents that tests or killed runs have left, and remove from /run what they made there."""
         import backup
-        name = backup.paths_of({"STORAGE_ROOT": str(self.root)}).gnupg.name.rpartition("-")[0]
+        name = backup.work_of({"STORAGE_ROOT": str(self.root)}).gnupg.name.rpartition("-")[0]
         for home in [self.gnupg(), *Path("/run").glob(f"{name}-*")]:
             if home.exists():
                 self.run("gpgconf", "--kill", "all", environment={"GNUPGHOME": str(home)})

@@ -175,7 +175,7 @@ def test_no_room_for_the_copy(keyed: Store) -> None:
         (root / "database").write_text("little in much room, as databases make it, is quickly read")
         keyed.run("fallocate", "--keep-size", "--length", "600M", root / "database")
         keyed.backup()
-        assert last_run(keyed)["source"] == "direct" and "MB free" in last_run(keyed)["message"]
+        assert last_run(keyed)["source"] == "direct" and "No space left" in last_run(keyed)["message"]
         keyed.assert_restores()
         keyed.clean()
 

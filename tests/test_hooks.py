@@ -82,7 +82,7 @@ def test_supplementary_groups(keyed: Store) -> None:
 @pytest.mark.parametrize("wrong, told", [
     ("#!/bin/sh\nfor number in $(seq 40); do echo line $number; done; exit 42\n", "exit code 42"),
     ("#!/bin/sh\nkill -9 $$\n", "signal 9"),
-    ("#!/no/such/interpreter\n", "No such file or directory"),
+    ("#!/no/such/interpreter\n", "not found"),
     ("\x7fELF broken", "exit code 126"),
 ])
 def test_failing_hook(keyed: Store, name: str, wrong: str, told: str) -> None:
@@ -109,8 +109,8 @@ def test_hook_that_cannot_be_run(keyed: Store, kind: str) -> None:
         path.symlink_to("/nowhere")
     else:
         put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o700)
-    told = {"not executable": "chmod +x", "directory": "Is a directory", "dangling link": "No such file", "root only": "Permission denied"}
-    assert told[kind] in keyed.backup(exit_code=3).stderr
+    told = "not found" if kind == "dangling link" else "Permission denied"
+    assert told in keyed.backup(exit_code=3).stderr
 
 
 def test_hook_without_interpreter_line(keyed: Store) -> None:
@@ -137,7 +137,7 @@ def test_no_shell_reads_the_path(store: Store) -> None:
 
 def test_what_a_hook_can_read(keyed: Store) -> None:
     """after-backup reads the encrypted files and last-run.json, and neither the key nor cache/."""
-    output, home = output_of(keyed), backup.paths_of({"STORAGE_ROOT": str(keyed.root)}).gnupg
+    output, home = output_of(keyed), backup.work_of({"STORAGE_ROOT": str(keyed.root)}).gnupg
     put_hook(keyed, "after-backup", f"""#!/bin/sh
 cat {keyed.encrypted}/* > /dev/null && echo encrypted >> {output}
 grep -q '"exit_code": 0' {keyed.backups}/last-run.json && echo last-run >> {output}

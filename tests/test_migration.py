@@ -31,7 +31,7 @@ HARMLESS = frozenset(
 CHILD = """import sys
 sys.path.insert(0, sys.argv[1])
 import backup
-backup.migrate_legacy_layout(backup.paths_of({"STORAGE_ROOT": sys.argv[2]}))
+backup.migrate_legacy_layout(backup.work_of({"STORAGE_ROOT": sys.argv[2]}))
 """
 
 
@@ -157,7 +157,7 @@ def contents_of(root: Path) -> frozenset[bytes]:
 def migrate(root: Path) -> None:
     """Migrate the layout in a STORAGE_ROOT, undisturbed."""
     filecmp.clear_cache()
-    backup.migrate_legacy_layout(backup.paths_of({"STORAGE_ROOT": str(root)}))
+    backup.migrate_legacy_layout(backup.work_of({"STORAGE_ROOT": str(root)}))
 
 
 def traced_migration(root: Path, *options: str) -> tuple[int, list[str]]:

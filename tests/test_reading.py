@@ -219,9 +219,10 @@ def test_restore_of_a_part(made: Store, tmp_path: Path) -> None:
 
 
 def test_restore_into_no_directory(made: Store, tmp_path: Path) -> None:
-    """A directory that would be in one that is not there is refused by that one's name."""
+    """A directory that would be in one that is not there cannot be made, and is named."""
     place = tmp_path / "missing" / "target"
-    assert f"{place.parent} is not a directory" in reads(made, "--restore", str(place), exit_code=2).stderr
+    errors = reads(made, "--restore", str(place), exit_code=1).stderr
+    assert errors == f"backup: {place}: No such file or directory; see to that and run this again\n"
 
 
 @pytest.mark.parametrize("arguments, told, exit_code", [
@@ -249,13 +250,14 @@ def test_restore_of_what_is_not_there(made: Store, tmp_path: Path, arguments: li
 
 
 def test_restore_into_a_directory_that_is_not_empty(made: Store, tmp_path: Path) -> None:
-    """Refused, exit 2; a file and a dangling link as well; nothing changes."""
+    """Refused, and so are a file and a dangling link; nothing changes."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("/nowhere")
-    for name in ("full", "file", "link"):
-        assert "not empty" in reads(made, "--restore", str(tmp_path / name), exit_code=2).stderr
+    for name, told, code in (("full", "not empty", 2), ("file", "Not a directory", 1),
+                             ("link", "No such file", 1)):
+        assert told in reads(made, "--restore", str(tmp_path / name), exit_code=code).stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link"]
 
 
@@ -358,7 +360,7 @@ def test_restore_of_nothing_keeps_the_directory(made: Store, tmp_path: Path) -> 
     reads(made, "--restore", str(tmp_path / "there"), "--path", "ssl/private.pem")
     assert stat.S_IMODE((tmp_path / "there").stat().st_mode) == 0o1777
     (tmp_path / "loop").symlink_to("loop")
-    reads(made, "--restore", str(tmp_path / "loop"), exit_code=2)
+    reads(made, "--restore", str(tmp_path / "loop"), exit_code=1)
     assert "could be deleted" in reads(made, "--restore", str(made.backups / "tmp"), exit_code=2).stderr
 
 

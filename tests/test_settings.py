@@ -103,11 +103,21 @@ def test_wrong_storage_root(store: Store, directory: str, told: str) -> None:
 
 
 def test_storage_root_that_is_not_utf_8(store: Store) -> None:
-    """duplicity 0.8.22 would write to a directory of another name and exit 0."""
-    root = Path(os.fsdecode(os.fsencode(store.scratch) + b"/\xff"))
-    root.mkdir()
-    refused(store, r"\xff is not UTF-8", 2, "--storage-root", str(root))
-    assert list(root.iterdir()) == []
+    """It is backed up like any other, whether from a copy or, with a mount inside, directly."""
+    root = store.root.rename(os.fsdecode(os.fsencode(store.scratch) + b"/\xff"))
+    (root / "mount").mkdir()
+    command = [*store.command()[:2], "--storage-root", str(root)]
+    for full in ("copy", "direct"):
+        if full == "direct":
+            store.run("mount", "-t", "tmpfs", "none", root / "mount")
+        try:
+            store.run(*command, "--full")
+        finally:
+            store.run("umount", root / "mount", exit_code=None)
+        assert f'"source": "{full}"' in (root / "backup/last-run.json").read_text()
+    store.run(*command, "--restore", store.scratch / "restored")
+    assert tree_of(store.scratch / "restored").keys() == tree_of(root).keys()
+    store.root.mkdir()
 
 
 def test_root_alone_makes_backups(store: Store) -> None:
@@ -308,7 +318,7 @@ def test_what_a_killed_run_leaves(keyed: Store, first_night: FirstNight) -> None
     for name in ("duplicity-full.20990101T000000Z.manifest.part", "duplicity-full-signatures.20990101T000000Z.sigtar.gz",
                  "duplicity-full.20000101T000000Z.manifest.part"):
         (archive / name).touch()
-    paths = backup.paths_of({"STORAGE_ROOT": str(keyed.root)})
+    paths = backup.work_of({"STORAGE_ROOT": str(keyed.root)})
     paths.gnupg.mkdir(mode=0o700)
     assert keyed.backup().stderr == ""
     assert len(keyed.manifests()) == 2 and old < set(keyed.encrypted.iterdir())
