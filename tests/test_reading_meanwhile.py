@@ -1,14 +1,20 @@
-"""Reading while writing: what a run makes, has left dead or prunes is no reader's trouble, nor are readers and locks a night's."""
+"""Reading while writing: neither a set without a manifest nor pruning is a reader's trouble.
+
+And neither readers nor those who lock what they may read are a night's.
+"""
 
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from conftest import USER, Entry, FirstNight, Store, copy_backups, make_store, tree_of
 from test_services import processes_of, wait_for
@@ -16,16 +22,17 @@ from test_services import processes_of, wait_for
 MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
 ADDED = "ssl/added"
 
-# What duplicity encrypts, in this order, for a tree that fills one volume.
-VOLUME, SIGNATURES, MANIFEST = 1, 2, 3
+# What is there, in this order, of a set that fills one volume and has no manifest yet.
+VOLUME, SIGNATURES = 1, 2
 
-# The real gpg, but that encryption waits for as long as a file is there and duplicity lives.
+# The real gpg, but once the target holds so many files what it is to encrypt next waits for as
+# long as a file is there and duplicity lives, for a minute at most.
 WAITING_GPG = """#!/bin/sh
 case " $* " in *" --symmetric "*)
-    echo >> {scratch}/encryptions
-    if [ "$(wc -l < {scratch}/encryptions)" = {number} ]; then
+    if [ "$(ls {encrypted} | wc -l)" = {number} ]; then
         touch {scratch}/reached
-        while [ -e {scratch}/reached ]; do
+        left=3000
+        while [ -e {scratch}/reached ] && [ $((left -= 1)) -gt 0 ]; do
             kill -0 $PPID 2> {scratch}/gone || exit 9
             sleep 0.02
         done
@@ -57,32 +64,34 @@ def change(store: Store) -> None:
 
 @dataclass(frozen=True)
 class Instant:
-    """An instant of a backup, with the next thing that duplicity encrypts, and what came then."""
+    """An instant of a backup. files: how many of the new set are there."""
 
     action: str
-    next: int
+    files: int
     killed: bool
 
     def __str__(self) -> str:
         """Return what pytest shows."""
-        left = {SIGNATURES: "volume", MANIFEST: "signatures"}[self.next]
-        return f"{'killed' if self.killed else 'going-on'}-{self.action}-with-{left}"
+        files = {VOLUME: "volume", SIGNATURES: "signatures"}[self.files]
+        return f"{'killed' if self.killed else 'going-on'}-{self.action}-with-{files}"
 
 
-KILLED_FULL = Instant("full", MANIFEST, killed=True)
+KILLED_FULL = Instant("full", SIGNATURES, killed=True)
 INSTANTS = [
-    Instant("full", SIGNATURES, killed=True), KILLED_FULL,
-    Instant("incremental", SIGNATURES, killed=True), Instant("incremental", MANIFEST, killed=True),
-    Instant("full", SIGNATURES, killed=False), Instant("incremental", MANIFEST, killed=False)]
+    Instant("full", VOLUME, killed=True),
+    KILLED_FULL,
+    Instant("incremental", VOLUME, killed=True),
+    Instant("incremental", SIGNATURES, killed=True),
+    Instant("full", VOLUME, killed=False),
+    Instant("incremental", SIGNATURES, killed=False)]
 
 
 @dataclass
 class Unfinished:
-    """A store with one complete set and another that has no manifest. tree: what the first holds."""
+    """A store with one complete set, of a tree, and another that has no manifest."""
 
     store: Store
     tree: dict[str, Entry]
-    process: "subprocess.Popen[str]"
 
     def assert_restores(self, name: str, *command: str) -> None:
         """Check that a command like --restore, put before it, brings the complete set back."""
@@ -93,26 +102,28 @@ class Unfinished:
     def assert_lists(self, *command: str) -> None:
         """Check that --list, after another command, tells what is in the complete set only."""
         listed = self.store.run(*command, *self.store.command("--list")).stdout.splitlines()
-        odd = "odd"  # its name is shown escaped
-        assert {name for name in listed if odd not in name} == {
-            name for name in self.tree if odd not in name}
+        assert len(listed) == len(self.tree)
+        differing = set(listed) ^ set(self.tree)
+        assert all("odd" in name for name in differing), differing  # that one is shown escaped
 
 
 def begin_backup(store: Store, instant: Instant) -> "subprocess.Popen[str]":
     """Start a backup of what has changed, and return when it has come to an instant."""
     known = set(store.encrypted.iterdir())
-    store.stand_in("gpg", WAITING_GPG.format(scratch=store.scratch, number=instant.next))
+    store.stand_in("gpg", WAITING_GPG.format(
+        scratch=store.scratch, encrypted=store.encrypted, number=len(known) + instant.files))
     options = ["--full"] if instant.action == "full" else []
     process = subprocess.Popen(
         store.command(*options), env=store.environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for((store.scratch / "reached").exists)
+        (store.bin / "gpg").unlink()  # 3.2.1 encrypts something whatever it does, to try gpg
         made = sorted(path.name for path in set(store.encrypted.iterdir()) - known)
-        assert len(made) == instant.next - 1 and "manifest" not in " ".join(made), made
+        assert len(made) == instant.files and "manifest" not in " ".join(made), made
     except BaseException:
         process.kill()
-        process.communicate()
+        end_backup(store, process)
         raise
     return process
 
@@ -123,9 +134,12 @@ def end_backup(store: Store, process: "subprocess.Popen[str]") -> str:
     return process.communicate()[0]
 
 
-@pytest.fixture(scope="module", params=[
-    pytest.param(instant, id=str(instant), marks=pytest.mark.xdist_group(str(instant)))
-    for instant in INSTANTS])
+def grouped(instant: Instant) -> ParameterSet:
+    """Return an instant as a parameter: one process makes it, once, and runs all its tests."""
+    return pytest.param(instant, id=str(instant), marks=pytest.mark.xdist_group(str(instant)))
+
+
+@pytest.fixture(scope="module", params=[grouped(instant) for instant in INSTANTS])
 def unfinished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
     first_night: FirstNight,
@@ -137,13 +151,16 @@ def unfinished(
     tree = tree_of(store.root)
     change(store)
     process = begin_backup(store, instant)
-    if instant.killed:
-        process.kill()
-        process.communicate()
-        wait_for(lambda: not [line for line in processes_of(store) if "gpg-agent" not in line])
-    yield Unfinished(store, tree, process)
-    end_backup(store, process)
-    store.clean()
+    try:
+        if instant.killed:
+            process.kill()
+            process.wait()
+            wait_for(lambda: not [
+                line for line in processes_of(store) if "gpg-agent" not in line])
+        yield Unfinished(store, tree)
+    finally:
+        end_backup(store, process)
+        store.clean()
 
 
 def test_restore_is_of_the_newest_complete_set(unfinished: Unfinished) -> None:
@@ -172,7 +189,7 @@ def test_backup_that_is_read_meanwhile_is_made(keyed: Store, first_night: FirstN
     """It notices no reader: it ends in silence with exit 0, and restores."""
     first_night(keyed)
     change(keyed)
-    process = begin_backup(keyed, Instant("incremental", MANIFEST, killed=False))
+    process = begin_backup(keyed, Instant("full", SIGNATURES, killed=False))
     keyed.backup("--verify", exit_code=None)
     assert (end_backup(keyed, process), process.returncode) == ("", 0)
     keyed.assert_restores()
@@ -185,12 +202,10 @@ NO_LINKS = ["strace", "--seccomp-bpf", "-f", "-qq", "-o", "/dev/null",
             "-e", "trace=link,linkat", "-e", "inject=link,linkat:error=EPERM"]
 
 
-@pytest.mark.parametrize("unfinished", [
-    pytest.param(KILLED_FULL, id=str(KILLED_FULL), marks=pytest.mark.xdist_group(str(KILLED_FULL)))],
-    indirect=True)
+@pytest.mark.parametrize("unfinished", [grouped(KILLED_FULL)], indirect=True)
 @pytest.mark.parametrize("disk", ["read-only", "without-links"])
 def test_disk_that_takes_no_links(unfinished: Unfinished, disk: str) -> None:
-    """A rescue from it lists and restores the newest complete set, and leaves nothing behind."""
+    """A rescue lists and restores the newest complete set, and leaves nothing behind."""
     store = unfinished.store
     temporary = store.scratch / f"temporary-{disk}"
     temporary.mkdir()
@@ -231,7 +246,7 @@ def pruning(keyed: Store, old_chain: Store) -> Store:
 
 @dataclass
 class StoppedReader:
-    """A --restore whose process and duplicity are stopped. home: its gpg's, directory: its own."""
+    """A --restore that is stopped, its duplicity too. home: its gpg's, directory: its own."""
 
     store: Store
     target: Path
@@ -256,20 +271,24 @@ class StoppedReader:
     def kill(self) -> None:
         """Kill it; duplicity dies with it."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
         wait_for(lambda: not Path("/proc", str(self.duplicity)).exists())
 
-    def go_on(self) -> str:
-        """Let it restore, check that it exits 0, and return its messages."""
+    def remove(self) -> None:
+        """Leave nothing in /run, whatever came of a test."""
+        self.kill()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def go_on(self) -> None:
+        """Let it restore, and check that it exits 0."""
         for process in (self.duplicity, self.process.pid):
             os.kill(process, signal.SIGCONT)
         errors = self.process.communicate()[1]
         assert self.process.returncode == 0, errors
-        return errors
 
 
 def test_what_is_pruned_meanwhile_is_restored(pruning: Store, old_chain: Store) -> None:
-    """A night deletes the sets that a restore is about to read: both exit 0, each has its way."""
+    """A night deletes the sets that a restore is about to read: both do it, and exit 0."""
     old = set(pruning.encrypted.iterdir())
     change(pruning)
     reader = StoppedReader(pruning, pruning.scratch / "restored", ["--time", "4D"])
@@ -278,7 +297,7 @@ def test_what_is_pruned_meanwhile_is_restored(pruning: Store, old_chain: Store) 
         assert len(old) == 6 and not old & set(pruning.encrypted.iterdir())
         reader.go_on()
     finally:
-        reader.kill()
+        reader.remove()
     assert tree_of(reader.target) == tree_of(old_chain.root)
 
 
@@ -298,10 +317,11 @@ def test_directory_of_a_dead_reader_goes_and_that_of_a_living_one_stays(
         places = [dead.directory, dead.home, living.directory, living.home]
         assert [place.exists() for place in places] == [False, False, True, True]
         living.go_on()
+        assert not living.directory.exists() and not living.home.exists()
     finally:
-        living.kill()
+        living.remove()
+        dead.remove()
     assert tree_of(living.target) == tree
-    assert not living.directory.exists() and not living.home.exists()
 
 
 # Locks
@@ -309,7 +329,7 @@ def test_directory_of_a_dead_reader_goes_and_that_of_a_living_one_stays(
 
 @pytest.fixture(params=["--exclusive", "--shared"])
 def locked(request: pytest.FixtureRequest, pruning: Store) -> Iterator[Store]:
-    """A store in which one of STORAGE_USER's group locks for ever all that the group can open."""
+    """A store in which one of STORAGE_USER's group locks all that the group can open."""
     user = pwd.getpwnam(USER)
     lock = ["flock", "--no-fork", request.param]
     holder = subprocess.Popen(
@@ -324,7 +344,7 @@ def locked(request: pytest.FixtureRequest, pruning: Store) -> Iterator[Store]:
 
 
 def test_locked_sets_are_pruned(locked: Store) -> None:
-    """A night needs no lock on what it prunes: exit 0, not a word, and the old sets are gone."""
+    """A night needs no lock on what it prunes: exit 0, not a word, the old sets are gone."""
     old = set(locked.encrypted.iterdir())
     assert locked.backup("--full").stderr == ""
     assert len(old) == 6 and not old & set(locked.encrypted.iterdir())
@@ -332,7 +352,8 @@ def test_locked_sets_are_pruned(locked: Store) -> None:
 
 def test_locked_dead_set_is_thrown_away(locked: Store) -> None:
     """A night needs none for that either."""
-    dead = locked.encrypted / "duplicity-full.20990101T000000Z.vol1.difftar.gpg"
+    now = datetime.now(timezone.utc)
+    dead = locked.encrypted / f"duplicity-full.{now:%Y%m%dT%H%M%SZ}.vol1.difftar.gpg"
     dead.touch()
     locked.backup()
     assert not dead.exists()
