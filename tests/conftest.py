@@ -1,4 +1,7 @@
-"""What the tests share: a throwaway mail store, `service` as a stand-in that records its calls, and real duplicity and gpg."""
+"""What the tests share: a throwaway mail store, a stand-in for `service`, and checks of a backup.
+
+The stand-in records its calls; duplicity and gpg are the real ones.
+"""
 
 import os
 import pwd
@@ -29,9 +32,9 @@ PYTHON = "/usr/bin/python3"
 SCRIPT = PROJECT / "backup.py"
 USER = "nobody"
 
-# Keeps its state in files beside itself. `NAME.fails-ACTION` makes that action fail (its first line says how often), `NAME.hangs-ACTION`
-# makes it hang for ever, `NAME.waits-ACTION` has it wait until that file is gone,
-# for half a minute at most.
+# Keeps its state in files beside itself. `NAME.fails-ACTION` makes that action fail (its first
+# line says how often), `NAME.hangs-ACTION` makes it hang for ever, `NAME.waits-ACTION` has it wait
+# until that file is gone, for half a minute at most.
 SERVICE = """#!/bin/sh
 cd "${0%/*}" || exit 9
 echo "$1 $2" >> calls
@@ -53,7 +56,8 @@ start) touch "$1.running";;
 esac
 """
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # all that is started here inherits it; under nohup it would be ignored
+# All that is started here inherits it; under nohup it would be ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SUMMARY: list[str] = []  # what tests have to tell although they passed
 
@@ -65,12 +69,16 @@ Entry = tuple[object, ...]
 
 
 def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
-    """Return all that a backup keeps of a tree by relative path: kind, mode, owner, whole-second mtime, and content or link target."""
+    """Return all that a backup keeps of a tree, by relative path.
+
+    That is kind, mode, owner, whole-second mtime, and content or link target.
+    """
     found: dict[str, Entry] = {}
     for directory, directories, files in os.walk(os.fsencode(root)):
         if directory == os.fsencode(root) and without.encode() in directories:
             directories.remove(without.encode())
-        for name in [b"", *directories, *files] if directory == os.fsencode(root) else directories + files:
+        itself = [b""] if directory == os.fsencode(root) else []
+        for name in [*itself, *directories, *files]:
             path = os.path.join(directory, name)
             status = os.lstat(path)
             content: object = None
@@ -80,11 +88,12 @@ def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
                 content = os.readlink(path)
             elif stat.S_ISSOCK(status.st_mode):
                 continue
-            # duplicity keeps mtimes in whole seconds; a symbolic link's mode and mtime are not kept. The mtime of the root changes when
-            # backup/ is made in it.
+            # duplicity keeps mtimes in whole seconds; a symbolic link's mode and mtime are not
+            # kept. The mtime of the root changes when backup/ is made in it.
             time = None if stat.S_ISLNK(status.st_mode) or not name else int(status.st_mtime)
             found[os.path.relpath(os.fsdecode(path), root)] = (
-                stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, time, content)
+                stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode),
+                status.st_uid, status.st_gid, time, content)
     return found
 
 
@@ -149,17 +158,23 @@ class Store:
         """Return the command line for another user than root."""
         return [PYTHON, str(self.program_for_others()), *self.command(*arguments)[2:]]
 
-    def run(self, *command: Union[str, Path], exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}) -> Result:
+    def run(
+        self, *command: Union[str, Path], exit_code: Optional[int] = 0,
+        environment: Mapping[str, str] = {}
+    ) -> Result:
         """Run any command in the store's environment and check its exit code (None: any)."""
         result = subprocess.run(
-            [str(part) for part in command], env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors="surrogateescape")
+            [str(part) for part in command], env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="surrogateescape")
         assert exit_code is None or result.returncode == exit_code, (
-            f"{shlex.join(map(str, command))}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+            f"{shlex.join(map(str, command))}: exit code {result.returncode}\n"
+            f"{result.stdout}\n{result.stderr}")
         return result
 
-    def backup(self, *arguments: str, exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}) -> Result:
-        """Run backup.py and check its exit code (None: any); whatever happens there is no traceback."""
+    def backup(
+        self, *arguments: str, exit_code: Optional[int] = 0, environment: Mapping[str, str] = {}
+    ) -> Result:
+        """Run backup.py and check its exit code (None: any); there never is a traceback."""
         result = self.run(*self.command(*arguments), exit_code=exit_code, environment=environment)
         assert "Traceback" not in result.stderr, result.stderr
         return result
@@ -173,16 +188,24 @@ class Store:
         key.chmod(0o600)
 
     def restore(self, name: str = "restored", *options: str) -> Path:
-        """Restore with nothing but duplicity and the first line of the key, into a fresh directory, and return that."""
+        """Restore into a fresh directory, and return that.
+
+        Nothing is used but duplicity and the first line of the key.
+        """
         target = self.scratch / name
         passphrase = (self.backups / "secret_key.txt").read_text().splitlines()[0].strip()
-        self.run("duplicity", "restore", "--archive-dir", self.scratch / f"{name}-archive", *options, self.encrypted.as_uri(), target,
-                 environment={"PASSPHRASE": passphrase, "GNUPGHOME": str(self.gnupg())})
-        self.run("gpgconf", "--kill", "all", environment={"GNUPGHOME": str(self.gnupg())})
+        environment = {"GNUPGHOME": str(self.gnupg())}
+        self.run("duplicity", "restore", "--archive-dir", self.scratch / f"{name}-archive",
+                 *options, self.encrypted.as_uri(), target,
+                 environment={**environment, "PASSPHRASE": passphrase})
+        self.run("gpgconf", "--kill", "all", environment=environment)
         return target
 
     def gnupg(self) -> Path:
-        """Return a home for the store's own use of gpg, under a short path: gpg-agent's socket needs one."""
+        """Return a home for the store's own use of gpg.
+
+        Its path is short: gpg-agent's socket needs that.
+        """
         home = Path("/run", f"test-gnupg-{zlib.crc32(os.fsencode(self.root)):08x}")
         home.mkdir(mode=0o700, exist_ok=True)
         return home
@@ -192,7 +215,7 @@ class Store:
         assert tree_of(self.restore(name)) == tree_of(self.root)
 
     def clean(self) -> None:
-        """End the agents that tests or killed runs have left, and remove from /run what they made there."""
+        """End the agents that tests or killed runs have left, and remove what they made in /run."""
         import backup
         name = backup.work_of({"STORAGE_ROOT": str(self.root)}).gnupg.name.rpartition("-")[0]
         for home in [self.gnupg(), *Path("/run").glob(f"{name}-*")]:
@@ -219,7 +242,10 @@ class Store:
     # The stand-in for `service`
 
     def calls(self, *actions: str) -> list[str]:
-        """Return the calls of `service` so far, such as "postfix stop": all, or those of these actions."""
+        """Return the calls of `service` so far, such as "postfix stop".
+
+        All of them, or those of these actions.
+        """
         path = self.bin / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if not actions or line.split()[1] in actions]
@@ -233,7 +259,10 @@ class Store:
         return sorted(path.stem for path in self.bin.glob("*.running"))
 
     def stand_in(self, program: str, script: str) -> None:
-        """Put a script of our own before a program on PATH; "REAL" in it is the real program's path."""
+        """Put a script of our own before a program on PATH.
+
+        "REAL" in it is the real program's path.
+        """
         real = utils.find_program(program, {"PATH": utils.system_path(os.environ["PATH"])})
         path = self.bin / program
         path.write_bytes(os.fsencode(script.replace("REAL", real)))
@@ -241,12 +270,13 @@ class Store:
 
 
 def write_messages(root: Path) -> None:
-    """Fill a STORAGE_ROOT with a small mail store that holds one of everything a backup must keep."""
+    """Fill a STORAGE_ROOT with one of everything that a backup must keep."""
     mailbox = root / "mail" / "mailboxes" / "example.com" / "alice"
     for directory in ("cur", "new", "tmp", ".Sent/cur", ".Sent/new", ".Sent/tmp"):
         (mailbox / directory).mkdir(parents=True)
     for number in range(5):
-        (mailbox / "cur" / f"17000{number}.M1P1.host,S=20:2,S").write_text(f"Subject: message {number}\n\n" + "text\n" * 50 * number)
+        message = mailbox / "cur" / f"17000{number}.M1P1.host,S=20:2,S"
+        message.write_text(f"Subject: message {number}\n\n" + "text\n" * 50 * number)
     (mailbox / "new" / "170010.M1P1.host").write_text("Subject: new\n")
     (mailbox / "dovecot.index").write_bytes(bytes(range(256)) * 20)
     (mailbox / "empty").touch()
@@ -260,7 +290,8 @@ def write_messages(root: Path) -> None:
     user = pwd.getpwnam(USER)
     for directory_name, directories, files in os.walk(root / "mail"):
         for name in directories + files:
-            os.chown(os.path.join(directory_name, name), user.pw_uid, user.pw_gid, follow_symlinks=False)
+            path_name = os.path.join(directory_name, name)
+            os.chown(path_name, user.pw_uid, user.pw_gid, follow_symlinks=False)
     for path in root.rglob("*"):
         os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
 
@@ -277,7 +308,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Give what tests had to tell to the process that prints it, when this is one of its workers."""
+    """Give what tests had to tell to the process that prints it, if this is a worker of it."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["summary"] = SUMMARY
 
@@ -295,7 +326,10 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """A small mail store with a settings file, dovecot and postfix running (stand-ins), and no backup yet."""
+    """A small mail store with a settings file, no backup yet, and dovecot and postfix running.
+
+    Both are stand-ins.
+    """
     made = make_store(tmp_path)
     yield made
     made.clean()
@@ -318,8 +352,10 @@ def make_store(tmp_path: Path) -> Store:
         (programs / f"{name}.running").touch()
     settings = tmp_path / "mailinabox.conf"
     settings.write_text(f"STORAGE_ROOT={root}\nSTORAGE_USER={USER}\n")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment = {**inherited, "PATH": f"{programs}:{os.environ['PATH']}", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {
+        **inherited, "PATH": f"{programs}:{os.environ['PATH']}", "TZ": "UTC", "LC_ALL": "C.UTF-8"}
     return Store(root, settings, programs, tmp_path, environment)
 
 

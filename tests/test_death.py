@@ -1,7 +1,9 @@
-"""A sweep of death: killed or signalled at every change of the file system and every start of a program, the next night is a good one.
+"""A sweep of death: killed or signalled at every instant, the next night is a good one.
 
-The night is a whole one on a small store with a real layout of old to migrate. fault_hook counts its instants, in the script, its
-keeper and duplicity alike, and strikes at one of them, one run each. SWEEP_STEP=1 tries all instants, without it a sample is tried.
+An instant is a change of the file system or the start of a program. The night is a whole one on a
+small store with a real layout of old to migrate. fault_hook counts its instants, in the script, its
+keeper and duplicity alike, and strikes at one of them, one run each. SWEEP_STEP=1 tries all
+instants, without it a sample is tried.
 """
 
 import os
@@ -36,8 +38,10 @@ def run_hooked(store: Store, instant: int, kind: str) -> Result:
     directory.mkdir()
     prefixes = f"{store.root}:/run/backup-"
     return store.run(*store.command(), exit_code=None, environment={
-        "PYTHONPATH": str(Path(__file__).parent / "fault_hook"), "FAULT_DIRECTORY": str(directory), "FAULT_PREFIXES": prefixes,
-        "FAULT_AT": str(instant), "FAULT_KIND": kind, "TMPDIR": str(store.scratch), "PYTHONDONTWRITEBYTECODE": "1"})  # an instant, once
+        "PYTHONPATH": str(Path(__file__).parent / "fault_hook"),
+        "FAULT_DIRECTORY": str(directory), "FAULT_PREFIXES": prefixes,
+        "FAULT_AT": str(instant), "FAULT_KIND": kind, "TMPDIR": str(store.scratch),
+        "PYTHONDONTWRITEBYTECODE": "1"})  # it would be an instant, but only once
 
 
 def instants_of(store: Store) -> list[str]:
@@ -46,12 +50,16 @@ def instants_of(store: Store) -> list[str]:
 
 
 def assert_good_next_night(store: Store, legacy: Legacy) -> None:
-    """Run once more without a fault: services run, the restore equals the tree, the old backups are inside, nothing else is left."""
+    """Run once more without a fault, and check all that a night promises.
+
+    Services run, the restore equals the tree, the old backups are inside, nothing else is left.
+    """
     store.backup()
     assert store.running() == ["dovecot", "postfix"] and not store.stopped_list.exists()
     assert {path.name for path in store.backups.iterdir()} == ALLOWED
     assert all(path.name.endswith(".gpg") for path in store.encrypted.iterdir())
-    assert [path for path in (store.backups / "cache").rglob("*") if path.name.endswith((".part", "-tempdir"))] == []
+    cached = (store.backups / "cache").rglob("*")
+    assert [path for path in cached if path.name.endswith((".part", "-tempdir"))] == []
     left = backup.read_sets(store.encrypted)
     assert all(found.complete for found in left[0]) and left[1] == 0
     restored = store.restore()
@@ -82,8 +90,13 @@ def survive(place: Path, legacy: Legacy, instant: int, kind: str) -> None:
     shutil.rmtree(place)
 
 
-def sweep(tmp_path: Path, legacy: Legacy, kinds: list[str], name: str, step: int = STEP, only: str = "") -> None:
-    """Try every step-th instant of a night; kinds take turns. only: the program in whose life the instants must lie."""
+def sweep(
+    tmp_path: Path, legacy: Legacy, kinds: list[str], name: str, step: int = STEP, only: str = ""
+) -> None:
+    """Try every step-th instant of a night; kinds take turns.
+
+    only: the program in whose life the instants must lie.
+    """
     whole = store_at(tmp_path / "whole", legacy)
     result = run_hooked(whole, 0, "none")
     assert result.returncode == 0, result.stderr
@@ -98,7 +111,7 @@ def sweep(tmp_path: Path, legacy: Legacy, kinds: list[str], name: str, step: int
     def try_instant(number: int) -> None:
         try:
             survive(tmp_path / f"instant-{number}", legacy, number, kinds[number % len(kinds)])
-        except Exception as error:  # every instant is to be heard of, not only the first that fails
+        except Exception as error:  # every instant is to be heard of, not only the first
             failures.append(f"instant {number}, before {happened[number - 1]}: {error!r}")
 
     with ThreadPoolExecutor(max_workers=2) as workers:
@@ -118,20 +131,26 @@ def test_keeper_killed_too(tmp_path: Path, legacy: Legacy) -> None:
 
 
 def test_signals(tmp_path: Path, legacy: Legacy) -> None:
-    """SIGTERM, SIGINT and SIGHUP in turn: exit 128+n with services up and duplicity gone, and the next night is good."""
-    sweep(tmp_path, legacy, [str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)], "signals", max(STEP, 4))
+    """After each signal: exit 128+n, services up, duplicity gone; then a good night."""
+    kinds = [str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    sweep(tmp_path, legacy, kinds, "signals", max(STEP, 4))
 
 
 def test_hook_counts_all_that_strace_sees(tmp_path: Path, legacy: Legacy) -> None:
-    """The instants are no fewer than the renames, removals and new directories below the root that strace sees in the script."""
+    """The instants are no fewer than what strace sees of the script.
+
+    Of that count the renames, removals and new directories below the root.
+    """
     store = store_at(tmp_path / "traced", legacy)
     log = tmp_path / "strace"
-    subprocess.run(["strace", "-qq", "-o", log, "-e", "trace=rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat",
-                    *store.command()], env=store.environment, stdin=subprocess.DEVNULL, check=True)
+    traced = "trace=rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat"
+    subprocess.run(["strace", "-qq", "-o", log, "-e", traced, *store.command()],
+                   env=store.environment, stdin=subprocess.DEVNULL, check=True)
     seen = [line for line in log.read_text().splitlines()
             if str(store.root) in line or re.match(r"[a-z][^/]*$", line)]  # relative, in backup/
     other = store_at(tmp_path / "counted", legacy)
     run_hooked(other, 0, "none")
-    counted = [line for line in instants_of(other) if line.startswith("backup.py os.") and line.split()[1] in (
-        "os.rename", "os.remove", "os.rmdir", "os.mkdir")]
+    calls = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+    counted = [line for line in instants_of(other)
+               if line.startswith("backup.py os.") and line.split()[1] in calls]
     assert 5 < len(seen) <= len(counted)

@@ -1,4 +1,7 @@
-"""The ways in which duplicity loses data silently: each is first shown to bite with plain duplicity, then backup.py is not caught."""
+"""The ways in which duplicity loses data silently.
+
+Each is first shown to bite with plain duplicity, then backup.py is not caught.
+"""
 
 import os
 import signal
@@ -24,7 +27,7 @@ exec REAL "${arguments[@]}"
 
 
 class Plain:
-    """Plain duplicity on the tree of a store, with a target, an archive directory and a gpg home of its own."""
+    """Plain duplicity on a store's tree, with target, archive and gpg home of its own."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -33,37 +36,53 @@ class Plain:
 
     def command(self, action: str, *arguments: str) -> list[str]:
         """Return a command line as a script that knows no traps would run it."""
-        return ["duplicity", action, "--archive-dir", str(self.archive), "--allow-source-mismatch", *arguments]
+        return ["duplicity", action, "--archive-dir", str(self.archive),
+                "--allow-source-mismatch", *arguments]
 
     def environment(self, key: str = KEY) -> dict[str, str]:
         """Return the environment for it."""
         return {"PASSPHRASE": key, "GNUPGHOME": str(self.store.gnupg())}
 
+    def command_to_back_up(self, action: str, *options: str) -> list[str]:
+        """Return the command line that backs up the tree, in volumes of 1 MB."""
+        return self.command(
+            action, *options, "--exclude", str(self.store.backups), "--volsize", "1",
+            str(self.store.root), self.target.as_uri())
+
     def back_up(
-        self, action: str, *options: str, key: str = KEY, exit_code: int | None = 0, prefix: tuple[str, ...] = ()
+        self, action: str, *options: str, key: str = KEY, exit_code: int | None = 0,
+        prefix: tuple[str, ...] = ()
     ) -> Result:
         """Back up the tree, in another second than the backups before."""
         pass_the_second_of(self.target)
-        command = self.command(action, *options, "--exclude", str(self.store.backups), "--volsize", "1", str(self.store.root),
-                               self.target.as_uri())
-        return self.store.run(*prefix, *command, exit_code=exit_code, environment=self.environment(key))
+        command = self.command_to_back_up(action, *options)
+        return self.store.run(
+            *prefix, *command, exit_code=exit_code, environment=self.environment(key))
 
     def restore(self, name: str, key: str = KEY, exit_code: int | None = 0) -> Path:
         """Restore it, and return where to."""
         target = self.store.scratch / name
-        self.store.run(*self.command("restore", self.target.as_uri(), str(target)), exit_code=exit_code, environment=self.environment(key))
+        command = self.command("restore", self.target.as_uri(), str(target))
+        self.store.run(*command, exit_code=exit_code, environment=self.environment(key))
         return target
 
     def kill_midway(self, action: str) -> None:
         """Start a backup and kill it when its second volume is in the target."""
         pass_the_second_of(self.target)
         before = len(list(self.target.glob("*.vol*"))) if self.target.exists() else 0
-        command = self.command(action, "--exclude", str(self.store.backups), "--volsize", "1", str(self.store.root), self.target.as_uri())
-        process = subprocess.Popen(command, env={**self.store.environment, **self.environment()}, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            self.command_to_back_up(action),
+            env={**self.store.environment, **self.environment()}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: len(list(self.target.glob("*.vol*"))) >= before + 2)
         process.kill()
         process.wait()
+
+
+def start(store: Store) -> "subprocess.Popen[str]":
+    """Start backup.py, with its standard error to read."""
+    return subprocess.Popen(store.command(), env=store.environment, stdin=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def grow(store: Store) -> None:
@@ -82,7 +101,7 @@ def change(store: Store) -> None:
 
 @pytest.mark.parametrize("action", ["full", "incremental"])
 def test_plain_duplicity_resumes_a_killed_run(keyed: Store, action: str) -> None:
-    """The trap: the next run resumes the killed one, exits 0, and what it restores is not the tree."""
+    """The trap: the next run resumes the killed one, exits 0, and does not restore to the tree."""
     plain = Plain(keyed)
     if action == "incremental":
         plain.back_up("full")
@@ -98,33 +117,39 @@ def test_plain_duplicity_resumes_a_killed_run(keyed: Store, action: str) -> None
 def test_killed_run_is_never_resumed(
     keyed: Store, first_night: FirstNight, action: str, victim: str
 ) -> None:
-    """duplicity, the script or both are killed midway: nothing is left of the dead set, and the next one equals the tree."""
+    """Killed midway, nothing is left of the dead set, and the next one equals the tree."""
     if action == "incremental":
         first_night(keyed)
     old = {path.name for path in keyed.encrypted.iterdir()} if keyed.encrypted.exists() else set()
     grow(keyed)
     keyed.stand_in("duplicity", SMALL_VOLUMES)
-    process = subprocess.Popen(keyed.command(), env=keyed.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len([name for name in keyed.encrypted.glob("*.vol*") if name.name not in old]) >= 2)
+    process = start(keyed)
+    wait_for(lambda: len({path.name for path in keyed.encrypted.glob("*.vol*")} - old) >= 2)
     if victim != "script":
-        subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "-f", "duplicity"], check=victim != "both")
+        ours = ["-P", str(process.pid), "-f", "duplicity"]
+        subprocess.run(["pkill", "-KILL", *ours], check=victim != "both")
     if victim != "duplicity":
         process.kill()
     errors = process.communicate()[1]
     wait_for(lambda: keyed.running() == ["dovecot", "postfix"])
     if victim == "duplicity":
         assert process.returncode == 1 and "signal 9" in errors
-        assert {path.name for path in keyed.encrypted.iterdir()} == old  # at once, not the night after
+        # at once, not the night after
+        assert {path.name for path in keyed.encrypted.iterdir()} == old
     wait_for(lambda: [line for line in processes_of(keyed) if "gpg-agent" not in line] == [])
     change(keyed)
     keyed.backup()
     assert len(keyed.manifests()) == (2 if action == "incremental" else 1)
-    assert [path for path in keyed.backups.rglob("*") if path.name.endswith((".part", "-tempdir"))] == []
+    left = [path for path in keyed.backups.rglob("*") if path.name.endswith((".part", "-tempdir"))]
+    assert left == []
     keyed.assert_restores()
 
 
 def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
-    """The trap: an increment under another key exits 0 (0.8.22; 3.2.1 exits 1), and then neither key restores the chain."""
+    """The trap: an increment under another key exits 0, and then neither key restores the chain.
+
+    So 0.8.22; 3.2.1 exits 1.
+    """
     plain = Plain(keyed)
     plain.back_up("full")
     (keyed.root / "new").write_text("new")
@@ -139,22 +164,29 @@ def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
 
 
 def test_plain_duplicity_passes_over_unread_files(keyed: Store) -> None:
-    """The trap: a file that cannot be read is left out, exit 0. (That backup.py names it: test_night.py.)"""
+    """The trap: a file that cannot be read is left out, exit 0.
+
+    That backup.py names it: test_night.py.
+    """
     bad = keyed.root / "ssl/private.pem"
     plain = Plain(keyed)
-    plain.back_up("full", prefix=("strace", "-qq", "-o", "/dev/null", "-P", str(bad), "-e", "trace=openat",
-                                  "-e", "inject=openat:error=EIO"))
+    inject = ("-e", "trace=openat", "-e", "inject=openat:error=EIO")
+    plain.back_up("full", prefix=("strace", "-qq", "-o", "/dev/null", "-P", str(bad), *inject))
     assert not (plain.restore("caught") / "ssl/private.pem").exists()
 
 
 def test_plain_duplicity_believes_a_tree_that_vanishes(keyed: Store) -> None:
-    """The trap: of a tree that goes while it reads it keeps what is left, exit 0. (That backup.py does not: test_night.py.)"""
+    """The trap: of a tree that goes while it is read, what is left is kept, exit 0.
+
+    That backup.py does not: test_night.py.
+    """
     plain = Plain(keyed)
     for number in range(300):
         (keyed.root / f"file{number:03}").write_bytes(os.urandom(20_000))
     process = subprocess.Popen(
-        plain.command("full", "--volsize", "1", str(keyed.root), plain.target.as_uri()), env={**keyed.environment, **plain.environment()},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        plain.command("full", "--volsize", "1", str(keyed.root), plain.target.as_uri()),
+        env={**keyed.environment, **plain.environment()}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     wait_for(lambda: list(plain.target.glob("*.vol1.*")))
     for path in keyed.root.glob("file[12]*"):
         path.unlink()
@@ -164,7 +196,10 @@ def test_plain_duplicity_believes_a_tree_that_vanishes(keyed: Store) -> None:
 
 
 def test_plain_duplicity_makes_orphans_after_a_set_of_the_future(keyed: Store) -> None:
-    """The trap: back from a clock that was ahead, an increment fails, or is an orphan that no restore finds."""
+    """The trap: an increment on a set of the future fails, or is an orphan that no restore finds.
+
+    That is what comes of a clock that was ahead, and then is not.
+    """
     plain = Plain(keyed)
     plain.back_up("full")
     plain.back_up("incremental", prefix=("faketime", "+3 hours"))
@@ -174,7 +209,10 @@ def test_plain_duplicity_makes_orphans_after_a_set_of_the_future(keyed: Store) -
 
 
 def test_partial_manifest_of_a_complete_set(keyed: Store, first_night: FirstNight) -> None:
-    """Killed between the upload of the manifest and its local rename: plain duplicity fails from then on, backup.py does not."""
+    """Killed between the upload of the manifest and its local rename, the next run is a good one.
+
+    Plain duplicity fails from then on.
+    """
     plain = Plain(keyed)
     plain.back_up("full")
     first_night(keyed)
@@ -189,18 +227,24 @@ def test_partial_manifest_of_a_complete_set(keyed: Store, first_night: FirstNigh
 
 
 def test_signatures_without_a_manifest(keyed: Store, first_night: FirstNight) -> None:
-    """Killed between the signatures and the manifest: after plain cleanup every increment fails; backup.py deletes them itself."""
+    """Signatures are deleted whose manifest was not made because the run was killed.
+
+    With plain duplicity every increment fails then, even after a cleanup.
+    """
     plain = Plain(keyed)
     plain.back_up("full")
     first_night(keyed)
     (keyed.root / "new").write_text("new")
     plain.back_up("incremental")
     keyed.backup()
-    for target, archive in ((plain.target, plain.archive), (keyed.encrypted, keyed.backups / "cache")):
+    for target, archive in (
+        (plain.target, plain.archive), (keyed.encrypted, keyed.backups / "cache")
+    ):
         for directory in (target, archive):
             for manifest in directory.rglob("duplicity-inc.*.manifest*"):
                 manifest.unlink()
-    keyed.run(*plain.command("cleanup", "--force", plain.target.as_uri()), environment=plain.environment(), exit_code=None)
+    keyed.run(*plain.command("cleanup", "--force", plain.target.as_uri()),
+              environment=plain.environment(), exit_code=None)
     if int(plain.version.split(".")[0]) < 3:
         assert plain.back_up("incremental", exit_code=None).returncode != 0
     keyed.backup()
@@ -209,7 +253,10 @@ def test_signatures_without_a_manifest(keyed: Store, first_night: FirstNight) ->
 
 
 def test_full_disk(keyed: Store) -> None:
-    """The disk fills: plain duplicity leaves it full; backup.py frees it at once, and the earlier backup restores."""
+    """A full disk is freed at once, and the earlier backup restores.
+
+    Plain duplicity leaves it full.
+    """
     disk, place = keyed.scratch / "disk", keyed.backups
     keyed.run("truncate", "-s", "900M", disk)
     keyed.run("mkfs.ext4", "-q", "-m", "0", disk)
@@ -232,7 +279,8 @@ def test_full_disk(keyed: Store) -> None:
         assert free() < 1_000_000
         keyed.run("rm", "-r", filler, plain.target)
         kept = {path.name for path in keyed.encrypted.iterdir()}
-        keyed.stand_in("duplicity", f"#!/bin/bash\nif [ $1 = full ]; then {fill}; fi\nexec REAL \"$@\"\n")
+        keyed.stand_in(
+            "duplicity", f"#!/bin/bash\nif [ $1 = full ]; then {fill}; fi\nexec REAL \"$@\"\n")
         keyed.backup("--full", exit_code=1)
         assert keyed.running() == ["dovecot", "postfix"]
         assert free() > 1_900_000 and {path.name for path in keyed.encrypted.iterdir()} == kept
@@ -247,10 +295,10 @@ def test_full_disk(keyed: Store) -> None:
 
 
 def test_signals_are_known(keyed: Store) -> None:
-    """A run that was ended by a signal leaves a state that the next one begins from without a word."""
+    """A run that was ended by a signal leaves a state that the next one takes without a word."""
     keyed.stand_in("duplicity", SMALL_VOLUMES)
     grow(keyed)
-    process = subprocess.Popen(keyed.command(), env=keyed.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start(keyed)
     wait_for(lambda: list(keyed.encrypted.glob("*.vol*")) if keyed.encrypted.exists() else False)
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.communicate()[1] and process.returncode == 143
@@ -263,9 +311,15 @@ def test_signals_are_known(keyed: Store) -> None:
 def test_clock_that_is_set_back_during_the_run(
     keyed: Store, first_night: FirstNight, action: str
 ) -> None:
-    """A set dated before the newest is an orphan, or no backup of now: it is thrown away at once, and the next run is a good one."""
+    """A set dated before the newest is thrown away at once, and the next run is a good one.
+
+    It is an orphan, or no backup of now.
+    """
     first_night(keyed)
-    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exec faketime -f -2h REAL \"$@\";; esac\nexec REAL \"$@\"\n")
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in full|incremental) exec faketime -f -2h REAL "$@";; esac
+exec REAL "$@"
+""")
     keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
     assert len(keyed.manifests()) == 1 and len(list(keyed.encrypted.iterdir())) == 3
     (keyed.bin / "duplicity").unlink()
@@ -273,7 +327,8 @@ def test_clock_that_is_set_back_during_the_run(
     keyed.assert_restores()
 
 
-@pytest.mark.parametrize("what, content", [("*.manifest", b""), ("*.manifest", b"rubbish"), ("*.sigtar.gz", b"\0\0")])
+@pytest.mark.parametrize(
+    "what, content", [("*.manifest", b""), ("*.manifest", b"rubbish"), ("*.sigtar.gz", b"\0\0")])
 def test_damaged_archive_directory(
     keyed: Store, first_night: FirstNight, what: str, content: bytes
 ) -> None:
