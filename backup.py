@@ -337,7 +337,7 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
         check_room(night)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), temporary_directory():
-            with copy_of_tree(night, record) as copy, failed_set_thrown_away():  # 7
+            with copy_of_tree(night, record) as copy, failed_set_thrown_away(record):  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
                         utils.update_mirror(copy)                               # 9
@@ -588,8 +588,8 @@ def stamp_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def failed_set_thrown_away() -> Iterator[None]:
-    """Delete the set that the block was making when it failed, so that a full disk gets free again.
+def failed_set_thrown_away(record: Record) -> Iterator[None]:
+    """Delete the set that the block was making when it failed, that a full disk gets free.
 
     It may be whole, and dated before others, where the clock was set back meanwhile:
     what is new in the archive directory tells which one it is. That directory goes, too:
@@ -601,9 +601,10 @@ def failed_set_thrown_away() -> Iterator[None]:
         yield
     except BaseException:
         try:
-            made = {stamp_of(path) for path in ARCHIVE.glob("*") if path not in before}
-            for path in [*dead_files(made - {""}), ARCHIVE]:
-                utils.remove(path)
+            if record.kind:  # duplicity had begun
+                made = {stamp_of(path) for path in ARCHIVE.glob("*") if path not in before}
+                for path in [*dead_files(made - {""}), ARCHIVE]:
+                    utils.remove(path)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
                       failure_of(error))
