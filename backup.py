@@ -17,7 +17,6 @@ import argparse
 import ast
 import base64
 import contextlib
-import errno
 import filecmp
 import functools
 import glob
@@ -656,6 +655,8 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
     if PLAIN.is_dir() and os.listdir(PLAIN):
         utils.make_owned_directory(PLAIN, 0o700, 0)  # it is plain mail
         move_plain_backups(paths)
+        for place in (paths.root, paths.migrated):
+            utils.sync_directory(place)
     for path in PLAIN.glob("*"):  # of which there is a copy now
         utils.remove(path)
     with contextlib.suppress(OSError):  # one that is a mount point stays, empty
@@ -688,9 +689,11 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
 def move_plain_backups(paths: Paths) -> None:
     """Move the plain backups, by a rename, or by a copy where they are on another file system.
 
-    A copy gets its name when it is whole and on the disk, and then the originals may go. Raises Failure if there is no room for a copy.
+    A copy gets its name when it is whole and on the disk. Raises Failure if there is no room for it.
     """
     target = paths.migrated
+    part = target.with_name(f"{MIGRATED}.part")
+    remove_copy(part)  # of a run that was killed
     if os.path.lexists(target):
         names = os.listdir(PLAIN)
         with utils.owned_directory(target) as directory:
@@ -698,26 +701,20 @@ def move_plain_backups(paths: Paths) -> None:
         if len(equal) == len(names):  # a run was killed before it had deleted all of them
             return
         target = unused(target / "duplicity-again")
-    try:
+    with contextlib.suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY):
-            raise
-        size = sum(entry.stat(follow_symlinks=False).st_size for entry in utils.walk_entries(PLAIN))
-        if size + reserve_bytes(paths.root) > utils.free_bytes(paths.root):
-            raise Failure(f"{paths.root} has no room for the old backups in {PLAIN.absolute()}; make "
-                          "room there") from error
-        part = paths.migrated.with_name(f"{MIGRATED}.part")
-        utils.remove(part)  # of a run that was killed
-        utils.make_owned_directory(part, 0o700, 0)
+        return
+    if utils.content_size(PLAIN) + reserve_bytes(paths.root) > utils.free_bytes(paths.root):
+        raise Failure(f"{paths.root} has no room for the old backups in {PLAIN.absolute()}; make room "
+                      "there")
+    utils.make_owned_directory(part, 0o700, 0)
+    try:
         with utils.owned_directory(part) as directory:
-            shutil.copytree(PLAIN, utils.path_of(directory), symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(PLAIN, utils.path_of(directory) / "tree", symlinks=True)
             os.sync()
-            os.rename(part, target)
-            if not os.path.samestat(os.lstat(target), os.fstat(directory)):
-                raise Failure(f"somebody renamed {part} meanwhile; run the backup again") from error
-    utils.sync_directory(target.parent)
-    utils.sync_directory(Path())
+            os.rename("tree", target, src_dir_fd=directory)
+    finally:
+        remove_copy(part)
 
 
 def unused(path: Path) -> Path:
