@@ -700,7 +700,7 @@ def move_plain_backups(paths: Paths) -> None:
             equal = filecmp.cmpfiles(PLAIN, utils.path_of(directory), names, shallow=False)[0]
         if len(equal) == len(names):  # a run was killed before it had deleted all of them
             return
-        target = unused(target / "duplicity-again")
+        target = unused(target / "again")  # no name of a backup's: it may be no directory of them
     with contextlib.suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
         return
