@@ -710,11 +710,18 @@ def move_plain_backups(paths: Paths) -> None:
     utils.make_owned_directory(part, 0o700, 0)
     try:
         with utils.owned_directory(part) as directory:
-            shutil.copytree(PLAIN, utils.path_of(directory) / "tree", symlinks=True)
-            os.sync()
+            shutil.copytree(PLAIN, utils.path_of(directory) / "tree", symlinks=True,
+                            copy_function=copy_to_disk)
             os.rename("tree", target, src_dir_fd=directory)
     finally:
         remove_copy(part)
+
+
+def copy_to_disk(source: str, target: str) -> None:
+    """Copy a file. Raises OSError where the disk cannot write it, which os.sync does not tell."""
+    shutil.copy2(source, target)
+    with utils.opened(target, os.O_RDONLY) as copy:
+        os.fsync(copy)
 
 
 def unused(path: Path) -> Path:
