@@ -682,7 +682,7 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
         log.warning("old copies without a plain original of their size are moved to %s, %d in number; "
                     "see there whether you need them", LEGACY.absolute(), len(orphans))
         for name in orphans:
-            os.rename(ENCRYPTED / name, unused(LEGACY / name))
+            shutil.move(ENCRYPTED / name, unused(LEGACY / name), copy_to_disk)
     return state
 
 
