@@ -695,10 +695,10 @@ def move_plain_backups(paths: Paths) -> None:
     part = target.with_name(f"{MIGRATED}.part")
     remove_copy(part)  # of a run that was killed
     if os.path.lexists(target):
-        names = os.listdir(PLAIN)
         with utils.owned_directory(target) as directory:
-            equal = filecmp.cmpfiles(PLAIN, utils.path_of(directory), names, shallow=False)[0]
-        if len(equal) == len(names):  # a run was killed before it had deleted all of them
+            there = utils.path_of(directory)
+            equal = filecmp.cmpfiles(PLAIN, there, utils.regular_files(there), shallow=False)[0]
+        if len(equal) == len(os.listdir(PLAIN)):  # a run was killed before it had deleted all of them
             return
         target = unused(target / "again")  # no name of a backup's: it may be no directory of them
     with contextlib.suppress(OSError):  # as where it is a mount point
