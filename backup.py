@@ -652,7 +652,7 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
     they are in then, if there is one. Raises Failure if there is no room to move them to another
     file system.
     """
-    if PLAIN.is_dir() and os.listdir(PLAIN):
+    if any(PLAIN.glob("*")):
         utils.make_owned_directory(PLAIN, 0o700, 0)  # it is plain mail
         move_plain_backups(paths)
         for place in (paths.root, paths.migrated):
@@ -663,13 +663,12 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
         PLAIN.rmdir()
     originals: dict[str, int] = {}
     state = None
-    if os.path.lexists(paths.migrated):
-        utils.make_owned_directory(paths.migrated, 0o700, 0)
-        with utils.owned_directory(paths.migrated) as directory:
-            state = directory_state(os.fstat(directory))
-            originals = {entry.name: entry.stat(follow_symlinks=False).st_size
-                         for entry in utils.walk_entries(utils.path_of(directory))
-                         if entry.is_file(follow_symlinks=False)}
+    with contextlib.suppress(FileNotFoundError), utils.owned_directory(paths.migrated) as directory:
+        os.fchmod(directory, 0o700)
+        state = directory_state(os.fstat(directory))
+        originals = {entry.name: entry.stat(follow_symlinks=False).st_size
+                     for entry in utils.walk_entries(utils.path_of(directory))
+                     if entry.is_file(follow_symlinks=False)}
     orphans = []
     for name, size in utils.regular_files(ENCRYPTED).items():
         plain_name = name.removesuffix(".enc")
