@@ -718,6 +718,7 @@ def move_plain_backups(paths: Paths) -> None:
 
 def copy_to_disk(source: str, target: str) -> None:
     """Copy a file. Raises OSError where the disk cannot write it, which os.sync does not tell."""
+    utils.raise_if_interrupted()
     shutil.copy2(source, target)
     with utils.opened(target, os.O_RDONLY) as copy:
         os.fsync(copy)
