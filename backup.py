@@ -678,8 +678,8 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
             orphans.append(name)
     if orphans:
         utils.make_owned_directory(LEGACY, 0o700, 0)
-        log.warning("old copies without a plain original of their size are moved to %s, %d in number; "
-                    "see there whether you need them", LEGACY.absolute(), len(orphans))
+        log.warning("old copies without a plain original of their size are moved to %s, %d in "
+                    "number; see there whether you need them", LEGACY.absolute(), len(orphans))
         for name in orphans:
             shutil.move(ENCRYPTED / name, unused(LEGACY / name), copy_to_disk)
     return state
@@ -688,7 +688,7 @@ def migrate_legacy_layout(paths: Paths) -> Optional[DirectoryState]:
 def move_plain_backups(paths: Paths) -> None:
     """Move the plain backups, by a rename, or by a copy where they are on another file system.
 
-    A copy gets its name when it is whole and on the disk. Raises Failure if there is no room for it.
+    A copy gets its name when it is whole and on the disk. Raises Failure if it has no room.
     """
     target = paths.migrated
     part = target.with_name(f"{MIGRATED}.part")
@@ -697,15 +697,15 @@ def move_plain_backups(paths: Paths) -> None:
         with utils.owned_directory(target) as directory:
             there = utils.path_of(directory)
             equal = filecmp.cmpfiles(PLAIN, there, utils.regular_files(there), shallow=False)[0]
-        if len(equal) == len(os.listdir(PLAIN)):  # a run was killed before it had deleted all of them
+        if len(equal) == len(os.listdir(PLAIN)):  # a run was killed before it had deleted all
             return
-        target = unused(target / "again")  # no name of a backup's: it may be no directory of them
+        target = unused(target / "again")  # no name of a backup's: the directory may hold none
     with contextlib.suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
         return
     if utils.content_size(PLAIN) + reserve_bytes(paths.root) > utils.free_bytes(paths.root):
-        raise Failure(f"{paths.root} has no room for the old backups in {PLAIN.absolute()}; make room "
-                      "there")
+        raise Failure(f"{paths.root} has no room for the old backups in {PLAIN.absolute()}; make "
+                      "room there")
     utils.make_owned_directory(part, 0o700, 0)
     try:
         with utils.owned_directory(part) as directory:
