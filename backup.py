@@ -20,7 +20,6 @@ import argparse
 import ast
 import base64
 import contextlib
-import errno
 import filecmp
 import functools
 import glob
@@ -642,22 +641,23 @@ def migrate_legacy_layout(work: Work) -> Optional[DirectoryState]:
     directory they are in then, if there is one. Raises Failure if there is no room to
     move them to another file system.
     """
-    if PLAIN.is_dir() and os.listdir(PLAIN):
+    if any(PLAIN.glob("*")):
         utils.make_owned_directory(PLAIN, 0o700, 0)  # it is plain mail
         move_plain_backups(work)
+        for place in (work.root, work.migrated):
+            utils.sync_directory(place)
     for path in PLAIN.glob("*"):  # of which there is a copy now
         utils.remove(path)
     with contextlib.suppress(OSError):  # one that is a mount point stays, empty
         PLAIN.rmdir()
     originals: dict[str, int] = {}
     state = None
-    if os.path.lexists(work.migrated):
-        utils.make_owned_directory(work.migrated, 0o700, 0)
-        with utils.owned_directory(work.migrated) as directory:
-            state = directory_state(os.fstat(directory))
-            originals = {entry.name: entry.stat(follow_symlinks=False).st_size
-                         for entry in utils.walk_entries(utils.path_of(directory))
-                         if entry.is_file(follow_symlinks=False)}
+    with contextlib.suppress(FileNotFoundError), utils.owned_directory(work.migrated) as directory:
+        os.fchmod(directory, 0o700)
+        state = directory_state(os.fstat(directory))
+        originals = {entry.name: entry.stat(follow_symlinks=False).st_size
+                     for entry in utils.walk_entries(utils.path_of(directory))
+                     if entry.is_file(follow_symlinks=False)}
     orphans = []
     for name, size in utils.regular_files(ENCRYPTED).items():
         plain_name = name.removesuffix(".enc")
@@ -667,47 +667,50 @@ def migrate_legacy_layout(work: Work) -> Optional[DirectoryState]:
             orphans.append(name)
     if orphans:
         utils.make_owned_directory(LEGACY, 0o700, 0)
-        log.warning("old copies without a plain original of their size are moved to %s, "
-                    "%d in number; see there whether you need "
-                    "them", LEGACY.absolute(), len(orphans))
+        log.warning("old copies without a plain original of their size are moved to %s, %d in "
+                    "number; see there whether you need them", LEGACY.absolute(), len(orphans))
         for name in orphans:
-            os.rename(ENCRYPTED / name, unused(LEGACY / name))
+            shutil.move(ENCRYPTED / name, unused(LEGACY / name), copy_to_disk)
     return state
 
 
 def move_plain_backups(work: Work) -> None:
     """Move the plain backups, by a rename, or by a copy where they are on another file system.
 
-    A copy gets its name when it is whole and on the disk, and then the originals may go.
-    Raises Failure if there is no room for a copy.
+    A copy gets its name when it is whole and on the disk. Raises Failure if it has no room.
     """
     target = work.migrated
+    part = target.with_name(f"{MIGRATED}.part")
+    remove_copy(part)  # of a run that was killed
     if os.path.lexists(target):
-        names = os.listdir(PLAIN)
         with utils.owned_directory(target) as directory:
-            equal = filecmp.cmpfiles(PLAIN, utils.path_of(directory), names, shallow=False)[0]
-        if len(equal) == len(names):  # a run was killed before it had deleted all of them
+            there = utils.path_of(directory)
+            equal = filecmp.cmpfiles(PLAIN, there, utils.regular_files(there), shallow=False)[0]
+        if len(equal) == len(os.listdir(PLAIN)):  # a run was killed before it had deleted all
             return
-        target = unused(target / "duplicity-again")
-    try:
+        target = unused(target / "again")  # no name of a backup's: the directory may hold none
+    with contextlib.suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY):
-            raise
-        if utils.content_size(PLAIN) + reserve_bytes(work.root) > utils.free_bytes(work.root):
-            raise Failure(f"{work.root} has no room for the old backups in "
-                          f"{PLAIN.absolute()}; make room there") from error
-        part = work.migrated.with_name(f"{MIGRATED}.part")
-        utils.remove(part)  # of a run that was killed
-        utils.make_owned_directory(part, 0o700, 0)
+        return
+    if utils.content_size(PLAIN) + reserve_bytes(work.root) > utils.free_bytes(work.root):
+        raise Failure(f"{work.root} has no room for the old backups in {PLAIN.absolute()}; make "
+                      "room there")
+    utils.make_owned_directory(part, 0o700, 0)
+    try:
         with utils.owned_directory(part) as directory:
-            shutil.copytree(PLAIN, utils.path_of(directory), symlinks=True, dirs_exist_ok=True)
-            os.sync()
-            os.rename(part, target)
-            if not os.path.samestat(os.lstat(target), os.fstat(directory)):
-                raise Failure(f"somebody renamed {part} meanwhile; run the backup again") from error
-    utils.sync_directory(target.parent)
-    utils.sync_directory(Path())
+            shutil.copytree(PLAIN, utils.path_of(directory) / "tree", symlinks=True,
+                            copy_function=copy_to_disk)
+            os.rename("tree", target, src_dir_fd=directory)
+    finally:
+        remove_copy(part)
+
+
+def copy_to_disk(source: str, target: str) -> None:
+    """Copy a file. Raises OSError where the disk cannot write it, which os.sync does not tell."""
+    utils.raise_if_interrupted()
+    shutil.copy2(source, target)
+    with utils.opened(target, os.O_RDONLY) as copy:
+        os.fsync(copy)
 
 
 def unused(path: Path) -> Path:
