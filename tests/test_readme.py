@@ -29,6 +29,7 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 SAMPLE = PROJECT / "tests" / "sample-mail-store"
 RESTORE = "Moving to a new machine"
 UNTESTED = {"tests/run\n": "it runs this very test; .ci/run calls it"}
+EXAMPLE_STAMP = "20261122T030000Z"
 SYSTEM_PATHS = re.compile(r"/(?:root|home|media|opt|etc|var)/[\w./-]*")
 
 Table = dict[str, str]
@@ -97,13 +98,18 @@ def help_section(help_text: str, name: str) -> Table:
 
 
 def test_table_of_commands_is_that_of_help(help_text: str) -> None:
-    """Each row is an example or an option of --help, to the letter; no example is missing, and no option in all of the rows."""
-    examples, options = help_section(help_text, "examples"), help_section(help_text, "options")
-    rows = table("Command")
-    assert rows == {term: meaning for term, meaning in {**examples, **options}.items() if term in rows}
-    assert list(examples) == list(rows)[:len(examples)]
-    words = " ".join(rows).replace(",", "").split()
-    assert [option for option in options if option.split()[-1] not in rows and not set(option.replace(",", "").split()) & set(words)] == []
+    """The same examples with the same words in the same order."""
+    assert list(table("Command").items()) == list(help_section(help_text, "examples").items())
+
+
+def test_every_option_is_one_of_help(help_text: str) -> None:
+    """No command and no sentence names an option that backup.py lacks; what other programs are given is not looked at."""
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(help_section(help_text, "options"))))
+    code = README.replace("\\\n", " ").split("`")[1::2]
+    of_backup = [part for text in code for part in re.split(r"&&|[|;\n]", text) if "backup.py" in part or part.startswith("-")]
+    named = {word for part in of_backup for word in part.split() if word.startswith("-")}
+    assert {"--status", "--verify", "--restore", "--storage-root"} <= named
+    assert named - known == set()
 
 
 def test_table_of_exit_codes_is_that_of_help(help_text: str) -> None:
@@ -133,18 +139,19 @@ def test_table_of_files_names_all_that_a_backup_makes(keyed: Store) -> None:
 
 
 def test_code_layout_lists_what_git_tracks() -> None:
-    """A line for each file at the top level and in tests/, one for each other directory, and no line more."""
+    """A line for each file and directory at the top level but this page and what is hidden, no line more; and tests do tell their goals."""
     listing = subprocess.run(
         ["git", "-c", f"safe.directory={PROJECT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=PROJECT,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
     paths = [path for path in listing.split("\0") if path and os.path.lexists(PROJECT / path)]
-    depth = {path: 2 if path.startswith("tests/") else 1 for path in paths}
-    expected = {"/".join(path.split("/")[:depth[path]]) + "/" * (path.count("/") >= depth[path]) for path in paths}
+    expected = {re.sub("/.*", "/", path) for path in paths if not path.startswith(".") and path != "README.md"}
     layout = re.search(r"^```text\n(.*?)^```$", section("Code layout"), re.MULTILINE | re.DOTALL)
     assert layout
     lines = layout[1].splitlines()
     assert all(re.fullmatch(r"\S+  +\S.*", line) for line in lines)
     assert sorted(line.split()[0] for line in lines) == sorted(expected)
+    assert [path for path in paths if re.fullmatch(r"tests/test_\w+\.py", path)
+            and not re.match(r'"""\S.*[.:]', (PROJECT / path).read_text(encoding="utf-8"))] == []
 
 
 # Its commands
@@ -203,20 +210,33 @@ def test_settings_line(store: Store) -> None:
 
 
 def test_getting_back_what_was_deleted(keyed: Store) -> None:
-    """A mailbox that lost messages is whole again, and what came since is still there."""
-    keyed.run("faketime", "3 days ago", *keyed.command())
+    """A mailbox that lost messages and a folder is whole again, and what came since is still there; so is one folder alone."""
     mailbox = keyed.root / "mail/mailboxes/example.com/alice"
+    sent = ".Sent/cur/170020.M1P1.host,S=14:2,S"
+    (mailbox / sent).write_text("Subject: sent\n")
+    shutil.copytree(mailbox / ".Sent", mailbox / ".Archive")
+    keyed.run("faketime", "3 days ago", *keyed.command())
     before = tree_of(mailbox)
-    for path in (mailbox / "cur").glob("17000[12]*"):
-        path.unlink()
-    (mailbox / "new/170099.M1P1.host").write_text("Subject: since\n")
-    keyed.backup()
-    paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/root/old": keyed.scratch / "old"}
-    listed = keyed.run("sh", "-e", "-c", in_test(sh_block("cp -an"), paths)).stdout
-    assert "mail/mailboxes/example.com/alice/cur/170001.M1P1.host,S=20:2,S\n" in listed
-    after = {name: entry for name, entry in tree_of(mailbox).items() if name not in ("cur", "new", "new/170099.M1P1.host")}
-    assert after == {name: entry for name, entry in before.items() if name not in ("cur", "new")}
-    assert (mailbox / "new/170099.M1P1.host").exists()
+    recipe = sh_block("cp -an")
+    assert "`alice/.Sent`" in README
+    assert recipe.count("/opt/backup/backup.py ") == 2
+    recipe = recipe.replace("backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")
+    for folder in ("alice", "alice/.Sent"):
+        for path in (mailbox / sent, *(mailbox / "cur").glob("17000[12]*")):
+            path.unlink()
+        shutil.rmtree(mailbox / ".Archive")
+        (mailbox / "new/170099.M1P1.host").write_text("Subject: since\n")
+        keyed.backup()
+        paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/root/old": keyed.scratch / folder.replace("/", "")}
+        listed = keyed.run("sh", "-e", "-c", in_test(recipe.replace("alice", folder), paths)).stdout
+        assert f"mail/mailboxes/example.com/alice/{sent}\n" in listed
+        after = tree_of(mailbox)
+        assert after.pop("new/170099.M1P1.host")
+        if folder == "alice":
+            assert "mail/mailboxes/example.com/alice/cur/170001.M1P1.host,S=20:2,S\n" in listed
+            assert after == before
+        else:
+            assert after[sent] == before[sent] and ".Archive" not in after
 
 
 def test_restore_steps(keyed: Store, home: Path) -> None:
@@ -229,17 +249,20 @@ def test_restore_steps(keyed: Store, home: Path) -> None:
     rescue, machine = keyed.scratch / "rescue", keyed.scratch / "new-machine"
     shutil.copytree(keyed.encrypted, rescue / "encrypted")
     shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "secret_key.txt")  # readable by others, like one typed from paper
+    older = stamps(keyed)[0]
     keyed.stand_in("apt-get", f"#!/bin/sh\necho $* >> {keyed.scratch}/installed\n")
     keyed.forget_calls()
 
     paths = {"/root/rescue": rescue, "/home/user-data": machine, "/root/alice": keyed.scratch / "alice", "/opt/backup": PROJECT}
-    told = {block: keyed.run("sh", "-c", in_test(block, paths), environment={"HOME": str(home)}).stdout
+    assert sh_block("list-current-files").count(EXAMPLE_STAMP) == 2
+    told = {block: keyed.run("sh", "-e", "-c", in_test(block.replace(EXAMPLE_STAMP, older), paths), environment={"HOME": str(home)}).stdout
             for block in sh_blocks(section(RESTORE))}
 
     assert tree_of(machine) == tree_of(keyed.root)
     assert tree_of(keyed.scratch / "alice") == old_mailbox
     assert [text for block, text in told.items() if block.startswith("find ")] == [""]
-    assert [True for text in told.values() if " mail/mailboxes/example.com/alice/cur/170010.M1P1.host:2,S\n" in text] == [True]
+    assert f".{older}.manifest.gpg\n" in told[sh_block("list-current-files")]
+    assert " mail/mailboxes/example.com/alice/new/170010.M1P1.host\n" in told[sh_block("list-current-files")]
     assert " duplicity " in (keyed.scratch / "installed").read_text()
     assert keyed.calls() == ["dovecot start", "postfix start"]
     assert [text for block, text in told.items() if "--verify" in block][0].startswith("checked 2 backup sets")
@@ -254,10 +277,30 @@ def test_restore_steps(keyed: Store, home: Path) -> None:
     restored.assert_restores("from-new-machine")
 
 
+def test_restore_beside_an_unfinished_set(keyed: Store, home: Path) -> None:
+    """Newer than the newest complete set lie the volumes and signatures of one without a manifest: it is neither restored nor listed."""
+    keyed.backup()
+    (keyed.root / "later").touch()
+    keyed.backup()
+    before = tree_of(keyed.root)
+    rescue, machine = keyed.scratch / "rescue", keyed.scratch / "new-machine"
+    (keyed.root / "unfinished").touch()
+    keyed.backup("--full")
+    shutil.copytree(keyed.encrypted, rescue / "encrypted", ignore=shutil.ignore_patterns(f"*{stamps(keyed)[-1]}.manifest.gpg"))
+    shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "secret_key.txt")
+    paths = {"/root/rescue": rescue, "/home/user-data": machine, "/root/alice": keyed.scratch / "alice"}
+    keyed.run("sh", "-e", "-c", in_test(sh_block("newest="), paths), environment={"HOME": str(home)})
+    assert tree_of(machine) == before
+    block = sh_block("list-current-files").replace(EXAMPLE_STAMP, stamps(keyed)[1])
+    listed = keyed.run("sh", "-e", "-c", in_test(block, paths), environment={"HOME": str(home)}).stdout
+    assert " later\n" in listed and " unfinished\n" not in listed
+    alice = "mail/mailboxes/example.com/alice"
+    assert tree_of(keyed.scratch / "alice").keys() == tree_of(keyed.root / alice).keys()
+
+
 def test_rsync_hook(keyed: Store) -> None:
-    """The hook leaves on the other machine just what is in encrypted/, after a full and after an increment."""
+    """The hook copies what is in encrypted/ after a full and after an increment, and what is lost here later is not deleted there."""
     copy = make_directory_of_user(keyed, "copy")
-    (copy / "stray").touch()
     target = " backup@backup.example.org:mail-server/\n"
     assert target in sh_block("rsync")
     put_hook(keyed, "after-backup", sh_block("rsync").replace(target, f" {copy}/\n"))
@@ -265,6 +308,10 @@ def test_rsync_hook(keyed: Store) -> None:
         result = keyed.backup()
         assert (result.stdout, result.stderr) == ("", "")
         assert contents(copy) == contents(keyed.encrypted)
+    before = contents(copy)
+    shutil.rmtree(keyed.encrypted)
+    keyed.backup("--full")
+    assert contents(copy) == {**before, **contents(keyed.encrypted)}
 
 
 def test_dead_mans_switch_hook(keyed: Store) -> None:
@@ -365,7 +412,7 @@ def test_first_command_on_a_fresh_debian(fresh_debian: Path) -> None:
     (fresh_debian / "root" / "rescue").mkdir()
     shutil.copytree(encrypted, fresh_debian / "root" / "rescue" / "encrypted")
     shutil.copy(encrypted.parent / "secret_key.txt", fresh_debian / "root" / "rescue")
-    result = run_in_system(fresh_debian, sh_block("restore file:"))
+    result = run_in_system(fresh_debian, sh_block("newest="))
     assert result.returncode == 0, result.stderr
     assert tree_of(fresh_debian / "home" / "user-data") == tree_of(fresh_debian / "var" / "tmp" / "sample-mail")
 
@@ -404,6 +451,11 @@ def put_hook(store: Store, name: str, script: str) -> None:
     """Put an executable hook in its place."""
     (store.backups / name).write_text(script)
     (store.backups / name).chmod(0o755)
+
+
+def stamps(store: Store) -> list[str]:
+    """Return the times of the complete sets as duplicity writes them, oldest first."""
+    return [name.removesuffix(".manifest.gpg")[-16:] for name in store.manifests()]
 
 
 def make_directory_of_user(store: Store, name: str) -> Path:
