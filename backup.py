@@ -559,7 +559,7 @@ def recover_from_dead_run(work: Work) -> None:
         utils.remove(path)
     for place in (SNAPSHOT, work.copy_beside):
         remove_copy(place)
-    utils.remove_abandoned(Path(), f"{READER_PREFIX}*")
+    utils.remove_abandoned(Path(), f"{READER_PREFIX}????????")
     utils.remove_abandoned(RUN_DIRECTORY, f"{work.gnupg.name.rpartition('-')[0]}*")
 
 
@@ -1655,7 +1655,7 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(reader_directory())
         known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
-        known.add((read_last_run(LAST_RUN) or {}).get("newest_set") or "")
+        known.add(str((read_last_run(LAST_RUN) or {}).get("newest_set") or ""))
         reader = Reader(**vars(work), sets=link_sets(own),
                         known=frozenset(known - {""}))
         stack.callback(os.chdir, "/")

@@ -215,9 +215,10 @@ def path_of(directory: int) -> Path:
 def remove_abandoned(directory: Path, pattern: str) -> None:
     """Remove what own_directory made for processes that were killed: nobody holds its lock."""
     for path in directory.glob(pattern):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove(path)
+        if path.is_dir():
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as locked:
+                fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path)
 
 
 @contextlib.contextmanager
