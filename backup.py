@@ -2033,6 +2033,8 @@ def show_plan(night: Night, force_full: bool) -> None:
         check_room(night, sum(path.stat().st_size for path in freed))
         reason = reason_for_full(sets, night.now, force_full)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
+        if PLAIN.exists():
+            print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(night.migrated))}")
         for path in dead:
             print(f"delete {printable(str(path.absolute()))}")
         services = utils.service_manager(night.environment)
