@@ -327,11 +327,11 @@ def test_directory_of_a_dead_reader_goes_and_that_of_a_living_one_stays(
 # Locks
 
 
-@pytest.fixture(params=["--exclusive", "--shared"])
+@pytest.fixture
 def locked(request: pytest.FixtureRequest, pruning: Store) -> Iterator[Store]:
     """A store in which one of STORAGE_USER's group locks all that the group can open."""
     user = pwd.getpwnam(USER)
-    lock = ["flock", "--no-fork", request.param]
+    lock = ["flock", "--no-fork", getattr(request, "param", "--exclusive")]
     holder = subprocess.Popen(
         [*lock, pruning.backups, *lock, pruning.encrypted, "sh", "-c", "echo; exec sleep 1000"],
         user=user.pw_uid, group=user.pw_gid, extra_groups=[], cwd="/", stdout=subprocess.PIPE)
@@ -343,6 +343,7 @@ def locked(request: pytest.FixtureRequest, pruning: Store) -> Iterator[Store]:
         holder.communicate()
 
 
+@pytest.mark.parametrize("locked", ["--exclusive", "--shared"], indirect=True)
 def test_locked_sets_are_pruned(locked: Store) -> None:
     """A night needs no lock on what it prunes: exit 0, not a word, the old sets are gone."""
     old = set(locked.encrypted.iterdir())
