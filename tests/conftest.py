@@ -3,6 +3,7 @@
 The stand-in records its calls; duplicity and gpg are the real ones.
 """
 
+import json
 import os
 import pwd
 import re
@@ -178,6 +179,12 @@ class Store:
         result = self.run(*self.command(*arguments), exit_code=exit_code, environment=environment)
         assert "Traceback" not in result.stderr, result.stderr
         return result
+
+    def last_run(self) -> dict[str, Any]:
+        """Return what last-run.json holds."""
+        content = json.loads((self.backups / "last-run.json").read_text())
+        assert isinstance(content, dict)
+        return content
 
     def put_key(self) -> None:
         """Make backup/ and a key, so that the next run has nothing to tell."""

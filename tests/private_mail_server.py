@@ -1,8 +1,10 @@
-"""A mail server of the tests' own: real dovecot and postfix on ports 143 and 25, on a machine that notices nothing.
+"""A mail server of the tests' own: real dovecot and postfix, on a machine that notices nothing.
 
-`run_privately(scenario, directory)` starts this file again as the first process of a private namespace, where processes, network, /etc,
-/run, /var/log and the daemons' own directories are private, and there calls `scenario`, a function without arguments of a test module.
-The directory is seen there as /var/mail, so that what a scenario leaves can be looked at after the test. All the rest is for scenarios.
+They are on ports 143 and 25. `run_privately(scenario, directory)` starts this file again as the
+first process of a private namespace, where processes, network, /etc, /run, /var/log and the
+daemons' own directories are private, and there calls `scenario`, a function without arguments of a
+test module. The directory is seen there as /var/mail, so that what a scenario leaves can be looked
+at after the test. All the rest is for scenarios.
 """
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from typing import NamedTuple
 import pytest
 
 BACKUP_PROGRAM = Path(__file__).resolve().parent.parent / "backup.py"
-SHARED_DIRECTORY = Path("/var/mail")  # readable by dovecot's users, which pytest's own temporary directories are not
+# Readable by dovecot's users, which pytest's own temporary directories are not.
+SHARED_DIRECTORY = Path("/var/mail")
 STORAGE_ROOT = SHARED_DIRECTORY / "user-data"
 STORAGE_USER = "data-of-tests"  # a user that no machine has
 BACKUP_DIRECTORY = STORAGE_ROOT / "backup"
@@ -45,9 +48,13 @@ PROGRAMS = ("dovecot", "postfix", "cron", "duplicity", "gpg", "service")
 SCENARIO_SECONDS = 600
 WAIT_SECONDS = 30
 POLL_SECONDS = 0.002
-UNSHARE = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private")
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8",
-               "HOME": "/run/home"}  # gpg and duplicity keep files in HOME: these must not get into root's
+UNSHARE = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc",
+           "--propagation", "private")
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+    "HOME": "/run/home",  # gpg and duplicity keep files in HOME: these must not get into root's
+}
 
 DOVECOT_CONFIGURATION = """\
 protocols = imap lmtp
@@ -97,16 +104,22 @@ class Mail(NamedTuple):
 # Outside: what pytest calls.
 
 def run_privately(scenario: Callable[[], None], directory: Path) -> str:
-    """Call `scenario` in a private namespace, with `directory` as /var/mail; return what it printed, raise AssertionError if it failed."""
+    """Call `scenario` in a private namespace, with `directory` as /var/mail.
+
+    Returns what it printed, and raises AssertionError if it failed.
+    """
     require_namespaces()
     directory.chmod(0o755)
     log = directory / "log"
-    # The log is a file because daemons that sysvinit starts inherit it: the reader of a pipe would wait for them.
+    # The log is a file because daemons that sysvinit starts inherit it: the reader of a pipe would
+    # wait for them.
     with log.open("wb") as output:
-        command = [*UNSHARE, sys.executable, __file__, scenario.__code__.co_filename, scenario.__name__, str(directory)]
+        command = [*UNSHARE, sys.executable, __file__,
+                   scenario.__code__.co_filename, scenario.__name__, str(directory)]
         try:
-            outcome = str(subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=ENVIRONMENT,
-                                         timeout=SCENARIO_SECONDS).returncode)
+            outcome = str(subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=ENVIRONMENT,
+                timeout=SCENARIO_SECONDS).returncode)
         except subprocess.TimeoutExpired:
             outcome = f"nothing within {SCENARIO_SECONDS} s"
     text = log.read_text(errors="replace")
@@ -115,12 +128,17 @@ def run_privately(scenario: Callable[[], None], directory: Path) -> str:
 
 
 def require_namespaces() -> None:
-    """Skip the test where there can be no private mail server. In continuous integration that fails: there it must be tested."""
-    missing = [program for program in PROGRAMS if not shutil.which(program, path=ENVIRONMENT["PATH"])]
+    """Skip the test where there can be no private mail server.
+
+    In continuous integration that fails: there it must be tested.
+    """
+    missing = [
+        program for program in PROGRAMS if not shutil.which(program, path=ENVIRONMENT["PATH"])]
     if missing:
         reason = f'not installed: {", ".join(missing)}'
     else:
-        probe = subprocess.run([*UNSHARE, "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        probe = subprocess.run(
+            [*UNSHARE, "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if probe.returncode == 0:
             return
         reason = f"no private namespaces here: {probe.stderr.strip()}"
@@ -132,9 +150,10 @@ def require_namespaces() -> None:
 # The first process of the namespace.
 
 def main() -> None:
-    """Make the machine private, run the scenario in a child and, as the first process must, collect every process that ends.
+    """Make the machine private, run the scenario in a child and collect every process that ends.
 
-    Without that `service dovecot stop` would wait for a dovecot that has ended, but is still a zombie.
+    The first process must do that: without it `service dovecot stop` would wait for a dovecot that
+    has ended, but is still a zombie.
     """
     test_module, scenario, directory = sys.argv[1:]
     make_private(Path(directory))
@@ -148,7 +167,10 @@ def main() -> None:
 
 
 def run_scenario(test_module: Path, scenario: str) -> int:
-    """Call the scenario and return the exit code. If it fails, print everything that may tell why, the error last."""
+    """Call the scenario and return the exit code.
+
+    If it fails, print everything that may tell why, the error last.
+    """
     sys.path.insert(1, str(BACKUP_PROGRAM.parent))  # some test modules import the program
     try:
         getattr(importlib.import_module(test_module.stem), scenario)()
@@ -161,18 +183,25 @@ def run_scenario(test_module: Path, scenario: str) -> int:
 
 
 def make_private(directory: Path) -> None:
-    """Give this namespace a network, an /etc, a /run and a mail store of its own, and set the mail server up, not yet started."""
+    """Give this namespace a network, /etc, /run and mail store of its own, and set mail up.
+
+    The mail server is not started yet.
+    """
     run("ip", "link", "set", "lo", "up")
     run("mount", "--bind", str(directory), str(SHARED_DIRECTORY))
-    mount_private_directories("/run", "/var/log", "/var/lib/dovecot", "/var/lib/postfix", "/var/spool/postfix")
+    mount_private_directories(
+        "/run", "/var/log", "/var/lib/dovecot", "/var/lib/postfix", "/var/spool/postfix")
     for name in ("lock", "home", "etc-changes", "etc-work"):
         Path("/run", name).mkdir()
-    run("mount", "-t", "overlay", "-o", "lowerdir=/etc,upperdir=/run/etc-changes,workdir=/run/etc-work", "private", "/etc")
+    layers = "lowerdir=/etc,upperdir=/run/etc-changes,workdir=/run/etc-work"
+    run("mount", "-t", "overlay", "-o", layers, "private", "/etc")
     shutil.chown("/var/lib/postfix", "postfix", "postfix")
-    run("useradd", "--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin", STORAGE_USER)
+    run("useradd", "--system", "--user-group", "--no-create-home",
+        "--shell", "/usr/sbin/nologin", STORAGE_USER)
     postfix_settings = Path("/etc/postfix/main.cf")
     postfix_settings.write_text(POSTFIX_CONFIGURATION)
-    os.utime(postfix_settings, (0, 0))  # every postfix command sleeps while its settings are younger than two seconds
+    # Every postfix command sleeps while its settings are younger than two seconds.
+    os.utime(postfix_settings, (0, 0))
     SETTINGS_FILE.write_text(f"STORAGE_ROOT={STORAGE_ROOT}\nSTORAGE_USER={STORAGE_USER}\n")
     configure_dovecot(STORAGE_ROOT)
     mailboxes = STORAGE_ROOT / "mail" / "mailboxes"
@@ -244,7 +273,10 @@ def send_message(subject: str) -> None:
 
 
 def open_inbox(readonly: bool) -> imaplib.IMAP4:
-    """Log in as Alice on port 143 and open her inbox. Only an inbox that is not opened readonly moves its messages from new/ to cur/."""
+    """Log in as Alice on port 143 and open her inbox.
+
+    Only an inbox that is not opened readonly moves its messages from new/ to cur/.
+    """
     imap = imaplib.IMAP4("127.0.0.1", IMAP_PORT, timeout=WAIT_SECONDS)
     imap.login(ADDRESS, PASSWORD)
     imap.select(readonly=readonly)
@@ -255,7 +287,8 @@ def imap_messages() -> list[Mail]:
     """Return what IMAP shows in Alice's inbox, oldest first, without changing anything in it."""
     with open_inbox(readonly=True) as imap:
         _, answer = imap.uid("FETCH", "1:*", "(FLAGS BODY.PEEK[])")
-    return [Mail(frozenset(imaplib.ParseFlags(part[0])) - {br"\Recent"}, part[1]) for part in answer if isinstance(part, tuple)]
+    return [Mail(frozenset(imaplib.ParseFlags(part[0])) - {br"\Recent"}, part[1])
+            for part in answer if isinstance(part, tuple)]
 
 
 def subjects(messages: list[Mail]) -> list[str]:
@@ -264,7 +297,7 @@ def subjects(messages: list[Mail]) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = WAIT_SECONDS) -> None:
-    """Return as soon as `condition` holds; raise AssertionError if it does not within `seconds`."""
+    """Return as soon as `condition` holds; raise AssertionError if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
@@ -272,7 +305,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = WAIT_S
 
 
 def listening_ports(process: int | str = "self") -> set[int]:
-    """Return the TCP ports that take connections where a process runs, as the kernel knows them.
+    """Return the TCP ports that take connections where a process runs, as the kernel tells.
 
     Really connecting would keep the daemons busy.
     """
@@ -289,7 +322,8 @@ def listening_ports(process: int | str = "self") -> set[int]:
 class PortWatcher:
     """Watches both mail ports, every few milliseconds, for as long as the `with` block lasts.
 
-    process: whose network they are in. `transitions` holds for each port the (monotonic time, open or not) at the start and at each change.
+    process: whose network they are in. `transitions` holds for each port the (monotonic time, open
+    or not) at the start and at each change.
     """
 
     def __init__(self, process: int | str = "self") -> None:
@@ -303,7 +337,10 @@ class PortWatcher:
         self._thread.start()
         return self
 
-    def __exit__(self, exception_type: type[BaseException] | None, exception: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, exception_type: type[BaseException] | None, exception: BaseException | None,
+        trace: TracebackType | None
+    ) -> None:
         self._finished.set()
         self._thread.join()
         self._look()
@@ -320,13 +357,18 @@ class PortWatcher:
                 seen.append((now, port in ports))
 
     def states(self, port: int) -> list[bool]:
-        """Return whether the port was open, at the start and after each change: [True, False, True] is one restart."""
+        """Return whether the port was open, at the start and after each change.
+
+        [True, False, True] is one restart.
+        """
         return [is_open for _, is_open in self.transitions[port]]
 
     def closed_seconds(self, port: int) -> float:
-        """Return the time from when the port was first seen closed until it was last seen opening."""
-        times = {state: [at for at, is_open in self.transitions[port][1:] if is_open == state] for state in (True, False)}
-        return max(times[True]) - min(times[False])
+        """Return the time from when the port was first seen closed until it last opened."""
+        changes = self.transitions[port][1:]
+        opened = [at for at, is_open in changes if is_open]
+        closed = [at for at, is_open in changes if not is_open]
+        return max(opened) - min(closed)
 
     def has_been_down(self, port: int) -> bool:
         """Return whether the port was seen closed."""
@@ -334,21 +376,23 @@ class PortWatcher:
 
 
 def running_commands(environment: str = "") -> list[str]:
-    """Return the command lines of all processes of this namespace whose environment contains this text."""
+    """Return the command lines of all processes here whose environment contains this text."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if environment.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                line = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                found.append(line.decode(errors="replace"))
         except OSError:
             pass  # it has ended meanwhile
     return found
 
 
 def describe_tree(root: Path) -> dict[str, tuple[object, ...]]:
-    """Return what a backup must keep of each file below `root`, backup/ left out: type and mode, owner, content, mtime.
+    """Return what a backup must keep of each file below `root`, backup/ left out.
 
-    duplicity keeps whole seconds of the mtime, and none of a symbolic link.
+    That is type and mode, owner, content, mtime. duplicity keeps whole seconds of the mtime, and
+    none of a symbolic link.
     """
     tree: dict[str, tuple[object, ...]] = {}
     for path in [root, *root.rglob("*")]:
@@ -360,7 +404,8 @@ def describe_tree(root: Path) -> dict[str, tuple[object, ...]]:
         if path.is_symlink():
             tree[str(name)] = (*kept, os.readlink(path))
         else:
-            tree[str(name)] = (*kept, path.read_bytes() if path.is_file() else None, int(status.st_mtime))
+            content = path.read_bytes() if path.is_file() else None
+            tree[str(name)] = (*kept, content, int(status.st_mtime))
     return tree
 
 

@@ -1,18 +1,19 @@
-"""The two-pass copy: mail is down for a restart only, a restore equals the tree of that moment, and without a copy the night goes on."""
+"""The two-pass copy: mail is down for a restart, and a restore equals the tree of that moment.
+
+Without a copy the night goes on.
+"""
 
 import contextlib
-import json
 import os
 import pwd
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from conftest import USER, FirstNight, Store, pass_the_second_of, tree_of
-from test_services import wait_for
+from test_services import STARTS, STOPS, wait_for
 
 SLOW_FULL = """#!/bin/sh
 if [ "$1" = full ]; then
@@ -21,12 +22,6 @@ if [ "$1" = full ]; then
 fi
 exec REAL "$@"
 """
-
-
-def last_run(store: Store) -> dict[str, Any]:
-    """Return how the last run went."""
-    found: dict[str, Any] = json.loads((store.backups / "last-run.json").read_text())
-    return found
 
 
 @contextlib.contextmanager
@@ -46,27 +41,34 @@ def disk_at(store: Store, place: Path, size: str = "900M", *options: str) -> Ite
 
 def assert_no_copy_left(store: Store) -> None:
     """Check that the copy is gone from both its places."""
-    assert not os.path.lexists(store.backups / "snapshot") and not os.path.lexists(store.root / ".backup-snapshot")
+    assert not os.path.lexists(store.backups / "snapshot")
+    assert not os.path.lexists(store.root / ".backup-snapshot")
 
 
 def start_and_wait_for_duplicity(store: Store) -> "subprocess.Popen[str]":
     """Start a night whose duplicity waits for the file `go`, and return when mail is back."""
     store.stand_in("duplicity", SLOW_FULL.replace("PLACE", str(store.scratch)))
-    process = subprocess.Popen(store.command(), env=store.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        store.command(), env=store.environment, stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True)
     wait_for((store.scratch / "priority").exists)
     wait_for(lambda: (store.scratch / "priority").read_text().endswith("\n"))
     return process
 
 
 def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
-    """With services back, at low priority; what changes then is not in this backup, but in the next; nothing of the user's is touched."""
+    """With services back, duplicity reads at low priority, and nothing of the user's is touched.
+
+    What changes then is not in this backup, but in the next.
+    """
     message = keyed.root / "mail/mailboxes/example.com/alice/cur/170001.M1P1.host,S=20:2,S"
     late = keyed.root / "mail/mailboxes/example.com/alice/new/170020.M1P1.host"
     before = tree_of(keyed.root)
-    inodes = {path: path.lstat().st_ino for path in keyed.root.rglob("*") if "backup" not in path.parts}
+    inodes = {path: path.lstat().st_ino
+              for path in keyed.root.rglob("*") if "backup" not in path.parts}
     process = start_and_wait_for_duplicity(keyed)
     assert keyed.running() == ["dovecot", "postfix"]
-    assert keyed.calls("stop", "start") == ["dovecot stop", "postfix stop", "dovecot start", "postfix start"]
+    assert keyed.calls("stop", "start") == STOPS + STARTS
     assert (keyed.scratch / "priority").read_text().split() == ["19", "idle"]
     snapshot = keyed.backups / "snapshot"
     assert (snapshot.stat().st_mode & 0o7777, snapshot.stat().st_uid) == (0o700, 0)
@@ -78,7 +80,7 @@ def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
     (keyed.root / "ssl/private.pem").write_text("changed")
     (keyed.scratch / "go").touch()
     assert process.communicate()[1] == "" and process.returncode == 0
-    assert last_run(keyed)["source"] == "copy" and last_run(keyed)["message"] == ""
+    assert keyed.last_run()["source"] == "copy" and keyed.last_run()["message"] == ""
     assert tree_of(keyed.restore("then")) == before
     assert all((path.lstat().st_ino, path.lstat().st_nlink) == (inode, 1)
                for path, inode in inodes.items() if path.is_file() and path != message)
@@ -89,13 +91,14 @@ def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
 
 
 def test_killed_while_mail_runs(keyed: Store) -> None:
-    """Killed with the copy in place, duplicity dies too; the next run removes the copy and is a good one."""
+    """Killed with the copy in place, duplicity dies too; the next run is a good one."""
     process = start_and_wait_for_duplicity(keyed)
     process.kill()
     process.communicate()
     assert (keyed.backups / "snapshot/tree").exists()
     (keyed.scratch / "go").touch()
-    wait_for(lambda: subprocess.run(["pgrep", "-f", str(keyed.backups)], stdout=subprocess.DEVNULL).returncode == 1)
+    pgrep = ["pgrep", "-f", str(keyed.backups)]
+    wait_for(lambda: subprocess.run(pgrep, stdout=subprocess.DEVNULL).returncode == 1)
     keyed.backup()
     assert_no_copy_left(keyed)
     keyed.assert_restores()
@@ -109,10 +112,11 @@ def test_backup_on_a_second_disk(keyed: Store) -> None:
         keyed.put_key()
         process = start_and_wait_for_duplicity(keyed)
         place = keyed.root / ".backup-snapshot"
-        assert (place / "tree/mail").is_dir() and (place.stat().st_mode & 0o7777, place.stat().st_uid) == (0o700, 0)
+        assert (place / "tree/mail").is_dir()
+        assert (place.stat().st_mode & 0o7777, place.stat().st_uid) == (0o700, 0)
         (keyed.scratch / "go").touch()
         assert process.communicate()[1] == "" and process.returncode == 0
-        assert last_run(keyed)["source"] == "copy"
+        assert keyed.last_run()["source"] == "copy"
         assert_no_copy_left(keyed)
         keyed.assert_restores()
         place.mkdir(mode=0o700)  # a dead run's
@@ -123,45 +127,58 @@ def test_backup_on_a_second_disk(keyed: Store) -> None:
         (keyed.root / "mounted").mkdir()
         with disk_at(keyed, keyed.root / "mounted", "4M"):
             keyed.backup()
-            assert last_run(keyed)["source"] == "direct"
+            assert keyed.last_run()["source"] == "direct"
         (keyed.root / "mounted").rmdir()
 
 
 def test_another_file_system_in_the_tree(keyed: Store) -> None:
-    """A mount in the tree: duplicity reads the tree itself while mail is stopped, and it is said; the next set is from a copy again."""
+    """A mount in the tree: duplicity reads the tree itself while mail is stopped, and it is said.
+
+    The next set is from a copy again.
+    """
+    reason = "not on the same file system"
     mounted = keyed.root / "mail/archive"
     with disk_at(keyed, mounted, "4M"):
         (mounted / "file").write_text("on another disk")
         assert keyed.backup().stderr == ""
-        told = last_run(keyed)
-        assert told["source"] == "direct" and str(mounted) in told["message"] and "not on the same file system" in told["message"]
-        assert "read directly" in keyed.backup("--status").stdout and "not on the same file system" in keyed.backup("--status").stdout
+        told = keyed.last_run()
+        assert told["source"] == "direct"
+        assert str(mounted) in told["message"] and reason in told["message"]
+        status = keyed.backup("--status").stdout
+        assert "read directly" in status and reason in status
         assert_no_copy_left(keyed)
         keyed.assert_restores("direct")
     (keyed.root / "new").write_text("new")
     keyed.backup()
-    assert last_run(keyed)["source"] == "copy" and len(keyed.manifests()) == 2 and "inc" in keyed.manifests()[1]
+    assert keyed.last_run()["source"] == "copy"
+    assert len(keyed.manifests()) == 2 and "inc" in keyed.manifests()[1]
     keyed.assert_restores("copy")
     with disk_at(keyed, mounted, "4M"):
         (keyed.root / "newer").write_text("newer")
         keyed.backup()
-        assert last_run(keyed)["source"] == "direct" and len(keyed.manifests()) == 3
+        assert keyed.last_run()["source"] == "direct" and len(keyed.manifests()) == 3
         keyed.assert_restores("direct-again")
 
 
 def test_tree_that_is_written_to_while_duplicity_reads_it(keyed: Store) -> None:
-    """Where duplicity reads the tree itself, a file or two that others than mail make meanwhile do not cost the night."""
+    """A file or two that come while duplicity reads the tree itself do not cost the night.
+
+    It is others than mail that make them.
+    """
     with disk_at(keyed, keyed.root / "mail/archive", "4M"):
         keyed.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) touch {keyed.root}/ssl/one {keyed.root}/ssl/two;; esac
 exec REAL "$@"
 """)
         keyed.backup()
-        assert last_run(keyed)["source"] == "direct" and len(keyed.manifests()) == 1
+        assert keyed.last_run()["source"] == "direct" and len(keyed.manifests()) == 1
 
 
 def test_no_room_for_the_copy(keyed: Store) -> None:
-    """No room for the files that must be copied: duplicity reads the tree itself; messages alone need no room."""
+    """No room for the files that must be copied: duplicity reads the tree itself.
+
+    Messages alone need no room.
+    """
     keyed.run("rm", "-r", keyed.backups)
     with disk_at(keyed, keyed.scratch / "disk", "1400M"):
         root = keyed.scratch / "disk/user-data"
@@ -169,30 +186,36 @@ def test_no_room_for_the_copy(keyed: Store) -> None:
         keyed.settings.write_text(f"STORAGE_ROOT={root}\nSTORAGE_USER={USER}\n")
         keyed.root = root
         keyed.put_key()
-        keyed.run("fallocate", "-l", "50M", root / "mail/mailboxes/example.com/alice/cur/170030.M1P1.host:2,")
+        message = root / "mail/mailboxes/example.com/alice/cur/170030.M1P1.host:2,"
+        keyed.run("fallocate", "-l", "50M", message)
         keyed.backup()
-        assert last_run(keyed)["source"] == "copy"
+        assert keyed.last_run()["source"] == "copy"
         (root / "database").write_text("little in much room, as databases make it, is quickly read")
         keyed.run("fallocate", "--keep-size", "--length", "600M", root / "database")
         keyed.backup()
-        assert last_run(keyed)["source"] == "direct" and "No space left" in last_run(keyed)["message"]
+        last = keyed.last_run()
+        assert last["source"] == "direct" and "No space left" in last["message"]
         keyed.assert_restores()
         keyed.clean()
 
 
 def test_second_pass_that_fails(keyed: Store) -> None:
-    """A disk is mounted in the tree just as mail stops: mail is started, nothing is backed up, exit 1, the next run is good."""
+    """A disk is mounted in the tree just as mail stops: nothing is backed up, exit 1.
+
+    Mail is started, and the next run is good.
+    """
     place = keyed.root / "mail/archive"
     place.mkdir()
     service = keyed.bin / "service"
     real = service.read_text().replace("#!/bin/sh\n", "")
-    service.write_text(f"#!/bin/sh\nif [ \"$1 $2\" = 'postfix stop' ]; then mount -t tmpfs none {place}; fi\n{real}")
+    mount = f"if [ \"$1 $2\" = 'postfix stop' ]; then mount -t tmpfs none {place}; fi"
+    service.write_text(f"#!/bin/sh\n{mount}\n{real}")
     try:
         errors = keyed.backup(exit_code=1).stderr
     finally:
         keyed.run("umount", place)
     assert "not on the same file system" in errors and keyed.running() == ["dovecot", "postfix"]
-    assert last_run(keyed)["exit_code"] == 1 and keyed.manifests() == []
+    assert keyed.last_run()["exit_code"] == 1 and keyed.manifests() == []
     assert_no_copy_left(keyed)
     service.write_text(f"#!/bin/sh\n{real}")
     keyed.backup()
@@ -202,7 +225,10 @@ def test_second_pass_that_fails(keyed: Store) -> None:
 @pytest.mark.parametrize("what", ["link", "directory", "file"])
 @pytest.mark.parametrize("name", ["backup/snapshot", ".backup-snapshot"])
 def test_place_of_the_copy_that_is_not_ours(keyed: Store, name: str, what: str) -> None:
-    """A link, a file or a directory of the user's where the copy goes: nothing is touched, and it is said what to do."""
+    """A link, file or directory of the user's where the copy goes is left alone.
+
+    It is said what to do.
+    """
     place = keyed.root / name
     if what == "link":
         place.symlink_to("/etc")
@@ -222,7 +248,10 @@ def test_place_of_the_copy_that_is_not_ours(keyed: Store, name: str, what: str) 
 def test_directory_of_roots_by_another_name(
     keyed: Store, first_night: FirstNight, name: str, place: str
 ) -> None:
-    """STORAGE_USER gives what is root's the name of what a run removes: nothing of it is lost, and it is said."""
+    """STORAGE_USER gives what is root's the name of what a run removes: nothing of it is lost.
+
+    It is said what to do.
+    """
     first_night(keyed)
     pass_the_second_of(keyed.encrypted)
     os.chown(keyed.root / "ssl", 0, 0)
@@ -235,14 +264,17 @@ def test_directory_of_roots_by_another_name(
 
 
 def test_backup_on_a_bind_mount(keyed: Store) -> None:
-    """backup/ mounted from elsewhere on the same disk: files cannot be linked into it, so the copy is beside the mail."""
+    """backup/ is mounted from elsewhere on the same disk: the copy is beside the mail.
+
+    Files cannot be linked into such a backup/.
+    """
     elsewhere = keyed.scratch / "elsewhere"
     keyed.backups.rename(elsewhere)
     keyed.backups.mkdir()
     keyed.run("mount", "--bind", elsewhere, keyed.backups)
     try:
         keyed.backup()
-        assert last_run(keyed)["source"] == "copy"
+        assert keyed.last_run()["source"] == "copy"
         assert_no_copy_left(keyed)
         keyed.assert_restores()
     finally:
@@ -251,7 +283,9 @@ def test_backup_on_a_bind_mount(keyed: Store) -> None:
 
 def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
     """Web data that changes all the time makes no night fail: duplicity reads the copy."""
-    churn = subprocess.Popen(["sh", "-c", "while :; do mktemp -p . >/dev/null; rm -f tmp.*; done"], cwd=keyed.root / "ssl")
+    churn = subprocess.Popen(
+        ["sh", "-c", "while :; do mktemp -p . >/dev/null; rm -f tmp.*; done"],
+        cwd=keyed.root / "ssl")
     try:
         for _ in range(2):
             keyed.backup()
@@ -262,23 +296,31 @@ def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
 
 
 def test_file_that_cannot_be_copied(keyed: Store) -> None:
-    """A disk error in a file that is no message: the backup is made without it, it is named, exit 3; a good disk mends it."""
+    """A disk error in a file that is no message: the backup is made without it.
+
+    The file is named, exit 3; a good disk mends it.
+    """
     bad = keyed.root / "ssl/private.pem"
-    trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad), "-e", "trace=sendfile", "-e", "inject=sendfile:error=EIO"]
+    trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad),
+             "-e", "trace=sendfile", "-e", "inject=sendfile:error=EIO"]
     result = keyed.run(*trace, *keyed.command(), exit_code=3)
     told = f"not all of {keyed.root} could be read; check the disk: {bad}: Input/output error"
-    assert told in result.stderr and told in last_run(keyed)["message"] and last_run(keyed)["source"] == "copy"
+    assert told in result.stderr and told in keyed.last_run()["message"]
+    assert keyed.last_run()["source"] == "copy"
     assert not (keyed.restore("without") / "ssl/private.pem").exists()
     assert keyed.backup().stderr == ""
     keyed.assert_restores()
 
 
 def test_direct_way_of_an_odd_root(keyed: Store) -> None:
-    """duplicity takes what it is to leave out for patterns: a root of nothing but odd characters is backed up all the same."""
+    """A root of nothing but odd characters is backed up all the same.
+
+    duplicity takes what it is to leave out for patterns.
+    """
     keyed.root = keyed.root.rename(keyed.scratch / "user [a]*? 'data\" é")
     keyed.settings.write_text(f"STORAGE_ROOT={keyed.root}\nSTORAGE_USER={USER}\n")
     with disk_at(keyed, keyed.root / "mail/archive", "4M"):
         keyed.backup()
-        assert last_run(keyed)["source"] == "direct"
+        assert keyed.last_run()["source"] == "direct"
         keyed.assert_restores()
     keyed.clean()

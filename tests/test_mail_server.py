@@ -1,4 +1,4 @@
-"""Goal: with real dovecot, postfix, duplicity and gpg, what is restored is exactly what was there while mail was stopped."""
+"""With real dovecot, postfix, duplicity and gpg, the tree while mail was stopped is restored."""
 import contextlib
 import email
 import imaplib
@@ -14,37 +14,50 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from private_mail_server import (BACKUP_DIRECTORY, BACKUP_PROGRAM, IMAP_PORT, KEY_FILE, SETTINGS_FILE, SHARED_DIRECTORY, SMTP_PORT,
-                                 STORAGE_ROOT, Mail, PortWatcher, create_key, describe_tree, imap_messages, manifests, open_inbox, run,
-                                 run_privately, running_commands, send_message, serve_mail_of, start_services, subjects, submit_message,
-                                 wait_until)
+from private_mail_server import (
+    BACKUP_DIRECTORY, BACKUP_PROGRAM, IMAP_PORT, KEY_FILE, SETTINGS_FILE, SHARED_DIRECTORY,
+    SMTP_PORT, STORAGE_ROOT, Mail, PortWatcher, create_key, describe_tree, imap_messages,
+    manifests, open_inbox, run, run_privately, running_commands, send_message, serve_mail_of,
+    start_services, subjects, submit_message, wait_until)
 
 RESTART_SECONDS = 15
 RUN_MARK = "STARTED_BY_THE_KILLED_RUN"
 
 
 def test_full_and_incremental_restore_what_was_there(tmp_path: Path) -> None:
-    """A full and then an incremental backup restore, byte for byte, the tree of the moment when mail was stopped, and dovecot reads it."""
+    """A full and then an incremental backup restore the tree while mail was stopped.
+
+    They do so byte for byte, and dovecot reads it.
+    """
     run_privately(back_up_and_restore_twice, tmp_path)
 
 
 def test_mail_that_arrives_during_the_backup(tmp_path: Path) -> None:
-    """While mail keeps arriving, the backup still is the tree of the moment when mail was stopped, and no message is lost."""
+    """While mail keeps arriving, the backup is the tree of the moment when mail was stopped.
+
+    No message is lost.
+    """
     run_privately(back_up_while_mail_arrives, tmp_path)
 
 
 def test_sigkill_while_dovecot_stops(tmp_path: Path) -> None:
-    """Killed with SIGKILL while dovecot is being stopped, a run leaves nothing, mail comes back by itself, the next run is good."""
+    """Killed while dovecot is being stopped, a run leaves nothing, and the next run is good.
+
+    Here and below it dies by SIGKILL, and mail comes back by itself.
+    """
     run_privately(kill_while_dovecot_stops, tmp_path)
 
 
 def test_sigkill_while_mail_is_down(tmp_path: Path) -> None:
-    """Killed with SIGKILL when both services have stopped, a run leaves nothing, mail comes back by itself, the next run is good."""
+    """Killed when both services have stopped, a run leaves nothing, and the next run is good."""
     run_privately(kill_while_mail_is_down, tmp_path)
 
 
 def test_sigkill_while_duplicity_runs(tmp_path: Path) -> None:
-    """Killed with SIGKILL while duplicity reads the tree, a run leaves nothing, mail is or comes back, the next run is good."""
+    """Killed while duplicity reads the tree, a run leaves nothing, and the next run is good.
+
+    Mail may not have been down.
+    """
     run_privately(kill_while_duplicity_runs, tmp_path)
 
 
@@ -70,12 +83,17 @@ def back_up_and_restore_twice() -> None:
     send_message("new mail")
     messages = back_up_and_restore("inc")
 
-    assert subjects(messages) == ["kept", "read later", "not seen yet", "new mail"], subjects(messages)
-    assert [br"\Seen" in message.flags for message in messages] == [False, True, False, False], messages
+    found = [(subject, br"\Seen" in message.flags)
+             for subject, message in zip(subjects(messages), messages)]
+    assert found == [
+        ("kept", False), ("read later", True), ("not seen yet", False), ("new mail", False)], found
 
 
 def back_up_while_mail_arrives() -> None:
-    """A full backup and an incremental one, while a client sends a message every 20 ms and another reads by IMAP."""
+    """Two backups, while a client sends a message every 20 ms and another reads by IMAP.
+
+    The first is a full one, the other incremental.
+    """
     start_services()
     create_key()
     send_message("message before the backup")
@@ -113,45 +131,58 @@ def back_up_while_mail_arrives() -> None:
             assert before <= confirmed <= inside, confirmed - inside
             gap = min(at for at in accepted.values() if at > stopped + 0.5) - stopped
             assert gap < RESTART_SECONDS
-            print(f"{kind}: {len(confirmed)} messages seen before the stop, all inside; {gap:.1f} s without mail")
+            print(f"{kind}: {len(confirmed)} messages seen before the stop, all inside;",
+                  f"{gap:.1f} s without mail")
     finally:
         finished.set()
         for client in clients:
             client.join()
     run("postqueue", "-f")  # what dovecot could not take has to wait for minutes otherwise
-    wait_until(lambda: set(accepted) <= set(subjects(imap_messages())), "every message that postfix accepted is there")
+    wait_until(lambda: set(accepted) <= set(subjects(imap_messages())),
+               "every message that postfix accepted is there")
+
+
+def runs(*words: str) -> bool:
+    """Return whether a process of the run has all of these in its command line."""
+    return any(all(word in command for word in words) for command in running_commands(RUN_MARK))
 
 
 def kill_while_dovecot_stops() -> None:
     """Kill the program while `service dovecot stop` is under way, which takes a second or two."""
-    kill_and_back_up_again(lambda watcher: any("service dovecot stop" in command for command in running_commands(RUN_MARK)))
+    kill_and_back_up_again(lambda watcher: runs("service dovecot stop"))
 
 
 def kill_while_mail_is_down() -> None:
     """Kill the program when both have stopped."""
-    kill_and_back_up_again(lambda watcher: watcher.has_been_down(IMAP_PORT) and watcher.has_been_down(SMTP_PORT))
+    ports = (IMAP_PORT, SMTP_PORT)
+    kill_and_back_up_again(lambda watcher: all(watcher.has_been_down(port) for port in ports))
 
 
 def kill_while_duplicity_runs() -> None:
-    """Kill the program while the duplicity that makes the backup runs, whether mail is down for it or not."""
-    kill_and_back_up_again(lambda watcher: any("duplicity" in command and " full " in command for command in running_commands(RUN_MARK)))
+    """Kill the program while duplicity makes the backup, whether mail is down for it or not."""
+    kill_and_back_up_again(lambda watcher: runs("duplicity", " full "))
 
 
 def kill_and_back_up_again(moment: Callable[[PortWatcher], bool]) -> None:
-    """Kill a run as soon as `moment` holds, wait for what must come back and what must end, then make a backup after all."""
+    """Kill a run as soon as `moment` holds, then make a backup after all.
+
+    Between them all that must come back or end is waited for.
+    """
     start_services()
     create_key()
     send_message("before the kill")
     with PortWatcher() as watcher:
         environment = {**os.environ, "PATH": service_that_can_be_seen(), RUN_MARK: "1"}
         backup = subprocess.Popen(backup_command(), stdin=subprocess.DEVNULL, env=environment)
-        wait_until(lambda: moment(watcher) or backup.poll() is not None, "the moment to kill the run")
+        wait_until(lambda: moment(watcher) or backup.poll() is not None, "the moment to kill it")
         backup.kill()
-        assert backup.wait() == -signal.SIGKILL, f"ended before it could be killed, with {backup.returncode}"
+        assert backup.wait() == -signal.SIGKILL, f"ended with {backup.returncode} before that"
         print("Running after the kill:", *running_commands(RUN_MARK), sep="\n", flush=True)
-        wait_until(lambda: [watcher.states(port) for port in (SMTP_PORT, IMAP_PORT)] == [[True, False, True]] * 2,
+        restarted = [[True, False, True]] * 2
+        wait_until(lambda: [watcher.states(port) for port in (SMTP_PORT, IMAP_PORT)] == restarted,
                    "both ports have been closed and are open again", RESTART_SECONDS)
-        wait_until(lambda: not left_by_killed_run(), "nothing of the run is left running", RESTART_SECONDS)
+        wait_until(lambda: not left_by_killed_run(),
+                   "nothing of the run is left running", RESTART_SECONDS)
     assert not manifests(), "the killed run went on and completed its set"
     send_message("after the kill")
     back_up_and_restore("full")
@@ -159,14 +190,21 @@ def kill_and_back_up_again(moment: Callable[[PortWatcher], bool]) -> None:
 
 
 def left_by_killed_run() -> list[str]:
-    """Return what of the killed run still runs, gpg's agent left out: that is for the next run to end."""
-    return [command for command in running_commands(RUN_MARK) if not command.startswith("gpg-agent ")]
+    """Return what of the killed run still runs.
+
+    gpg's agent is left out: that is for the next run to end.
+    """
+    commands = running_commands(RUN_MARK)
+    return [command for command in commands if not command.startswith("gpg-agent ")]
 
 
 # What the scenarios are made of.
 
 def create_other_user_data() -> None:
-    """Add what a mail server's user data holds beside mail, and what is easily lost: modes, links, empty directories, odd names."""
+    """Add what a mail server's user data holds beside mail, and what is easily lost.
+
+    That is modes, links, empty directories and odd names.
+    """
     certificates = STORAGE_ROOT / "ssl"
     certificates.mkdir(mode=0o700)
     private_key = certificates / "ssl_private_key.pem"
@@ -180,7 +218,10 @@ def create_other_user_data() -> None:
 
 
 def back_up_and_restore(kind: str) -> list[Mail]:
-    """Make a backup that must be of this kind, `full` or `inc`, restore and compare it; return the mail that dovecot reads from it."""
+    """Make a backup of this kind, `full` or `inc`, restore and compare it.
+
+    Returns the mail that dovecot reads from it.
+    """
     messages = imap_messages()
     restored = back_up_and_compare(kind)
     serve_mail_of(restored)
@@ -192,7 +233,10 @@ def back_up_and_restore(kind: str) -> list[Mail]:
 
 
 def back_up_and_compare(kind: str) -> Path:
-    """Make a backup that must be of this kind, `full` or `inc`; return where it is restored, equal to the tree while mail was stopped."""
+    """Make a backup that must be of this kind, `full` or `inc`, and return where it is restored.
+
+    It must be equal to the tree while mail was stopped.
+    """
     tree_while_stopped = SHARED_DIRECTORY / f"{kind}-tree"
     restored = SHARED_DIRECTORY / f"{kind}-restored"
     earlier_manifests = manifests()
@@ -207,8 +251,10 @@ def back_up_and_compare(kind: str) -> Path:
 
     restore(restored)
     expected, found = describe_tree(tree_while_stopped), describe_tree(restored)
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    assert not different, "\n".join(f"{name!r}: expected {expected.get(name)}, restored {found.get(name)}" for name in different)
+    different = [f"{name!r}: expected {expected.get(name)}, restored {found.get(name)}"
+                 for name in sorted(expected.keys() | found.keys())
+                 if expected.get(name) != found.get(name)]
+    assert not different, "\n".join(different)
     return restored
 
 
@@ -218,10 +264,15 @@ def backup_command() -> list[str]:
 
 
 def back_up(path: str) -> tuple[str, PortWatcher]:
-    """Run the program with this PATH while both ports are watched; it must exit 0. Return what it printed and the watcher."""
+    """Run the program with this PATH while both ports are watched; it must exit 0.
+
+    Returns what it printed and the watcher.
+    """
     printed = SHARED_DIRECTORY / "printed"
     with printed.open("wb") as output, PortWatcher() as watcher:
-        result = subprocess.run(backup_command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, "PATH": path})
+        result = subprocess.run(
+            backup_command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env={**os.environ, "PATH": path})
     text = printed.read_text(errors="replace")
     assert result.returncode == 0, f"exit code {result.returncode}:\n{text}"
     return text, watcher
@@ -240,19 +291,21 @@ def service_that_can_be_seen() -> str:
 
 
 def service_that_copies_the_tree(copy: Path) -> str:
-    """Return a PATH with a `service` that copies STORAGE_ROOT before the first start, while all mail services are stopped still.
+    """Return a PATH with a `service` that copies STORAGE_ROOT before the first start.
 
-    After the start dovecot may write to its indexes at any moment.
+    All mail services are stopped still then; after the start dovecot may write to its indexes at
+    any moment.
     """
     directory = copy.with_name(f"{copy.name}-service")
     directory.mkdir()
     service = directory / "service"
+    stopped, copied = shlex.quote(f"{directory}/stopped"), shlex.quote(str(copy))
     service.write_text(f"""#!/bin/sh
-if [ "$2" = stop ] && [ ! -e {shlex.quote(str(directory))}/stopped ]; then
-    touch {shlex.quote(str(directory))}/stopped
+if [ "$2" = stop ] && [ ! -e {stopped} ]; then
+    touch {stopped}
 fi
-if [ "$2" = start ] && [ ! -e {shlex.quote(str(copy))} ]; then
-    cp -a {shlex.quote(str(STORAGE_ROOT))} {shlex.quote(str(copy))}
+if [ "$2" = start ] && [ ! -e {copied} ]; then
+    cp -a {shlex.quote(str(STORAGE_ROOT))} {copied}
 fi
 exec /usr/sbin/service "$@"
 """)
@@ -261,7 +314,11 @@ exec /usr/sbin/service "$@"
 
 
 def restore(destination: Path) -> None:
-    """Restore the newest backup as the README tells somebody who has nothing but duplicity, the encrypted files and the key."""
-    command = ["duplicity", "restore", "--archive-dir", "/run/restore-cache", f"file://{BACKUP_DIRECTORY}/encrypted", str(destination)]
-    passphrase = KEY_FILE.read_text().splitlines()[0]
-    subprocess.run(command, stdin=subprocess.DEVNULL, env={**os.environ, "PASSPHRASE": passphrase}, check=True)
+    """Restore the newest backup with nothing but duplicity, the encrypted files and the key.
+
+    It is done as the README tells it.
+    """
+    command = ["duplicity", "restore", "--archive-dir", "/run/restore-cache",
+               f"file://{BACKUP_DIRECTORY}/encrypted", str(destination)]
+    environment = {**os.environ, "PASSPHRASE": KEY_FILE.read_text().splitlines()[0]}
+    subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, check=True)

@@ -1,8 +1,10 @@
-"""The mirror in two passes: whatever happens to a tree during and between them, afterwards the mirror equals it in all but sockets."""
+"""The mirror in two passes: whatever happens to a tree meanwhile, the mirror equals it afterwards.
+
+Only sockets are not in it.
+"""
 
 import contextlib
 import itertools
-import json
 import mmap
 import os
 import resource
@@ -26,7 +28,8 @@ import utils
 from backup import may_link
 from conftest import Store, tree_of
 
-PLACES = ["", "box", "box/cur", "box/new", "box/tmp", "box/cur/deep", "plain", "plain/deep", "migrated_unencrypted_backup"]
+PLACES = ["", "box", "box/cur", "box/new", "box/tmp", "box/cur/deep", "plain", "plain/deep",
+          "migrated_unencrypted_backup"]
 NAMES = ["17001.M1P1.host:2,S", "17002.M2P2.host:2,", "index", "\udcff\n\\name", "deep", "tmp"]
 EXAMPLES = 300 if os.environ.get("CI") == "true" else 100
 Change = tuple[str, str, str, int]
@@ -38,7 +41,10 @@ Status = tuple[int, ...]
 
 def opened(path: Path, mode: str) -> BinaryIO:
     """Open a file; a fifo is an error, not something to wait for."""
-    return cast(BinaryIO, open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o644)))
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK, 0o644)
+
+    return cast(BinaryIO, open(path, mode, opener=opener))
 
 
 def write(path: Path, other: Path, number: int) -> None:
@@ -145,9 +151,11 @@ def change_times(path: Path, other: Path, number: int) -> None:
 
 
 KINDS: dict[str, Callable[[Path, Path, int], None]] = {function.__name__: function for function in (
-    write, append, rewrite_unseen, rename, rename_unseen, delete, make_directory, directory_to_file, change_mode, change_owner, link_to,
-    hard_link, sparse, fifo, listen, swap, store, change_times)}
-PATHS = strategies.sampled_from([os.path.join(place, name) for place in PLACES for name in NAMES] + PLACES[1:])
+    write, append, rewrite_unseen, rename, rename_unseen, delete, make_directory,
+    directory_to_file, change_mode, change_owner, link_to, hard_link, sparse, fifo, listen, swap,
+    store, change_times)}
+PATHS = strategies.sampled_from(
+    [os.path.join(place, name) for place in PLACES for name in NAMES] + PLACES[1:])
 CHANGES: strategies.SearchStrategy[Change] = strategies.tuples(
     strategies.sampled_from(sorted(KINDS)), PATHS, PATHS, strategies.integers(1, 50))
 
@@ -169,8 +177,14 @@ def grow(root: Path) -> None:
     (root / "plain/link").symlink_to("index")
 
 
+EVENTS = {"open", "os.listdir", "os.scandir", "os.link", "os.mkdir", "os.chown", "os.utime"}
+
+
 class Meddler:
-    """Makes changes in the middle of whatever opens, lists, links or makes files: each at its count of such events."""
+    """Makes changes amid whatever opens, lists, links or makes files.
+
+    Each comes at its count of such events.
+    """
 
     def __init__(self) -> None:
         self.root: Optional[Path] = None
@@ -180,7 +194,7 @@ class Meddler:
 
     def on_event(self, event: str, _arguments: object) -> None:
         """Take an audit event of Python's."""
-        if self.root and event in ("open", "os.listdir", "os.scandir", "os.link", "os.mkdir", "os.chown", "os.utime"):
+        if self.root and event in EVENTS:
             self.count += 1
             if self.count in self.plan:
                 root, self.root = self.root, None
@@ -206,17 +220,27 @@ def statuses(root: Path) -> dict[str, Status]:
     for path in [root, *root.rglob("*")]:
         status = path.lstat()
         found[str(path.relative_to(root))] = (
-            status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
+            status.st_ino, status.st_mode, status.st_uid, status.st_gid, status.st_size,
+            status.st_mtime_ns)
     return found
 
 
+def times_of(root: Path) -> dict[str, int]:
+    """Return the mtime of each entry that is to be in a backup."""
+    return {path: status[5] for path, status in statuses(root).items()
+            if path.split("/")[0] != "backup" and not stat.S_ISSOCK(status[1])}
+
+
 def assert_equal(mirror: utils.Mirror) -> None:
-    """Check that a mirror is what a backup of the tree must hold, mtimes to the nanosecond, and count_entries agrees."""
+    """Check that a mirror is what a backup of the tree must hold, and count_entries agrees.
+
+    mtimes are compared to the nanosecond.
+    """
     assert tree_of(mirror.target, "") == tree_of(mirror.source)
-    times = [{path: status[5] for path, status in statuses(root).items()
-              if path.split("/")[0] != "backup" and not stat.S_ISSOCK(status[1])} for root in (mirror.target, mirror.source)]
-    assert times[0] == times[1] and mirror.unread == {}
-    assert utils.count_entries(mirror.target) == utils.count_entries(mirror.source, [mirror.source / "backup"]) == len(times[0])
+    times = times_of(mirror.target)
+    assert times == times_of(mirror.source) and mirror.unread == {}
+    assert utils.count_entries(mirror.target) == len(times)
+    assert utils.count_entries(mirror.source, [mirror.source / "backup"]) == len(times)
 
 
 @contextlib.contextmanager
@@ -229,7 +253,9 @@ def mirrored(root: Path, place: Path, spare_bytes: int = 0) -> Iterator[utils.Mi
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs"])
-def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def volume(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A disk with a file system of each kind."""
     image, place = (tmp_path_factory.mktemp(request.param) / name for name in ("image", "mounted"))
     place.mkdir()
@@ -243,17 +269,20 @@ def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(before=strategies.lists(CHANGES, max_size=12), during=strategies.dictionaries(strategies.integers(1, 150), CHANGES, max_size=6),
+@given(before=strategies.lists(CHANGES, max_size=12),
+       during=strategies.dictionaries(strategies.integers(1, 150), CHANGES, max_size=6),
        between=strategies.lists(CHANGES, max_size=12), later=strategies.lists(CHANGES, max_size=4),
        short_pass=strategies.sampled_from([0, 1]), same_times=strategies.booleans())
 def test_mirror_equals_the_tree(
-    volume: Path, before: list[Change], during: dict[int, Change], between: list[Change], later: list[Change],
+    volume: Path, before: list[Change], during: dict[int, Change], between: list[Change],
+    later: list[Change],
     short_pass: int, same_times: bool
 ) -> None:
-    """Random changes before, in the midst of and after the first pass: the second makes the mirror equal, and the third again.
+    """Random changes before, amid and after the first pass: the second makes the mirror equal.
 
-    Nothing of the tree is touched. short_pass: in seconds; no first pass is shorter than 0, so that it is repeated. same_times:
-    whether all mtimes are one, as after a restore.
+    So does the third again, and nothing of the tree is touched. short_pass: in seconds; no first
+    pass is shorter than 0, so that it is repeated. same_times: whether all mtimes are one, as after
+    a restore.
     """
     place = Path(tempfile.mkdtemp(dir=volume))
     root = place / "tree"
@@ -265,7 +294,8 @@ def test_mirror_equals_the_tree(
             os.utime(path, (1_600_000_000, 1_600_000_000), follow_symlinks=False)
     time.sleep(0.03)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sync", lambda: None)  # on a busy disk it takes seconds; each store above is by a new mapping
+        # On a busy disk it takes seconds; each store above is by a new mapping.
+        patch.setattr(os, "sync", lambda: None)
         patch.setattr(utils, "SETTLED_SECONDS", 0.02)
         patch.setattr(utils, "SHORT_PASS_SECONDS", short_pass)
         stack = contextlib.ExitStack()
@@ -283,7 +313,10 @@ def test_mirror_equals_the_tree(
 
 
 def test_swapped_mailboxes(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two users, or one user's folders, change names; files of one size and mtime are not taken for each other's."""
+    """Two users, or one user's folders, change names; files alike are not taken for each other's.
+
+    They are of one size and mtime.
+    """
     place = Path(tempfile.mkdtemp(dir=volume))
     root = place / "tree"
     for user in ("alice", "bob"):
@@ -306,21 +339,31 @@ def test_swapped_mailboxes(volume: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
-    """Files in cur and new, and in the layout of old, are the user's own; others are copies, holes left out."""
+    """Files in cur, new and the layout of old are links; others are copies without holes."""
     root = tmp_path / "tree"
     grow(root)
     sparse(root / "plain/sparse", root, 3)
     with mirrored(root, tmp_path / "copy") as mirror:
         pass
-    linked = {str(path.relative_to(root)) for path in root.rglob("*")
-              if path.is_file() and not path.is_symlink() and (mirror.target / path.relative_to(root)).samefile(path)}
-    assert {os.path.dirname(path) for path in linked} == {"box/cur", "box/new", "migrated_unencrypted_backup"} and len(linked) == 9
-    assert (mirror.target / "plain/sparse").stat().st_blocks <= (root / "plain/sparse").stat().st_blocks <= 16
+    copy = mirror.target
+    linked = [path.relative_to(root) for path in root.rglob("*")
+              if path.is_file() and not path.is_symlink()
+              and (copy / path.relative_to(root)).samefile(path)]
+    assert {str(path.parent) for path in linked} == {
+        "box/cur", "box/new", "migrated_unencrypted_backup"}
+    assert len(linked) == 9
+    blocks = (root / "plain/sparse").stat().st_blocks
+    assert (copy / "plain/sparse").stat().st_blocks <= blocks <= 16
 
 
 @pytest.mark.parametrize("always_long", [False, True])
-def test_long_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_long: bool) -> None:
-    """What changed while a first pass took long is caught up with before the second, as long as that takes less and less time."""
+def test_long_first_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_long: bool
+) -> None:
+    """What changed while a first pass took long is caught up with before the second.
+
+    That goes on as long as it takes less and less time.
+    """
     root, place = tmp_path / "tree", tmp_path / "copy"
     grow(root)
     place.mkdir(mode=0o700)
@@ -343,8 +386,13 @@ def test_long_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
-def test_directory_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool) -> None:
-    """What is away during a pass, or stands for another meanwhile, is mirrored anew when it is back, though nothing in it has changed."""
+def test_directory_that_goes_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
+) -> None:
+    """What is away during a pass, or stands for another meanwhile, is mirrored anew when back.
+
+    It is so though nothing in it has changed.
+    """
     root = tmp_path / "tree"
     grow(root)
     for name in ("cur", "new", "tmp"):
@@ -352,7 +400,8 @@ def test_directory_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.
     time.sleep(0.05)
     monkeypatch.setattr(utils, "SETTLED_SECONDS", 0.02)
     with mirrored(root, tmp_path / "copy") as mirror:
-        assert (mirror.target / "box/new").stat().st_atime_ns == utils.ONLY_LINKS_NS  # it would not be listed
+        # it would not be listed
+        assert (mirror.target / "box/new").stat().st_atime_ns == utils.ONLY_LINKS_NS
         (root / "box").rename(tmp_path / "away")
         if exchanged:
             (tmp_path / "other/new/message").touch()
@@ -367,7 +416,10 @@ def test_directory_that_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
-    """A store to a page that was dirty before the first pass is seen by the second, though time stamps told of it only before."""
+    """A store to a page that was dirty before the first pass is seen by the second.
+
+    Time stamps told of it only before.
+    """
     root = tmp_path / "tree"
     grow(root)
     with (root / "plain/index").open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as page:
@@ -383,7 +435,9 @@ def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk(store: Store, *mkfs: str, size: str = "64M", place: Optional[Path] = None) -> Iterator[Path]:
+def disk(
+    store: Store, *mkfs: str, size: str = "64M", place: Optional[Path] = None
+) -> Iterator[Path]:
     """Mount a new file system of a file, by default beside the tree, while the block runs."""
     image, place = store.scratch / "disk", place or store.scratch / "mounted"
     place.mkdir(exist_ok=True)
@@ -398,7 +452,10 @@ def disk(store: Store, *mkfs: str, size: str = "64M", place: Optional[Path] = No
 
 
 def test_time_stamps_of_a_second(store: Store) -> None:
-    """Where all changes of a second bear one time stamp (ext4 with small inodes) what is rewritten in that second counts as changed."""
+    """Where all changes of a second bear one time stamp, what is rewritten then counts as changed.
+
+    So it is on ext4 with small inodes.
+    """
     with disk(store, "mkfs.ext4", "-q", "-I", "128") as place:
         missed = []
         for attempt in range(3):
@@ -416,7 +473,7 @@ def test_time_stamps_of_a_second(store: Store) -> None:
 
 @pytest.mark.parametrize("mkfs", [("mkfs.xfs", "-q"), ("mkfs.btrfs", "-q")])
 def test_clone(store: Store, mkfs: tuple[str, ...]) -> None:
-    """Where the file system can share blocks a copy takes no room, and room for it is not asked for."""
+    """Where the file system can share blocks a copy takes no room, and asks for none."""
     with disk(store, *mkfs, size="512M") as place:
         root = place / "tree"
         grow(root)
@@ -434,7 +491,7 @@ def test_clone(store: Store, mkfs: tuple[str, ...]) -> None:
 def test_entries_that_change_between_the_passes(
     store: Store, monkeypatch: pytest.MonkeyPatch, mkfs: tuple[str, ...]
 ) -> None:
-    """What is made, renamed or removed at the top or below is in the copy as it is in the tree, whatever the file system is."""
+    """What is made, renamed or removed at the top or below is in the copy as it is in the tree."""
     with disk(store, *mkfs, size="512M") as place:
         root = place / "tree"
         grow(root)
@@ -463,8 +520,9 @@ def test_no_room(store: Store) -> None:
         (root / "plain/big").write_bytes(os.urandom(20_000_000))
         free = utils.free_bytes(place)
         spare = free - 19_000_000
-        with pytest.raises(utils.Failure, match="No space left"), mirrored(root, place / "copy", spare):
-            raise AssertionError("there is no room for it")
+        with pytest.raises(utils.Failure, match="No space left"):
+            with mirrored(root, place / "copy", spare):
+                raise AssertionError("there is no room for it")
         assert utils.free_bytes(place) >= spare
         with mirrored(root, place / "second") as mirror:
             (root / "plain/big2").write_bytes(os.urandom(utils.free_bytes(place) - 5_000_000))
@@ -473,19 +531,26 @@ def test_no_room(store: Store) -> None:
 
 
 def test_another_file_system_inside(store: Store) -> None:
-    """A mount inside the tree is never followed: there is no mirror then, in the first pass or the second."""
+    """A mount inside the tree is never followed: neither pass makes a mirror then."""
     root = store.scratch / "tree"
     grow(root)
-    with disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
-        with pytest.raises(utils.Failure, match="not on the same file system"), mirrored(root, store.scratch / "copy"):
+    inside = root / "plain/deep"
+    refused = pytest.raises(utils.Failure, match="not on the same file system")
+    with disk(store, "mkfs.ext4", "-q", place=inside):
+        with refused, mirrored(root, store.scratch / "copy"):
             raise AssertionError("there can be no mirror")
-    with mirrored(root, store.scratch / "second") as mirror, disk(store, "mkfs.ext4", "-q", place=root / "plain/deep"):
-        with pytest.raises(utils.Failure, match="not on the same file system"):
+    with mirrored(root, store.scratch / "second") as mirror:
+        with disk(store, "mkfs.ext4", "-q", place=inside), refused:
             utils.update_mirror(mirror)
 
 
-def test_files_that_cannot_be_linked_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A message that refuses links is copied; a file that cannot be read is told of, and is in neither pass a reason to stop."""
+def test_files_that_cannot_be_linked_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that refuses links is copied; a file that cannot be read is told of.
+
+    In neither pass it is a reason to stop.
+    """
     root = tmp_path / "tree"
     grow(root)
 
@@ -500,7 +565,7 @@ def test_files_that_cannot_be_linked_or_read(tmp_path: Path, monkeypatch: pytest
     real = utils._copy_data
 
     def fail(source: int, target: int, size: int) -> None:
-        if size == (root / "plain/index").stat().st_size and os.readlink(f"/proc/self/fd/{source}").endswith("plain/index"):
+        if os.readlink(f"/proc/self/fd/{source}").endswith("plain/index"):
             raise OSError(5, "Input/output error")
         real(source, target, size)
 
@@ -513,7 +578,7 @@ def test_files_that_cannot_be_linked_or_read(tmp_path: Path, monkeypatch: pytest
 
 
 def test_place_that_others_can_reach(tmp_path: Path) -> None:
-    """The mirror goes nowhere but into a directory that root alone can reach, and that no link leads to."""
+    """The mirror goes only into a directory that root alone can reach, and by no link."""
     root, place, link = tmp_path / "tree", tmp_path / "place", tmp_path / "link"
     grow(root)
     place.mkdir(mode=0o755)
@@ -526,7 +591,7 @@ def test_place_that_others_can_reach(tmp_path: Path) -> None:
 
 
 def test_mirror_that_was_moved(tmp_path: Path) -> None:
-    """Between the passes the mirror's place gets another name, and a link to elsewhere its old one: nothing is changed there."""
+    """Between the passes a link to elsewhere takes the mirror's place: nothing is changed there."""
     root, place, elsewhere = tmp_path / "tree", tmp_path / "place", tmp_path / "elsewhere"
     grow(root)
     shutil.copytree(root / "plain", elsewhere / "tree/plain", symlinks=True)
@@ -566,12 +631,12 @@ def make_deep(root: Path, depth: int) -> None:
 
 def depth_of(root: Path) -> int:
     """Return how many directories and files are inside each other."""
-    return int(subprocess.run(f"find {shlex.quote(str(root))} -mindepth 1 | wc -l", shell=True, check=True,
-                              stdout=subprocess.PIPE, text=True).stdout)
+    command = f"find {shlex.quote(str(root))} -mindepth 1 | wc -l"
+    return int(subprocess.check_output(command, shell=True, text=True))
 
 
 def test_deep_tree(tmp_path: Path) -> None:
-    """No tree is too deep; what duplicity could not open, for its path is too long, is left out and told of."""
+    """No tree is too deep; what duplicity could not open is left out and told of."""
     root = tmp_path / "tree"
     make_deep(root, 2500)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getrecursionlimit()
@@ -591,10 +656,10 @@ def test_deep_tree(tmp_path: Path) -> None:
 
 
 def test_night_of_a_deep_tree(keyed: Store) -> None:
-    """A tree 900 deep, which any user of a web disk can make, does not keep mail down: it is copied like any other."""
+    """A tree 900 deep, which any user of a web disk can make, is copied like any other."""
     make_deep(keyed.root / "deep", 900)
     keyed.backup()
-    assert json.loads((keyed.backups / "last-run.json").read_text())["source"] == "copy"
+    assert keyed.last_run()["source"] == "copy"
     assert not (keyed.backups / "snapshot").exists()
     assert depth_of(keyed.restore() / "deep") == 901
     subprocess.run(["rm", "-r", keyed.root / "deep", keyed.scratch / "restored"], check=True)

@@ -1,6 +1,5 @@
-"""The night as a whole: what is called in which order, when a set is believed, and that plain duplicity restores what was made."""
+"""The night as a whole: the order of calls, when a set is believed, and what is restored."""
 
-import json
 import os
 import re
 import stat
@@ -11,6 +10,7 @@ import pytest
 
 import backup
 from conftest import PYTHON, FirstNight, Store
+from test_services import STARTS, STOPS
 
 # Records its arguments and runs the real one.
 RECORDING = """#!/bin/sh
@@ -19,15 +19,8 @@ exec REAL "$@"
 """
 
 
-def last_run(store: Store) -> dict[str, object]:
-    """Return what last-run.json holds."""
-    content = json.loads((store.backups / "last-run.json").read_text())
-    assert isinstance(content, dict)
-    return content
-
-
 def test_full_then_incremental_restore_equal(keyed: Store) -> None:
-    """A full, then an incremental after changes: both silent, and a restore with plain duplicity equals the tree."""
+    """Both nights are silent, and a restore with plain duplicity equals the tree after each."""
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     keyed.assert_restores("first")
@@ -43,7 +36,7 @@ def test_full_then_incremental_restore_equal(keyed: Store) -> None:
 
 
 def test_every_byte_in_names(keyed: Store) -> None:
-    """Messages whose names hold every byte but / and NUL, alone and between others, are backed up and restored."""
+    """Messages whose names hold any byte but / and NUL, alone and between others, are restored."""
     mailbox = keyed.root / "mail/mailboxes/example.com/alice/cur"
     for number in set(range(1, 256)) - {ord("/")}:
         for name in (bytes([number]), b"a" + bytes([number]) + b"b"):
@@ -54,7 +47,7 @@ def test_every_byte_in_names(keyed: Store) -> None:
 
 
 def test_order_of_the_night(keyed: Store) -> None:
-    """Mail is stopped only for the copy, dovecot first, and started in that order; then duplicity."""
+    """Mail is stopped only for the copy, dovecot first, and started likewise; then duplicity."""
     keyed.stand_in("duplicity", RECORDING)
     for name in ("before-backup", "after-backup"):
         hook = keyed.backups / name
@@ -65,9 +58,10 @@ def test_order_of_the_night(keyed: Store) -> None:
     keyed.backup()
     calls = [" ".join(call.split()[:2]) for call in keyed.calls()]
     assert calls == [
-        "duplicity --version", "hook before-backup", "dovecot status", "postfix status", "dovecot stop", "postfix stop",
-        "dovecot start", "postfix start", "dovecot status", "postfix status", "duplicity full", "duplicity remove-older-than",
-        "duplicity cleanup", "hook after-backup"]
+        "duplicity --version", "hook before-backup", "dovecot status", "postfix status",
+        "dovecot stop", "postfix stop", "dovecot start", "postfix start",
+        "dovecot status", "postfix status",
+        "duplicity full", "duplicity remove-older-than", "duplicity cleanup", "hook after-backup"]
 
 
 def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
@@ -75,12 +69,15 @@ def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
     keyed.stand_in("duplicity", RECORDING)
     keyed.backup()
     keyed.backup()
-    calls = [call for call in keyed.calls() if call.startswith("duplicity") and "--version" not in call]
+    calls = [call for call in keyed.calls() if re.match("duplicity (?!--version)", call)]
     target, archive = "file://encrypted", "--archive-dir cache --name backup"
-    options = f"{archive} --volsize 250 --gpg-options=--cipher-algo=AES256 --allow-source-mismatch --log-fd="
-    assert calls[0].startswith(f"duplicity full {options}") and calls[0].endswith(f" snapshot/tree {target}")
-    assert calls[1] == f"duplicity remove-older-than {archive} --force --verbosity error 3D {target}"
-    assert calls[2] == f"duplicity cleanup {archive} --force --verbosity error {target}"
+    options = (f"{archive} --volsize 250 --gpg-options=--cipher-algo=AES256"
+               " --allow-source-mismatch --log-fd=")
+    quiet = f"{archive} --force --verbosity error"
+    assert calls[0].startswith(f"duplicity full {options}")
+    assert calls[0].endswith(f" snapshot/tree {target}")
+    assert calls[1] == f"duplicity remove-older-than {quiet} 3D {target}"
+    assert calls[2] == f"duplicity cleanup {quiet} {target}"
     assert calls[3].startswith(f"duplicity incremental {options}")
 
 
@@ -88,11 +85,14 @@ def test_full_is_forced(keyed: Store, first_night: FirstNight) -> None:
     """--full makes a full backup although an incremental would do."""
     first_night(keyed)
     keyed.backup("--full")
-    assert all(name.startswith("duplicity-full.") for name in keyed.manifests()) and len(keyed.manifests()) == 2
+    assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full"] * 2
 
 
 def test_first_run_makes_a_key_and_says_so_once(store: Store) -> None:
-    """The key is one line of 48 random bytes in base64, 0600; the admin is told of it once, and backup/ has the modes of the design."""
+    """The key is one line of 48 random bytes in base64, 0600; the admin is told of it once.
+
+    backup/ and what is in it have the modes of the design.
+    """
     result = store.backup()
     assert result.stdout == "" and result.stderr.count("\n") == 1 and "keep a copy" in result.stderr
     key = store.backups / "secret_key.txt"
@@ -100,16 +100,22 @@ def test_first_run_makes_a_key_and_says_so_once(store: Store) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert store.backup().stderr == ""
     group = store.root.stat().st_gid
-    for path, mode in {store.backups: 0o750, store.encrypted: 0o750, store.backups / "cache": 0o700}.items():
+    for path, mode in (
+        (store.backups, 0o750), (store.encrypted, 0o750), (store.backups / "cache", 0o700)
+    ):
         assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_uid) == (mode, 0)
-    assert {path.stat().st_gid for path in (store.backups, store.encrypted, *store.encrypted.iterdir())} == {group}
+    for_the_group = (store.backups, store.encrypted, *store.encrypted.iterdir())
+    assert {path.stat().st_gid for path in for_the_group} == {group}
     assert {stat.S_IMODE(path.stat().st_mode) for path in store.encrypted.iterdir()} == {0o640}
     assert not (store.backups / "tmp").exists()
 
 
-@pytest.mark.parametrize("mode, owned, expected", [(0o700, True, 0o710), (0o755, False, 0o755), (0o700, False, 0o710)])
-def test_existing_backup_directory_gets_group_search(keyed: Store, mode: int, owned: bool, expected: int) -> None:
-    """A backup/ that STORAGE_USER's group could not pass through lets it through, and keeps its mode otherwise."""
+@pytest.mark.parametrize(
+    "mode, owned, expected", [(0o700, True, 0o710), (0o755, False, 0o755), (0o700, False, 0o710)])
+def test_existing_backup_directory_gets_group_search(
+    keyed: Store, mode: int, owned: bool, expected: int
+) -> None:
+    """A backup/ lets STORAGE_USER's group pass through, and keeps its mode otherwise."""
     os.chown(keyed.backups, 0, keyed.root.stat().st_gid if owned else 0)
     keyed.backups.chmod(mode)
     keyed.backup()
@@ -117,15 +123,20 @@ def test_existing_backup_directory_gets_group_search(keyed: Store, mode: int, ow
 
 
 def test_key_is_hardly_stretched(keyed: Store) -> None:
-    """1,048,576 times for each file; a set of before, stretched 65 million times, is built on and opens as it did."""
+    """The key is stretched 1,048,576 times for each file.
+
+    A set of before, stretched 65 million times, is built on and opens as it did.
+    """
     old = keyed.changed_program("KEY_ITERATIONS = 1_048_576", "KEY_ITERATIONS = 65_011_712")
     keyed.run("faketime", "1 hour ago", PYTHON, old, "--config", keyed.settings)
     (keyed.root / "later").write_text("later")
     keyed.backup()
     counts = []
     for name in keyed.manifests():
-        packets = keyed.run("gpg", "--batch", "--pinentry-mode", "cancel", "--list-packets", keyed.encrypted / name, exit_code=None,
-                            environment={"GNUPGHOME": str(keyed.gnupg())}).stdout
+        packets = keyed.run(
+            "gpg", "--batch", "--pinentry-mode", "cancel", "--list-packets",
+            keyed.encrypted / name, exit_code=None,
+            environment={"GNUPGHOME": str(keyed.gnupg())}).stdout
         counts += re.findall(r"\tsalt \w+, count (\d+)", packets)
     assert counts == ["65011712", "1048576"]
     keyed.assert_restores()
@@ -133,15 +144,20 @@ def test_key_is_hardly_stretched(keyed: Store) -> None:
 
 
 def test_passphrase_is_nowhere_but_in_duplicitys_environment(keyed: Store) -> None:
-    """No argument, message, hook, service or file but the key itself ever has the passphrase, not even when duplicity prints it."""
+    """Nothing else ever has the passphrase, not even when duplicity prints it.
+
+    That is no argument, message, hook, service or file, but for the key itself.
+    """
     passphrase = (keyed.backups / "secret_key.txt").read_text().strip()
-    for program in ("duplicity", "gpgconf", "service"):
+    for program in ("duplicity", "gpgconf"):
         keyed.stand_in(program, f"""#!/bin/sh
 echo "{program} $* $(env | tr '\\n' ' ')" >> {keyed.scratch}/recorded
 echo "my passphrase is $PASSPHRASE"
 exec REAL "$@"
-""") if program != "service" else (keyed.bin / "service").write_text(
-            (keyed.bin / "service").read_text().replace("cd ", f"env >> {keyed.scratch}/recorded-services; cd "))
+""")
+    service = keyed.bin / "service"
+    service.write_text(
+        service.read_text().replace("cd ", f"env >> {keyed.scratch}/recorded-services; cd "))
     for name in ("before-backup", "after-backup"):
         (keyed.backups / name).write_text(f"#!/bin/sh\nenv >> {keyed.scratch}/recorded-hooks\n")
         (keyed.backups / name).chmod(0o755)
@@ -158,7 +174,8 @@ exec REAL "$@"
         assert passphrase not in arguments.split(" PASSPHRASE=")[0]
         if line.startswith("gpgconf") or "--version" in line:
             assert passphrase not in line
-    kept = [path for path in keyed.backups.rglob("*") if path.is_file() and passphrase.encode() in path.read_bytes()]
+    files = [path for path in keyed.backups.rglob("*") if path.is_file()]
+    kept = [path for path in files if passphrase.encode() in path.read_bytes()]
     assert kept == [keyed.backups / "secret_key.txt"]
 
 
@@ -166,14 +183,17 @@ def test_last_run_tells_how_it_went(keyed: Store) -> None:
     """last-run.json holds what the design says, readable for STORAGE_USER's group."""
     began = datetime.now(timezone.utc).replace(microsecond=0)
     keyed.backup()
-    content = last_run(keyed)
-    assert content["kind"] == "full" and content["source"] == "copy" and content["exit_code"] == 0 and content["message"] == ""
-    assert str(content["duplicity_version"]).count(".") == 2
-    start, end = (datetime.fromisoformat(str(content[key])) for key in ("start", "end"))
-    assert start.utcoffset() == timedelta(0) and began <= start <= end <= datetime.now(timezone.utc)
+    content = keyed.last_run()
+    assert (content["kind"], content["source"]) == ("full", "copy")
+    assert (content["exit_code"], content["message"]) == (0, "")
+    assert content["duplicity_version"].count(".") == 2
+    start, end = (datetime.fromisoformat(content[key]) for key in ("start", "end"))
+    assert start.utcoffset() == timedelta(0)
+    assert began <= start <= end <= datetime.now(timezone.utc)
     assert isinstance(content["downtime_seconds"], float) and 0 < content["downtime_seconds"] < 60
     status = (keyed.backups / "last-run.json").stat()
-    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o640, 0, keyed.root.stat().st_gid)
+    owner = (status.st_uid, status.st_gid)
+    assert (stat.S_IMODE(status.st_mode), *owner) == (0o640, 0, keyed.root.stat().st_gid)
     assert [path.name for path in keyed.backups.iterdir() if path.name.startswith(".")] == []
 
 
@@ -193,20 +213,24 @@ def fail_with(store: Store, wrong: str) -> None:
 
 @pytest.mark.parametrize("code", [1, 23, 30, 50, 53, 99])
 def test_failing_duplicity(keyed: Store, first_night: FirstNight, code: int) -> None:
-    """Exit 1, services up, the sentence on the exit code and the last 25 lines, and nothing left of the set."""
+    """Exit 1, services up, nothing left of the set; and it is told what duplicity said last.
+
+    That is the sentence on its exit code, and its last 25 lines.
+    """
     first_night(keyed)
     before = sorted(path.name for path in keyed.encrypted.iterdir())
     fail_with(keyed, f"for number in $(seq 30); do echo line $number; done; exit {code}")
     keyed.forget_calls()
     result = keyed.backup(exit_code=1)
-    assert "line 30" in result.stderr and "line 6" in result.stderr and "line 5\n" not in result.stderr
+    assert "line 30" in result.stderr
+    assert "line 6" in result.stderr and "line 5\n" not in result.stderr
     assert f"exit code {code}" in result.stderr
     assert backup.DUPLICITY_EXIT_CODES.get(code, "see its last lines") in result.stderr
     assert all(line.startswith("backup: ") for line in result.stderr.splitlines())
     assert sorted(path.name for path in keyed.encrypted.iterdir()) == before
-    assert keyed.calls("stop", "start") == ["dovecot stop", "postfix stop", "dovecot start", "postfix start"]
-    content = last_run(keyed)
-    assert content["exit_code"] == 1 and "duplicity incremental failed" in str(content["message"])
+    assert keyed.calls("stop", "start") == STOPS + STARTS
+    content = keyed.last_run()
+    assert content["exit_code"] == 1 and "duplicity incremental failed" in content["message"]
     (keyed.bin / "duplicity").unlink()
     keyed.backup()
     keyed.assert_restores()
@@ -221,7 +245,10 @@ def test_set_without_manifest_is_not_believed(keyed: Store) -> None:
 
 
 def test_vanishing_source_is_not_believed(keyed: Store) -> None:
-    """A tree that vanishes under duplicity gives a set of what is left and exit 0: the number of entries gives it away."""
+    """A tree that vanishes under duplicity gives a set of what is left, with exit 0.
+
+    The number of entries gives it away.
+    """
     keyed.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) rm -r {keyed.backups}/snapshot/tree/mail;; esac
 exec REAL "$@"
@@ -231,20 +258,27 @@ exec REAL "$@"
     assert list(keyed.encrypted.iterdir()) == []
 
 
-@pytest.mark.parametrize("name, shown", [("ssl/private.pem", "ssl/private.pem"), ("ssl/\udcff\n\x1b.pem", r"ssl/\udcff\n\x1b.pem")])
+@pytest.mark.parametrize("name, shown", [
+    ("ssl/private.pem", "ssl/private.pem"),
+    ("ssl/\udcff\n\x1b.pem", r"ssl/\udcff\n\x1b.pem"),
+])
 @pytest.mark.parametrize("call", ["openat", "read", "newfstatat"])
 def test_unread_file_is_named(keyed: Store, name: str, shown: str, call: str) -> None:
-    """A file that cannot be opened, read or looked at: the backup is kept, the file named safely, exit 3; a good disk mends it."""
+    """A file that cannot be opened, read or looked at is named safely, and the backup kept.
+
+    The exit code is 3; a good disk mends it.
+    """
     (keyed.root / name).write_text("bad sector")
+    strace = f"strace -qq -o /dev/null -P 'snapshot/tree/{name}'"
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) exec strace -qq -o /dev/null -P 'snapshot/tree/{name}' -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
+case $1 in full) exec {strace} -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
     result = keyed.backup(exit_code=3)
     assert len(keyed.manifests()) == 1
-    for text in (result.stderr, str(last_run(keyed)["message"])):
+    for text in (result.stderr, keyed.last_run()["message"]):
         assert "could be read" in text and shown in text and "snapshot" not in text
-    assert last_run(keyed)["exit_code"] == 3
+    assert keyed.last_run()["exit_code"] == 3
     (keyed.bin / "duplicity").unlink()
     keyed.backup("--full")
     keyed.assert_restores()
@@ -281,7 +315,7 @@ exec REAL "$@"
         keyed.run("fallocate", "-l", str(free - reserve - 600_000_000), keyed.backups / "filler")
         result = keyed.backup(exit_code=1)
         assert "before it took the last room" in result.stderr
-        assert keyed.calls("stop", "start") == ["dovecot stop", "postfix stop", "dovecot start", "postfix start"]
+        assert keyed.calls("stop", "start") == STOPS + STARTS
         assert list(keyed.encrypted.iterdir()) == [] and not (keyed.backups / "tmp").exists()
         keyed.forget_calls()
         (keyed.bin / "duplicity").unlink()

@@ -1,6 +1,5 @@
-"""Goal: over two months of nights with real duplicity, what the status promises each evening is what the nights do."""
+"""Over two months of nights with real duplicity, they do what the status promised each evening."""
 
-import json
 import re
 import secrets
 import shutil
@@ -24,18 +23,21 @@ Tree = dict[str, Entry]
 ZONE = "America/New_York"  # of the server; its clocks change on 8 March, during these nights
 FIRST_DAY = datetime(2026, 1, 1, 3, tzinfo=timezone.utc)
 BUSY, QUIET = 14_000, 20  # bytes of the message that comes before a night
-ARCHIVE_BYTES = 60_000  # so that increments are more than half of a full after three busy days, and less after 31 quiet ones
-OFF_DAYS = frozenset([*range(11, 16), 18, 19])  # the machine is off: first when a full is due, then amid a chain
+# Increments are more than half of a full after three busy days, and less after 31 quiet ones.
+ARCHIVE_BYTES = 60_000
+# The machine is off: first when a full is due, then amid a chain.
+OFF_DAYS = frozenset([*range(11, 16), 18, 19])
 QUIET_DAYS = range(22, 58)
 LAST_DAY = 68
 NOON_DAYS = frozenset([4, 17, 63])  # an admin makes another backup at noon
 RESTORED_RUNS = frozenset([15, 30, 45, 60])
 SOON = "on next daily backup"
 
-# Real gpg, but it does not take a second or two each night to measure how often it can afford to hash the passphrase.
+# Real gpg, but it does not take a second or two each night to measure how often it can afford to
+# hash the passphrase.
 QUICK_GPG = '#!/bin/sh\nexec REAL --s2k-count 65536 "$@"\n'
 
-# Real duplicity, but one file vanishes from the tree, its last argument but one, before it reads that.
+# Real duplicity, but a file vanishes from the tree, its last argument but one, before it reads it.
 DUPLICITY_WITH_VANISHING_FILE = """#!/bin/sh
 for argument; do source=$target; target=$argument; done
 case $1 in full|incremental) rm "$source/archive";; esac
@@ -45,7 +47,10 @@ exec REAL "$@"
 
 @dataclass(frozen=True)
 class Run:
-    """One run of backup.py on its simulated night, with the status and the forecast right before it and the status right after it."""
+    """One run of backup.py on its simulated night.
+
+    With it are the status and the forecast right before it, and the status right after it.
+    """
 
     start: datetime
     end: datetime
@@ -111,7 +116,10 @@ def is_exact(told: str) -> bool:
 
 
 def promised_time(text: str, now: datetime) -> tuple[datetime, datetime]:
-    """Return between which two moments it is when a text such as "2 days, 5 hours" has passed, counted from now."""
+    """Return when a text such as "2 days, 5 hours", counted from now, has passed.
+
+    It is exact to its smallest unit: between which two moments.
+    """
     units = {"day": timedelta(days=1), "hour": timedelta(hours=1), "minute": timedelta(minutes=1)}
     parts = [re.fullmatch(r"(\d+) (day|hour|minute)s?", part) for part in text.split(", ")]
     assert parts and all(parts), text
@@ -131,8 +139,9 @@ def change_mail(store: Store, number: int, size_bytes: int) -> None:
 def starting_times() -> Iterator[tuple[datetime, int]]:
     """Yield when each run starts, and how many bytes of mail came before it.
 
-    No run starts within 20 minutes of the time of day at which the one three days before it did, so that no chain becomes three days
-    old while a run is under way, when it would be anybody's guess whether it is deleted.
+    No run starts within 20 minutes of the time of day at which the one three days before it did,
+    so that no chain becomes three days old while a run is under way, when it would be anybody's
+    guess whether it is deleted.
     """
     for day in range(LAST_DAY + 1):
         if day in OFF_DAYS:
@@ -144,16 +153,18 @@ def starting_times() -> Iterator[tuple[datetime, int]]:
 
 
 def back_up(store: Store, start: datetime, *arguments: str) -> Run:
-    """Run backup.py with the clock moved to start, and look at the status right before it and right after."""
+    """Run backup.py with the clock moved to start; look at the status right before and after."""
     env = utils.load_environment(store.settings)
     before, full_forecast = backup.backup_status(env, start), backup.should_force_full(env, start)
-    result = store.run("faketime", start.astimezone(ZoneInfo(ZONE)).strftime("%Y-%m-%d %H:%M:%S"), *store.command(*arguments),
+    local = start.astimezone(ZoneInfo(ZONE)).strftime("%Y-%m-%d %H:%M:%S")
+    result = store.run("faketime", local, *store.command(*arguments),
                        exit_code=None, environment={"TZ": ZONE})
     assert "Traceback" not in result.stderr, result.stderr
-    end = datetime.fromisoformat(json.loads((store.backups / "last-run.json").read_text())["end"])
+    end = datetime.fromisoformat(store.last_run()["end"])
     assert start <= end < start + timedelta(minutes=15), f"the clock was not moved: {start}, {end}"
-    return Run(start, end, full_forecast, before, backup.backup_status(env, end), result.returncode, result.stdout + result.stderr,
-               store.running())
+    after, printed = backup.backup_status(env, end), result.stdout + result.stderr
+    return Run(
+        start, end, full_forecast, before, after, result.returncode, printed, store.running())
 
 
 def prepare(store: Store) -> None:
@@ -164,7 +175,10 @@ def prepare(store: Store) -> None:
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
-    """Two months of backups of a small mail store. Busy days force fulls by size, quiet ones leave that to the 31 days; some are missed."""
+    """Two months of backups of a small mail store.
+
+    Busy days force fulls by size, quiet ones leave that to the 31 days; some are missed.
+    """
     store = make_store(tmp_path_factory.mktemp("nights"))
     with store.settings.open("a") as stream:
         stream.write("BACKUP_KEEP_DAYS=3\n")
@@ -179,17 +193,22 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
         rows = runs[-1].after["backups"]
         originals[rows[0]["date"]] = tree_of(store.root)
         for row in [rows[0], rows[-1]] if number in RESTORED_RUNS else []:
-            restored = store.restore(f"restored-{number}-{row['date']}", "--time", f"{date_of(row).timestamp():.0f}")
+            name, time = f"restored-{number}-{row['date']}", f"{date_of(row).timestamp():.0f}"
+            restored = store.restore(name, "--time", time)
             restores.append(Restore(number, row["date"], tree_of(restored), originals[row["date"]]))
     yield History(runs, restores)
     store.clean()
 
 
 def test_every_run_makes_one_set_and_prints_nothing(history: History) -> None:
-    """Each run is silent, has services running again, and adds one set that bears its time; no file belongs to no set."""
+    """Each run is silent, ends with services up, and adds one set that bears its time.
+
+    No file belongs to no set.
+    """
     assert len(history.runs) >= 60
     for run in history.runs:
-        assert (run.exit_code, run.printed, run.running) == (0, "", ["dovecot", "postfix"]), run.start
+        assert (run.exit_code, run.printed) == (0, ""), run.start
+        assert run.running == ["dovecot", "postfix"], run.start
         assert len(run.made) == 1 and run.after["backups"][0] == run.made[0], run
         assert run.start <= date_of(run.made[0]) <= run.end
         assert run.after["unmatched_file_size"] == 0
@@ -197,7 +216,10 @@ def test_every_run_makes_one_set_and_prints_nothing(history: History) -> None:
 
 
 def test_full_is_made_when_it_was_forecast(history: History) -> None:
-    """`should_force_full` right before each run says what the run makes; the size, the age, and neither of them occur as reasons."""
+    """`should_force_full` right before each run says what the run makes.
+
+    The size, the age, and neither of them occur as reasons.
+    """
     assert history.runs[0].full_forecast and history.runs[0].made[0]["full"]
     reasons = []
     for run in history.runs[1:]:
@@ -212,11 +234,15 @@ def test_full_is_made_when_it_was_forecast(history: History) -> None:
 def test_increments_build_on_the_newest_set(history: History) -> None:
     """Each increment names the set before it as the one that it builds on, a full none."""
     for run in history.runs[1:]:
-        assert run.made[0]["previous"] == (None if run.made[0]["full"] else run.before["backups"][0]["date"])
+        before = None if run.made[0]["full"] else run.before["backups"][0]["date"]
+        assert run.made[0]["previous"] == before
 
 
 def test_what_is_due_goes_and_nothing_else_does(history: History) -> None:
-    """A set that is to go "on next daily backup" goes with the next run; each other one of a chain before the last full stays."""
+    """A set that is to go "on next daily backup" goes with the next run.
+
+    Each other one of a chain before the last full stays.
+    """
     kept = gone = 0
     for run in history.runs:
         for row in [row for chain in chains(run.before)[:-1] for row in chain]:
@@ -227,7 +253,10 @@ def test_what_is_due_goes_and_nothing_else_does(history: History) -> None:
 
 
 def test_the_current_chain_stays_until_it_is_three_days_old(history: History) -> None:
-    """Sets of the chain of the last full go with no run, but for one that makes a new full when they are over three days old."""
+    """Sets of the chain of the last full go with no run.
+
+    But for one that makes a new full when they are over three days old.
+    """
     cases = 0
     for run in history.runs[1:]:
         current = chains(run.before)[-1]
@@ -239,29 +268,35 @@ def test_the_current_chain_stays_until_it_is_three_days_old(history: History) ->
 
 
 def test_exact_promise_is_kept_to_the_night(history: History) -> None:
-    """Once a set's deletion is told in days and hours, the time told stays the same, and the set goes with the first run after it."""
+    """Once a set's deletion is told in days and hours, the time told stays the same.
+
+    The set goes with the first run after it.
+    """
     promises: dict[str, tuple[datetime, datetime]] = {}
     kept = 0
     for run in history.runs:
-        for now, status, is_before in ((run.start, run.before, True), (run.end, run.after, False)):
+        for now, status in ((run.start, run.before), (run.end, run.after)):
             for row in status["backups"]:
+                stamp = row["date"]
                 if is_exact(row["deleted_in"]):
-                    earliest, latest = promised_time(row["deleted_in"], now)
-                    known_earliest, known_latest = promises.get(row["date"], (earliest, latest))
-                    promises[row["date"]] = max(earliest, known_earliest), min(latest, known_latest)
-                    assert promises[row["date"]][0] < promises[row["date"]][1], (row, now, known_earliest, "was promised for another time")
-                elif row["date"] in promises:
-                    assert row["deleted_in"] == SOON and promises[row["date"]][0] <= now, (row, now, "is told otherwise than before")
-            if is_before:
+                    earliest, latest = told = promised_time(row["deleted_in"], now)
+                    known = promises.get(stamp, told)
+                    promises[stamp] = max(earliest, known[0]), min(latest, known[1])
+                    assert promises[stamp][0] < promises[stamp][1], (row, now, "not as told", known)
+                elif stamp in promises:
+                    assert row["deleted_in"] == SOON, (row, now, "is told otherwise than before")
+                    assert promises[stamp][0] <= now, (row, now, "is told too early")
+            if status is run.before:
                 for stamp in stamps(run.before) & promises.keys():
                     earliest, latest = promises[stamp]
-                    assert run.end >= earliest if stamp in run.gone else run.start < latest, (stamp, run.start, earliest, latest)
+                    is_kept = run.end >= earliest if stamp in run.gone else run.start < latest
+                    assert is_kept, (stamp, run.start, earliest, latest)
                     kept += stamp in run.gone
     assert kept >= 20, kept
 
 
 def test_estimates_are_never_negative_and_not_far_off(history: History) -> None:
-    """The last chain has an estimate, in whole days. It is right to two days where all goes on as before."""
+    """The last chain has an estimate, right to two days where all goes on as before."""
     went = {stamp: run.start for run in history.runs for stamp in run.gone}
     quiet_errors: list[float] = []
     errors: list[float] = []
@@ -272,24 +307,29 @@ def test_estimates_are_never_negative_and_not_far_off(history: History) -> None:
         if full["date"] in went:
             told = run.end + timedelta(days=int(match[1] or match[2]))
             error_days = (told - went[full["date"]]) / timedelta(days=1)
-            is_quiet = all((date - FIRST_DAY).days in QUIET_DAYS for date in (run.start, went[full["date"]]))
+            days = [(date - FIRST_DAY).days for date in (run.start, went[full["date"]])]
+            is_quiet = all(day in QUIET_DAYS for day in days)
             (quiet_errors if is_quiet else errors).append(error_days)
     for kind, values in (("quiet", sorted(quiet_errors)), ("all other", sorted(errors))):
-        print(f"{kind} nights: {len(values)} estimates, off by {values[0]:+.1f} to {values[-1]:+.1f} days,",
+        print(f"{kind} nights: {len(values)} estimates,",
+              f"off by {values[0]:+.1f} to {values[-1]:+.1f} days,",
               f"half of them by {values[len(values) // 2]:+.1f} or less")
     assert len(quiet_errors) >= 30 and max(abs(error) for error in quiet_errors) <= 2
     assert min(errors) > -5
 
 
 def test_newest_and_oldest_set_restore(history: History) -> None:
-    """Every fifteen runs or so, the newest set and the oldest that is left restore to the tree that each was made from."""
+    """The newest set and the oldest restore to their trees, every fifteen runs or so."""
     assert len({restore.stamp for restore in history.restores}) >= 2 * len(RESTORED_RUNS) - 1
     for restore in history.restores:
         assert restore.restored == restore.original, (restore.run, restore.stamp)
 
 
 def test_nothing_goes_right_after_a_long_absence(keyed: Store) -> None:
-    """The one exception: after more than 31 days without a backup a run says so and deletes nothing; the next one does."""
+    """After over 31 days without a backup a run says so and deletes nothing; the next one does.
+
+    It is the one exception.
+    """
     prepare(keyed)
     back_up(keyed, FIRST_DAY)
     old = stamps(back_up(keyed, FIRST_DAY + timedelta(days=1), "--full").after)
@@ -330,10 +370,14 @@ def make_orphans(store: Store, three_nights: Store, lost: int) -> set[str]:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_orphans_go_with_the_next_run(keyed: Store, three_nights: Store, lost: int) -> None:
-    """Increments whose full, or a set between, was deleted by hand go with the next run, as told; that makes a full, which restores."""
+    """Increments whose full, or a set between, was deleted by hand go with the next run, as told.
+
+    That run makes a full, which restores.
+    """
     orphans = make_orphans(keyed, three_nights, lost)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3, hours=-1))
-    assert {row["date"] for row in run.before["backups"] if row["deleted_in"] == SOON} == orphans == run.gone
+    due = {row["date"] for row in run.before["backups"] if row["deleted_in"] == SOON}
+    assert due == orphans == run.gone
     assert run.full_forecast and run.made[0]["full"]
     assert run.after["unmatched_file_size"] == 0
     assert run.running == ["dovecot", "postfix"]
@@ -343,7 +387,7 @@ def test_orphans_go_with_the_next_run(keyed: Store, three_nights: Store, lost: i
 def test_orphans_are_not_taken_for_files_that_cannot_be_read(
     keyed: Store, three_nights: Store
 ) -> None:
-    """duplicity warns of orphans in its log; a run does not tell the admin that mail could not be read because of that."""
+    """A warning of duplicity's about orphans is not told as mail that could not be read."""
     make_orphans(keyed, three_nights, 0)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3))
     assert "could not read" not in run.printed, run.printed
@@ -351,7 +395,7 @@ def test_orphans_are_not_taken_for_files_that_cannot_be_read(
 
 @pytest.mark.parametrize("with_orphans", [False, True])
 def test_missing_entries_are_seen(keyed: Store, three_nights: Store, with_orphans: bool) -> None:
-    """A full that lacks a file because it vanished under duplicity's hands is thrown away, whatever else duplicity warns of."""
+    """A full that lacks a file which vanished is thrown away, whatever else duplicity warns of."""
     if with_orphans:
         make_orphans(keyed, three_nights, 0)
     else:

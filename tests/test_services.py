@@ -1,6 +1,8 @@
-"""Services come back: after success, failure, signals and SIGKILL of the script alike, each in its order, every one even when one fails."""
+"""Services come back: after success, failure, signals and SIGKILL of the script alike.
 
-import json
+Each comes in its order, and every one even when one fails.
+"""
+
 import os
 import signal
 import subprocess
@@ -25,7 +27,10 @@ exec REAL "$@"
 
 @pytest.fixture
 def direct(keyed: Store) -> Iterator[Store]:
-    """A store of which no copy can be made, as another file system is mounted in it: mail is down while duplicity runs."""
+    """A store of which no copy can be made: mail is down while duplicity runs.
+
+    Another file system is mounted in it.
+    """
     place = keyed.root / "mail" / "other-disk"
     place.mkdir()
     keyed.run("mount", "-t", "tmpfs", "-o", "size=1M", "none", place)
@@ -43,11 +48,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
 
 
 def start_and_reach(store: Store, action: str = "duplicity") -> "subprocess.Popen[str]":
-    """Start a backup and return when it is in the middle of duplicity, or of an action of `service`."""
+    """Start a backup and return when it is amid duplicity, or an action of `service`."""
     if action == "duplicity":
         store.stand_in("duplicity", WAITING.format(scratch=store.scratch))
     process = subprocess.Popen(
-        store.command(), env=store.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        store.command(), env=store.environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if action == "duplicity":
         wait_for((store.scratch / "reached").exists)
     else:
@@ -69,23 +75,28 @@ def hold(store: Store, action: str) -> Path:
 def processes_of(store: Store) -> list[str]:
     """Return the command lines of processes that have to do with the store."""
     found = []
-    for directory in os.scandir("/proc"):
+    listed = os.fsencode(store.stopped_list)
+    for directory in Path("/proc").iterdir():
         if directory.name.isdigit() and int(directory.name) != os.getpid():
             try:
-                with open(f"/proc/{directory.name}/cmdline", "rb") as stream, open(f"/proc/{directory.name}/environ", "rb") as environment:
-                    line = os.fsdecode(stream.read().replace(b"\0", b" "))
-                    inside = os.readlink(f"/proc/{directory.name}/cwd").startswith(str(store.backups))
-                    if inside or str(store.scratch) in line or os.fsencode(store.stopped_list) in environment.read():
-                        found.append(line)
+                line = os.fsdecode((directory / "cmdline").read_bytes().replace(b"\0", b" "))
+                environment = (directory / "environ").read_bytes()
+                inside = os.readlink(directory / "cwd").startswith(str(store.backups))
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
+            if inside or str(store.scratch) in line or listed in environment:
+                found.append(line)
     return found
 
 
+def is_over(store: Store) -> bool:
+    """Return whether services run again, and nothing else of the store."""
+    return store.running() == ["dovecot", "postfix"] and processes_of(store) == []
+
+
 def assert_good_night(store: Store) -> None:
-    """Check that all is well after a night that was not: services up, nothing left behind, and the next run restores equal."""
-    wait_for(lambda: store.running() == ["dovecot", "postfix"])
-    wait_for(lambda: processes_of(store) == [])
+    """Check that a night which did not go well left nothing, and that the next restores equal."""
+    wait_for(lambda: is_over(store))
     (store.bin / "duplicity").unlink(missing_ok=True)
     store.backup()
     assert not store.stopped_list.exists()
@@ -94,20 +105,27 @@ def assert_good_night(store: Store) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("action", ["duplicity", "postfix status", "postfix stop", "dovecot stop", "dovecot start"])
-def test_signals_end_the_run_in_good_order(keyed: Store, number: signal.Signals, action: str) -> None:
-    """Whenever the signal comes, services are started and duplicity is gone when the script exits with 128+n; the next run is good."""
+@pytest.mark.parametrize(
+    "action", ["duplicity", "postfix status", "postfix stop", "dovecot stop", "dovecot start"])
+def test_signals_end_the_run_in_good_order(
+    keyed: Store, number: signal.Signals, action: str
+) -> None:
+    """Whenever the signal comes, the script exits with 128+n; the next run is good.
+
+    Services are started and duplicity is gone by then.
+    """
     held = hold(keyed, action)
     process = start_and_reach(keyed, action)
     process.send_signal(number)
-    time.sleep(0.2)  # the threads of a process share out what comes in one instant: it has no order
+    time.sleep(0.2)  # the threads of a process share out what comes at once: it has no order
     process.send_signal(signal.SIGTERM)  # impatience changes nothing
     held.unlink(missing_ok=True)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and f"ended by {number.name}" in errors and "Traceback" not in errors
+    assert process.returncode == 128 + number
+    assert f"ended by {number.name}" in errors and "Traceback" not in errors
     assert keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == []
     if action == "duplicity":
-        assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 128 + number
+        assert keyed.last_run()["exit_code"] == 128 + number
         assert list(keyed.encrypted.iterdir()) == []
     assert_good_night(keyed)
 
@@ -120,36 +138,43 @@ def test_ended_while_mail_is_down(direct: Store, number: signal.Signals) -> None
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == (128 + number if number != signal.SIGKILL else -number)
-    wait_for(lambda: direct.running() == ["dovecot", "postfix"] and processes_of(direct) == [], seconds=5)
+    wait_for(lambda: is_over(direct), seconds=5)
     assert direct.calls("stop", "start") == STOPS + STARTS
     assert_good_night(direct)
 
 
-@pytest.mark.parametrize("action", ["duplicity", "postfix stop", "dovecot stop", "dovecot start", "postfix start"])
+@pytest.mark.parametrize(
+    "action", ["duplicity", "postfix stop", "dovecot stop", "dovecot start", "postfix start"])
 def test_services_come_back_after_sigkill(keyed: Store, action: str) -> None:
-    """The script dies by SIGKILL at any moment: services come back by themselves, after a stop that is under way, never before it."""
+    """The script dies by SIGKILL at any moment: services come back by themselves.
+
+    They do so after a stop that is under way, never before it.
+    """
     held = hold(keyed, action)
     process = start_and_reach(keyed, action)
     process.kill()
     process.wait()
     held.unlink(missing_ok=True)
     process.communicate()
-    wait_for(lambda: keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == [], seconds=5)
+    wait_for(lambda: is_over(keyed), seconds=5)
     assert keyed.calls("stop", "start") == STOPS + STARTS
     assert_good_night(keyed)
 
 
 def keeper_of(process: "subprocess.Popen[str]") -> int:
     """Return the process id of a script's keeper."""
-    answer = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "utils.py"], capture_output=True, text=True)
+    answer = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "utils.py"], capture_output=True, text=True)
     return int(answer.stdout)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
 def test_keeper_is_deaf_to_signals(direct: Store, number: signal.Signals) -> None:
     """No signal but SIGKILL disturbs the keeper, and what it starts is not deaf."""
-    (direct.bin / "service").write_text((direct.bin / "service").read_text().replace(
-        "case $2 in", f"""if [ "$2" = start ]; then grep SigIgn /proc/self/status >> {direct.scratch}/ignored; fi\ncase $2 in"""))
+    service, ignored = direct.bin / "service", direct.scratch / "ignored"
+    service.write_text(service.read_text().replace("case $2 in", f"""\
+if [ "$2" = start ]; then grep SigIgn /proc/self/status >> {ignored}; fi
+case $2 in"""))
     process = start_and_reach(direct)
     os.kill(keeper_of(process), number)
     time.sleep(0.2)
@@ -157,12 +182,13 @@ def test_keeper_is_deaf_to_signals(direct: Store, number: signal.Signals) -> Non
     process.terminate()
     process.communicate()
     assert direct.running() == ["dovecot", "postfix"]
-    for line in (direct.scratch / "ignored").read_text().splitlines():
-        assert int(line.split()[1], 16) & sum(1 << signal_number - 1 for signal_number in (1, 2, 13, 15)) == 0
+    deaf_to = sum(1 << signal_number - 1 for signal_number in (1, 2, 13, 15))
+    for line in ignored.read_text().splitlines():
+        assert int(line.split()[1], 16) & deaf_to == 0
 
 
 def test_script_starts_services_if_the_keeper_dies(direct: Store) -> None:
-    """The keeper is killed while mail is stopped: the script starts the services, and the backup counts."""
+    """The keeper is killed while mail is stopped: the script starts it, and the backup counts."""
     direct.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) pkill -KILL -f "utils.py {direct.stopped_list}" || exit 99;; esac
 exec REAL "$@"
@@ -173,13 +199,14 @@ exec REAL "$@"
 
 
 def test_next_run_starts_services_if_script_and_keeper_die(direct: Store) -> None:
-    """Both are killed while mail is stopped: the next run says so and starts the services before all else."""
+    """Both are killed while mail is stopped: the next run says so and starts the services first."""
     process = start_and_reach(direct)
     os.kill(keeper_of(process), signal.SIGKILL)
     process.kill()
     process.communicate()
     wait_for(lambda: processes_of(direct) == [])
-    assert direct.running() == [] and direct.stopped_list.read_text().split() == ["dovecot", "postfix"]
+    assert direct.running() == []
+    assert direct.stopped_list.read_text().split() == ["dovecot", "postfix"]
     (direct.bin / "duplicity").unlink()
     direct.forget_calls()
     result = direct.backup()
@@ -189,15 +216,19 @@ def test_next_run_starts_services_if_script_and_keeper_die(direct: Store) -> Non
 
 
 def test_service_that_is_not_running_is_left_alone(keyed: Store) -> None:
-    """What was not running is neither stopped nor started; with nothing running there is no downtime at all."""
+    """What was not running is neither stopped nor started.
+
+    With nothing running there is no downtime at all.
+    """
     (keyed.bin / "postfix.running").unlink()
     keyed.backup()
-    assert keyed.calls("stop", "start") == ["dovecot stop", "dovecot start"] and keyed.running() == ["dovecot"]
+    assert keyed.calls("stop", "start") == ["dovecot stop", "dovecot start"]
+    assert keyed.running() == ["dovecot"]
     (keyed.bin / "dovecot.running").unlink()
     keyed.forget_calls()
     keyed.backup()
     assert keyed.calls("stop", "start") == []
-    assert json.loads((keyed.backups / "last-run.json").read_text())["downtime_seconds"] == 0
+    assert keyed.last_run()["downtime_seconds"] == 0
 
 
 def test_services_setting(keyed: Store) -> None:
@@ -218,13 +249,19 @@ def test_start_is_tried_three_times(keyed: Store, times: int) -> None:
 
 
 def test_one_service_that_does_not_start_keeps_no_other_down(keyed: Store) -> None:
-    """Exit 5 with the service's own words; the backup is made and the other service runs; the next run starts it."""
+    """Exit 5 with the service's own words, with the backup made and the other service running.
+
+    The next run starts it.
+    """
     (keyed.bin / "dovecot.fails-start").write_text("3")
     result = keyed.backup(exit_code=5)
-    assert "dovecot could not be started again" in result.stderr and "dovecot will not start" in result.stderr
-    assert keyed.running() == ["postfix"] and keyed.stopped_list.read_text().split() == ["dovecot"]
-    content = json.loads((keyed.backups / "last-run.json").read_text())
-    assert content["exit_code"] == 5 and "dovecot could not be started again" in content["message"]
+    assert "dovecot could not be started again" in result.stderr
+    assert "dovecot will not start" in result.stderr
+    assert keyed.running() == ["postfix"]
+    assert keyed.stopped_list.read_text().split() == ["dovecot"]
+    content = keyed.last_run()
+    assert content["exit_code"] == 5
+    assert "dovecot could not be started again" in content["message"]
     keyed.assert_restores()
     assert "left stopped" in keyed.backup().stderr
     assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
@@ -235,7 +272,8 @@ def test_service_that_does_not_start_comes_before_any_other_exit_code(keyed: Sto
     keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full) exit 53;; esac\nexec REAL "$@"\n')
     (keyed.bin / "postfix.fails-start").write_text("9")
     result = keyed.backup(exit_code=5)
-    assert "the disk is full" in result.stderr and "postfix could not be started again" in result.stderr
+    assert "the disk is full" in result.stderr
+    assert "postfix could not be started again" in result.stderr
 
 
 @pytest.mark.parametrize("service", ["postfix", "dovecot"])
@@ -243,12 +281,17 @@ def test_stop_that_fails(keyed: Store, service: str) -> None:
     """No backup without a stop: everything is started again, exit 1."""
     (keyed.bin / f"{service}.fails-stop").write_text("9")
     result = keyed.backup(exit_code=1)
-    assert f"service {service} stop ended with exit code 7" in result.stderr and f"{service} will not stop" in result.stderr
-    assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == [] and not keyed.stopped_list.exists()
+    assert f"service {service} stop ended with exit code 7" in result.stderr
+    assert f"{service} will not stop" in result.stderr
+    assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == []
+    assert not keyed.stopped_list.exists()
 
 
 def run_impatiently(store: Store) -> str:
-    """Run a copy of the program that gives a service one second to answer; it must exit 1. Returns what it said."""
+    """Run a copy of the program that gives a service one second, and return what it said.
+
+    It must exit 1.
+    """
     program = store.changed_program("SERVICE_SECONDS = 120", "SERVICE_SECONDS = 1")
     return store.run(PYTHON, program, "--config", store.settings, exit_code=1).stderr
 
@@ -274,8 +317,9 @@ def test_sighup_that_was_ignored_stays_ignored(keyed: Store) -> None:
 case $1 in full) touch {keyed.scratch}/reached; sleep 1;; esac
 exec REAL "$@"
 """)
-    process = subprocess.Popen(["nohup", *keyed.command()], env=keyed.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["nohup", *keyed.command()], env=keyed.environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for((keyed.scratch / "reached").exists)
     process.send_signal(signal.SIGHUP)
     process.communicate()
@@ -284,20 +328,26 @@ exec REAL "$@"
 
 def test_downtime_ends_before_pruning(keyed: Store) -> None:
     """Mail does not wait for remove-older-than and cleanup."""
+    runs = f"[ -e {keyed.bin}/dovecot.running ] && [ -e {keyed.bin}/postfix.running ]"
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in remove-older-than|cleanup) [ -e {keyed.bin}/dovecot.running ] && [ -e {keyed.bin}/postfix.running ] || exit 99;; esac
+case $1 in remove-older-than|cleanup) {runs} || exit 99;; esac
 exec REAL "$@"
 """)
     keyed.backup()
 
 
 def test_start_that_exits_well_but_starts_nothing(keyed: Store) -> None:
-    """`service postfix start` of a broken main.cf exits 0 and starts nothing: the status tells, exit 5."""
+    """An exit code of 0 is not believed: the status tells, exit 5.
+
+    So it is with `service postfix start` and a broken main.cf.
+    """
     script = (keyed.bin / "service").read_text()
-    (keyed.bin / "service").write_text(script.replace('start) touch "$1.running";;', 'start) [ "$1" = postfix ] || touch "$1.running";;'))
+    (keyed.bin / "service").write_text(script.replace(
+        'start) touch "$1.running";;', 'start) [ "$1" = postfix ] || touch "$1.running";;'))
     result = keyed.backup(exit_code=5)
     assert "postfix could not be started again" in result.stderr and keyed.running() == ["dovecot"]
-    assert keyed.calls("start").count("postfix start") == 3 and keyed.calls("start").count("dovecot start") == 1
+    starts = keyed.calls("start")
+    assert starts.count("postfix start") == 3 and starts.count("dovecot start") == 1
     assert keyed.stopped_list.read_text().split() == ["postfix"]
     (keyed.bin / "service").write_text(script)
     keyed.backup()
@@ -310,9 +360,10 @@ def test_service_that_never_starts_again(keyed: Store) -> None:
     program = keyed.changed_program("time.sleep(min(attempt, 1))", "time.sleep(min(attempt, 0.1))")
     for night in range(3):
         result = keyed.run(PYTHON, program, "--config", keyed.settings, exit_code=5)
-        assert "postfix could not be started again" in result.stderr and keyed.running() == ["dovecot"]
+        assert "postfix could not be started again" in result.stderr
+        assert keyed.running() == ["dovecot"]
         assert keyed.stopped_list.read_text().split() == ["postfix"]
-        assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 5
+        assert keyed.last_run()["exit_code"] == 5
     keyed.backup()
     assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
 
@@ -329,7 +380,7 @@ def test_signal_while_a_stop_is_under_way(keyed: Store, fails: bool) -> None:
     held.unlink()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and "Traceback" not in errors
-    assert json.loads((keyed.backups / "last-run.json").read_text())["exit_code"] == 143
+    assert keyed.last_run()["exit_code"] == 143
     assert keyed.calls("start") == STARTS and keyed.running() == ["dovecot", "postfix"]
     assert_good_night(keyed)
 
@@ -356,7 +407,12 @@ shift
 for unit; do
     case $action in
     show)
-        if [ -e "$unit.busy" ]; then cat "$unit.busy"; rm "$unit.busy"; else cat "$unit" || exit 1; fi
+        if [ -e "$unit.busy" ]; then
+            cat "$unit.busy"
+            rm "$unit.busy"
+        else
+            cat "$unit" || exit 1
+        fi
         echo;;
     is-active) sed -n s/ActiveState=//p "$unit";;
     stop) [ -e "$unit.stays" ] || sed -i s/ActiveState=.*/ActiveState=inactive/ "$unit";;
@@ -375,12 +431,14 @@ class Units:
         for name, text in (("systemctl", SYSTEMCTL), ("systemd-run", "#!/bin/sh\nexit 0\n")):
             (place / name).write_text(text)
             (place / name).chmod(0o755)
-        self.manager = utils.Systemd({"PATH": f"{place}:/usr/bin:/bin", "SYSTEMD_LOG_LEVEL": "debug"})
+        self.manager = utils.Systemd(
+            {"PATH": f"{place}:/usr/bin:/bin", "SYSTEMD_LOG_LEVEL": "debug"})
 
     def put(self, name: str, state: str = "active", suffix: str = "", **properties: str) -> None:
         """Write down a unit. suffix: of the file's name."""
         told = {"Id": name, "ActiveState": state, "LoadState": "loaded", "Job": "", **properties}
-        (self.place / f"{name}{suffix}").write_text("".join(f"{key}={text}\n" for key, text in told.items()))
+        text = "".join(f"{key}={value}\n" for key, value in told.items())
+        (self.place / f"{name}{suffix}").write_text(text)
 
     def calls(self) -> list[str]:
         """Return the calls that change something."""
@@ -392,7 +450,8 @@ class Units:
 def units(tmp_path: Path) -> Units:
     """A dovecot that runs, with all that may belong to it, and a postfix as on Debian 12."""
     made = Units(tmp_path)
-    made.put("dovecot.service", TriggeredBy="dovecot.socket dovecot.timer", RequiredBy="filter.service mail.target purge.service")
+    made.put("dovecot.service", TriggeredBy="dovecot.socket dovecot.timer",
+             RequiredBy="filter.service mail.target purge.service")
     made.put("dovecot.socket")
     made.put("filter.service", BoundBy="stopped.service")
     made.put("mail.target", ConsistsOf="web.service")
@@ -404,11 +463,15 @@ def units(tmp_path: Path) -> Units:
     return made
 
 
-DOVECOT, POSTFIX = "dovecot.socket dovecot.service filter.service web.service", "postfix.service postfix@-.service"
+DOVECOT = "dovecot.socket dovecot.service filter.service web.service"
+POSTFIX = "postfix.service postfix@-.service"
 
 
 def test_units_that_are_stopped(units: Units) -> None:
-    """All that goes down with a service and runs, first the socket that would start it again; no target, and no job under way."""
+    """All that goes down with a service and runs, but no target, and no job under way.
+
+    First comes the socket that would start it again.
+    """
     assert units.manager.running(["dovecot", "postfix.service"]) == [DOVECOT, POSTFIX]
     for unit in POSTFIX.split():
         units.put(unit, "inactive")
@@ -420,7 +483,8 @@ def test_units_stop_and_start_by_service(units: Units) -> None:
     lines = units.manager.running(["dovecot", "postfix"])
     assert units.manager.stop(lines) == "" and units.manager.awake(lines) == ""
     assert units.manager.start(lines) == {}
-    assert units.calls() == [f"{action} -- {line}" for action in ("stop", "start") for line in lines]
+    assert units.calls() == [
+        f"{action} -- {line}" for action in ("stop", "start") for line in lines]
 
 
 def test_unit_that_does_not_stop(units: Units) -> None:
@@ -435,14 +499,19 @@ def test_unit_that_does_not_start(units: Units) -> None:
     (units.place / "web.service.fails").touch()
     failed = units.manager.start([DOVECOT, POSTFIX])
     assert list(failed) == [DOVECOT] and "ended with exit code 1" in failed[DOVECOT]
-    assert units.manager.awake([POSTFIX]) == "postfix.service is active, postfix@-.service is active"
+    awake = "postfix.service is active, postfix@-.service is active"
+    assert units.manager.awake([POSTFIX]) == awake
 
 
-@pytest.mark.parametrize("properties, kind", [({"LoadState": "masked"}, "masked"), ({"Transient": "yes"}, "transient")])
-def test_unit_that_could_not_be_started_again(units: Units, properties: dict[str, str], kind: str) -> None:
+@pytest.mark.parametrize(
+    "properties, kind", [({"LoadState": "masked"}, "masked"), ({"Transient": "yes"}, "transient")])
+def test_unit_that_could_not_be_started_again(
+    units: Units, properties: dict[str, str], kind: str
+) -> None:
     """It is not stopped: no backup is better than no mail."""
     units.put("filter.service", **properties)
-    with pytest.raises(utils.Failure, match=f"filter.service runs and could not be started again, for it is {kind}"):
+    told = f"filter.service runs and could not be started again, for it is {kind}"
+    with pytest.raises(utils.Failure, match=told):
         units.manager.running(["dovecot"])
 
 
@@ -467,7 +536,7 @@ def test_answer_that_is_none(units: Units) -> None:
 
 
 def test_scope(units: Units, caplog: pytest.LogCaptureFixture) -> None:
-    """The keeper is started in a scope of its own where one can be had; where not that is said."""
+    """The keeper is started in a scope of its own; where none can be had that is said."""
     assert units.manager.outliving()[:2] == ["systemd-run", "--scope"]
     (units.place.parent / "systemd-run").write_text("#!/bin/sh\nexit 1\n")
     with caplog.at_level("INFO"):

@@ -1,4 +1,7 @@
-"""Settings and surroundings: whatever is wrong gives one clear sentence, with nothing touched and mail never stopped."""
+"""Settings and surroundings: whatever is wrong gives one clear sentence and touches nothing.
+
+Mail is never stopped for it.
+"""
 
 import dataclasses
 import os
@@ -31,27 +34,31 @@ def refused(store: Store, told: str, exit_code: int = 2, *arguments: str) -> Non
     assert before == after
 
 
+IN_ROOT = "STORAGE_ROOT=ROOT\n"
+WHOLE = f"{IN_ROOT}STORAGE_USER=nobody\n"
+
+
 @pytest.mark.parametrize("text, told", [
     ("STORAGE_USER=nobody\n", "STORAGE_ROOT is missing"),
     ("STORAGE_ROOT=\nSTORAGE_USER=nobody\n", "STORAGE_ROOT is missing"),
     ("STORAGE_ROOT=relative/path\nSTORAGE_USER=nobody\n", "absolute path"),
-    ("STORAGE_ROOT=/no/such/directory\nSTORAGE_USER=nobody\n", "/no/such/directory is not a directory"),
+    ("STORAGE_ROOT=/no/such/place\nSTORAGE_USER=nobody\n", "/no/such/place is not a directory"),
     ("STORAGE_ROOT=/etc/passwd\nSTORAGE_USER=nobody\n", "/etc/passwd is not a directory"),
     ("STORAGE_ROOT=//\nSTORAGE_USER=nobody\n", "STORAGE_ROOT is /, the whole system"),
-    ("STORAGE_ROOT=ROOT\n", "STORAGE_USER is missing"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=\n", "STORAGE_USER is missing"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=no-such-user\n", "there is no user no-such-user"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_KEEP_DAYS=0\n", "BACKUP_KEEP_DAYS is 0"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_KEEP_DAYS=three\n", "BACKUP_KEEP_DAYS is three"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_KEEP_DAYS=\n", "BACKUP_KEEP_DAYS is empty"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nBACKUP_SERVICES=dovecot --full\n", "--full is not the name of a service"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER nobody\n", "line 2"),
-    ("STORAGE_ROOT=ROOT\n=nobody\n", "line 2"),
-    ("STORAGE_ROOT=ROOT\nSTORAGE_USER=nobody\nSTORAGE_USER=root\n", "line 3"),
+    (IN_ROOT, "STORAGE_USER is missing"),
+    (f"{IN_ROOT}STORAGE_USER=\n", "STORAGE_USER is missing"),
+    (f"{IN_ROOT}STORAGE_USER=no-such-user\n", "there is no user no-such-user"),
+    (f"{WHOLE}BACKUP_KEEP_DAYS=0\n", "BACKUP_KEEP_DAYS is 0"),
+    (f"{WHOLE}BACKUP_KEEP_DAYS=three\n", "BACKUP_KEEP_DAYS is three"),
+    (f"{WHOLE}BACKUP_KEEP_DAYS=\n", "BACKUP_KEEP_DAYS is empty"),
+    (f"{WHOLE}BACKUP_SERVICES=dovecot --full\n", "--full is not the name of a service"),
+    (f"{IN_ROOT}STORAGE_USER nobody\n", "line 2"),
+    (f"{IN_ROOT}=nobody\n", "line 2"),
+    (f"{WHOLE}STORAGE_USER=root\n", "line 3"),
 ])
 def test_wrong_settings(store: Store, text: str, told: str) -> None:
     """One sentence for each thing that can be wrong in the file."""
-    store.settings.write_text(text.replace("ROOT\n", f"{store.root}\n", 1) if "=ROOT" in text else text)
+    store.settings.write_text(text.replace("=ROOT\n", f"={store.root}\n"))
     refused(store, told)
 
 
@@ -64,12 +71,13 @@ def test_settings_file_that_cannot_be_read(store: Store) -> None:
 
 
 def test_settings_file_with_all_that_is_allowed(store: Store) -> None:
-    """Blank lines, comments, spaces, CRLF, the same line twice, keys of others, values with = and bytes that are not UTF-8."""
-    store.settings.write_bytes(
-        f"# settings\r\n\r\n  STORAGE_ROOT = {store.root} \r\nSTORAGE_USER={USER}\nSTORAGE_USER={USER}\n  # more\nA=b=c\nEMPTY=\n"
-        .encode() + b"NAME=\xff\n")
+    """Blank lines, comments, spaces, CRLF, a line twice, keys of others, = and bytes in values."""
+    text = (f"# settings\r\n\r\n  STORAGE_ROOT = {store.root} \r\n"
+            f"STORAGE_USER={USER}\nSTORAGE_USER={USER}\n  # more\nA=b=c\nEMPTY=\n")
+    store.settings.write_bytes(text.encode() + b"NAME=\xff\n")
     assert utils.load_environment(store.settings) == {
-        "STORAGE_ROOT": str(store.root), "STORAGE_USER": USER, "A": "b=c", "EMPTY": "", "NAME": "\udcff"}
+        "STORAGE_ROOT": str(store.root), "STORAGE_USER": USER,
+        "A": "b=c", "EMPTY": "", "NAME": "\udcff"}
     store.put_key()
     assert store.backup().stderr == ""
 
@@ -81,7 +89,10 @@ def test_nul_in_the_settings(store: Store) -> None:
 
 
 def test_storage_root_needs_no_settings_file(store: Store) -> None:
-    """--storage-root: the owner of the directory is STORAGE_USER; a relative path and a symbolic link will do."""
+    """With --storage-root the owner of the directory is STORAGE_USER.
+
+    A relative path and a symbolic link will do.
+    """
     link = store.scratch / "link"
     link.symlink_to(store.root)
     program = shlex.join([PYTHON, str(SCRIPT)])
@@ -91,7 +102,8 @@ def test_storage_root_needs_no_settings_file(store: Store) -> None:
     store.assert_restores()
 
 
-@pytest.mark.parametrize("directory, told", [("/no/such", "cannot read /no/such: No such file"), ("unowned", "nobody here owns")])
+@pytest.mark.parametrize("directory, told", [
+    ("/no/such", "cannot read /no/such: No such file"), ("unowned", "nobody here owns")])
 def test_wrong_storage_root(store: Store, directory: str, told: str) -> None:
     """A directory that is missing, or whose owner has no name."""
     if directory == "unowned":
@@ -130,7 +142,10 @@ def test_root_alone_makes_backups(store: Store) -> None:
 
 @pytest.mark.parametrize("name", ["duplicity", "gpg", "gpgconf", "setpriv", "service"])
 def test_missing_program(keyed: Store, name: str) -> None:
-    """A program that is not installed costs no second of mail. The machine keeps it: PATH ends at links to all others."""
+    """A program that is not installed costs no second of mail.
+
+    The machine keeps it: PATH ends at links to all others.
+    """
     programs = keyed.scratch / "programs"
     programs.mkdir()
     for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", "service"):
@@ -178,7 +193,7 @@ def test_newer_duplicity_is_never_refused(keyed: Store) -> None:
     (None, 0o600, "Is a directory"),
 ])
 def test_wrong_key(keyed: Store, content: bytes, mode: int, told: str) -> None:
-    """A key that is empty, short, binary, a directory or open to others: exit 2, not a second of mail."""
+    """A key that is empty, short, binary, a directory or open to others is refused."""
     key = keyed.backups / "secret_key.txt"
     key.unlink()
     key.write_bytes(content) if content is not None else key.mkdir()
@@ -194,7 +209,10 @@ def test_key_is_its_first_line_stripped(keyed: Store) -> None:
 
 
 @pytest.mark.parametrize("present", [
-    "encrypted/duplicity-full.20260101T030000Z.manifest.gpg", "encrypted/duplicity-full.x.enc", "duplicity/x"])
+    "encrypted/duplicity-full.20260101T030000Z.manifest.gpg",
+    "encrypted/duplicity-full.x.enc",
+    "duplicity/x",
+])
 def test_missing_key_with_backups_present(store: Store, present: str) -> None:
     """No new key where backups need the old one."""
     (store.backups / present).parent.mkdir(parents=True)
@@ -211,9 +229,11 @@ def test_stray_file_is_no_backup(store: Store) -> None:
 
 @pytest.mark.parametrize("name", ["", "encrypted", "cache", "tmp", "legacy", "duplicity"])
 @pytest.mark.parametrize("wrong, told", [
-    ("link", "is a symbolic link"), ("file", "is not a directory"), ("owner", "is not owned by root"), ("writable", "chmod go-w")])
+    ("link", "is a symbolic link"), ("file", "is not a directory"),
+    ("owner", "is not owned by root"), ("writable", "chmod go-w"),
+])
 def test_hostile_directories(keyed: Store, name: str, wrong: str, told: str) -> None:
-    """A directory of backup/, or itself, that STORAGE_USER has replaced, owns or can write to: refused, nothing followed."""
+    """A backup/ or part of it that STORAGE_USER replaced, owns or can write to: refused."""
     elsewhere = keyed.scratch / "elsewhere"
     elsewhere.mkdir()
     path = keyed.backups / name
@@ -239,14 +259,16 @@ def test_last_run_that_is_a_link_is_replaced(keyed: Store) -> None:
     elsewhere.write_text("precious")
     (keyed.backups / "last-run.json").symlink_to(elsewhere)
     keyed.backup()
-    assert elsewhere.read_text() == "precious" and not (keyed.backups / "last-run.json").is_symlink()
+    assert elsewhere.read_text() == "precious"
+    assert not (keyed.backups / "last-run.json").is_symlink()
 
 
 def test_last_run_that_cannot_be_written(keyed: Store) -> None:
     """A directory stands there: the backup is made, and what failed is told."""
     (keyed.backups / "last-run.json").mkdir()
     result = keyed.backup(exit_code=3)
-    assert "last-run.json" in result.stderr and result.stderr.count("\n") == 1 and len(keyed.manifests()) == 1
+    assert "last-run.json" in result.stderr and result.stderr.count("\n") == 1
+    assert len(keyed.manifests()) == 1
 
 
 def test_link_to_the_storage_root(store: Store) -> None:
@@ -260,7 +282,10 @@ def test_link_to_the_storage_root(store: Store) -> None:
 
 
 def test_another_key_than_the_backups(keyed: Store, first_night: FirstNight) -> None:
-    """With a key that does not open the newest set nothing is stopped or written: exit 1 and the ways out; the old key mends it."""
+    """With a key that does not open the newest set nothing is stopped or written, exit 1.
+
+    The ways out are told; the old key mends it.
+    """
     first_night(keyed)
     key = keyed.backups / "secret_key.txt"
     old = key.read_text()
@@ -268,7 +293,9 @@ def test_another_key_than_the_backups(keyed: Store, first_night: FirstNight) -> 
     keyed.forget_calls()
     before = tree_of(keyed.encrypted)
     result = keyed.backup(exit_code=1)
-    assert "made with another key" in result.stderr and "put the old key back" in result.stderr and keyed.calls() == []
+    assert "made with another key" in result.stderr
+    assert "put the old key back" in result.stderr
+    assert keyed.calls() == []
     assert tree_of(keyed.encrypted) == before
     key.write_text(old)
     keyed.backup()
@@ -287,17 +314,19 @@ def test_damaged_manifest(keyed: Store, first_night: FirstNight) -> None:
     assert keyed.calls() == []
 
 
-@pytest.mark.parametrize("then, now", [("+2 hours", "+0 hours"), ("+0 hours", "-1 day"), ("+1 year", "+0 hours")])
+@pytest.mark.parametrize(
+    "then, now", [("+2 hours", "+0 hours"), ("+0 hours", "-1 day"), ("+1 year", "+0 hours")])
 def test_set_of_the_future(keyed: Store, then: str, now: str) -> None:
-    """A set dated ahead of the clock stops the run before anything is touched: the next increment would be an orphan."""
+    """A set dated ahead of the clock stops the run: the next increment would be an orphan."""
     keyed.run("faketime", then, *keyed.command(), exit_code=0)
     keyed.forget_calls()
-    assert "the clock is wrong, or was" in keyed.run("faketime", now, *keyed.command(), exit_code=1).stderr
+    result = keyed.run("faketime", now, *keyed.command(), exit_code=1)
+    assert "the clock is wrong, or was" in result.stderr
     assert keyed.calls() == [] and len(keyed.manifests()) == 1
 
 
 def test_clock_that_jumps_a_year_ahead(keyed: Store, first_night: FirstNight) -> None:
-    """Nothing is pruned by the first run after more than 31 days; exit 3 says so; the next run prunes."""
+    """The first run after over 31 days prunes nothing, and exit 3 says so; the next prunes."""
     first_night(keyed)
     result = keyed.run("faketime", "+1 year", *keyed.command(), exit_code=3)
     assert "no old backups were deleted" in result.stderr and len(keyed.manifests()) == 2
@@ -306,23 +335,31 @@ def test_clock_that_jumps_a_year_ahead(keyed: Store, first_night: FirstNight) ->
 
 
 def test_what_a_killed_run_leaves(keyed: Store, first_night: FirstNight) -> None:
-    """Temporary files, gpg's home with its agent, partial files and the dead set are found and removed."""
+    """Temporary files, gpg's home, partial files and the dead set are found and removed."""
     first_night(keyed)
     old = set(keyed.encrypted.iterdir())
     archive = next((keyed.backups / "cache").iterdir())
     (keyed.backups / "tmp").mkdir(mode=0o700)
     (keyed.backups / "tmp" / "duplicity-x-tempdir").mkdir()
     (archive / "duplicity-y-tempdir").mkdir()
-    for name in ("duplicity-full.20990101T000000Z.vol1.difftar.gpg", "duplicity-full-signatures.20990101T000000Z.sigtar.gpg"):
+    stamp, older = "20990101T000000Z", "20000101T000000Z"
+    for name in (
+        f"duplicity-full.{stamp}.vol1.difftar.gpg",
+        f"duplicity-full-signatures.{stamp}.sigtar.gpg",
+    ):
         (keyed.encrypted / name).touch()
-    for name in ("duplicity-full.20990101T000000Z.manifest.part", "duplicity-full-signatures.20990101T000000Z.sigtar.gz",
-                 "duplicity-full.20000101T000000Z.manifest.part"):
+    for name in (
+        f"duplicity-full.{stamp}.manifest.part",
+        f"duplicity-full-signatures.{stamp}.sigtar.gz",
+        f"duplicity-full.{older}.manifest.part",
+    ):
         (archive / name).touch()
     paths = backup.work_of({"STORAGE_ROOT": str(keyed.root)})
     paths.gnupg.mkdir(mode=0o700)
     assert keyed.backup().stderr == ""
     assert len(keyed.manifests()) == 2 and old < set(keyed.encrypted.iterdir())
-    left = [path.name for path in keyed.backups.rglob("*") if "2099" in path.name or "tempdir" in path.name or path.suffix == ".part"]
+    left = [path for path in keyed.backups.rglob("*")
+            if "2099" in path.name or "tempdir" in path.name or path.suffix == ".part"]
     assert left == [] and not paths.gnupg.exists()
     keyed.assert_restores()
 
@@ -335,7 +372,7 @@ def test_modes_of_what_is_made(store: Store) -> None:
 
 
 def test_directory_that_is_replaced_during_the_run(keyed: Store) -> None:
-    """STORAGE_USER may rename all in STORAGE_ROOT: a backup/ of its own, put there meanwhile, gets nothing."""
+    """STORAGE_USER may rename what is in STORAGE_ROOT: a backup/ of its own gets nothing."""
     evil = keyed.root / "evil"
     for name in ("encrypted", "cache", "tmp"):
         (evil / name).mkdir(parents=True)
@@ -372,7 +409,7 @@ def test_missing_signatures_force_a_full(keyed: Store, first_night: FirstNight) 
 
 
 def test_clock_that_is_seconds_behind(keyed: Store) -> None:
-    """A newest set up to a minute ahead is waited for: an increment before it would be an orphan."""
+    """A set up to a minute ahead is waited for: an increment before it would be an orphan."""
     keyed.run("faketime", "+4 seconds", *keyed.command())
     (keyed.root / "new").write_text("new")
     keyed.backup()
@@ -381,7 +418,7 @@ def test_clock_that_is_seconds_behind(keyed: Store) -> None:
 
 
 def test_path_that_is_too_long(keyed: Store) -> None:
-    """A path over PATH_MAX, which any user can make, does not keep the night from being a good one."""
+    """A path over PATH_MAX, which any user can make, does not keep the rest from a backup."""
     directory = os.open(keyed.root, os.O_RDONLY)
     for _ in range(20):
         os.mkdir("d" * 240, dir_fd=directory)
@@ -442,6 +479,7 @@ def test_name_that_the_terminal_cannot_show(store: Store) -> None:
     """It is shown with escapes."""
     root = store.root.with_name("\u5a18")
     store.root.rename(root)
-    result = store.run(PYTHON, store.command()[1], "--storage-root", root, "--status", exit_code=3,
-                       environment={"PYTHONIOENCODING": "latin-1:strict"})
+    result = store.run(
+        PYTHON, store.command()[1], "--storage-root", root, "--status", exit_code=3,
+        environment={"PYTHONIOENCODING": "latin-1:strict"})
     assert "\\u5a18/backup" in result.stdout and "Traceback" not in result.stderr
