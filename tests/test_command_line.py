@@ -1,4 +1,4 @@
-"""The command line: help, version, dry run, messages, and no traceback whatever happens to the terminal."""
+"""The command line: help, version, dry run, messages, and never a traceback."""
 
 import logging
 import os
@@ -22,8 +22,8 @@ def test_help_is_complete_and_fits_80_columns(store: Store) -> None:
     """Every option, examples, all exit codes and the files."""
     text = store.backup("--help").stdout
     assert max(map(len, text.splitlines())) <= 80
-    for option in ("--full", "--dry-run", "--status", "--json", "--html", "--config", "--storage-root", "-v", "--verbose", "--version",
-                   "--help"):
+    for option in ("--full", "--dry-run", "--status", "--json", "--html", "--config",
+                   "--storage-root", "-v", "--verbose", "--version", "--help"):
         assert option in text
     for code in ("0", "1", "2", "3", "4", "5", r"128\+n"):
         assert re.search(rf"^  {code}\s", text, re.MULTILINE)
@@ -36,17 +36,23 @@ def test_version(store: Store) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--no-such-option"], ["--json"], ["--html"], ["--list", "--html"], ["--status", "--json", "--html"], ["--status", "--full"],
-    ["--status", "--dry-run"], ["extra"], ["--ful"], ["--config"]])
+    ["--no-such-option"], ["--json"], ["--html"], ["--list", "--html"],
+    ["--status", "--json", "--html"], ["--status", "--full"], ["--status", "--dry-run"],
+    ["extra"], ["--ful"], ["--config"],
+])
 def test_wrong_usage(store: Store, arguments: list[str]) -> None:
     """Exit 2, one sentence, nothing touched."""
     result = store.backup(*arguments, exit_code=2)
-    assert result.stderr.startswith("backup: ") and "--help" in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("backup: ") and result.stderr.count("\n") == 1
+    assert "--help" in result.stderr
     assert not store.backups.exists()
 
 
 def test_dry_run_touches_nothing_and_tells_the_truth(store: Store) -> None:
-    """The commands it prints are those that the run after it executes, in that order; the passphrase is not among them."""
+    """The commands it prints are those that the run after it executes, in that order.
+
+    The passphrase is not among them.
+    """
     before = tree_of(store.root, without="nothing")
     store.stand_in("duplicity", RECORDING)
     first = store.backup("--dry-run")
@@ -56,8 +62,9 @@ def test_dry_run_touches_nothing_and_tells_the_truth(store: Store) -> None:
     store.backup()
     store.forget_calls()
     for name in ("before-backup", "after-backup"):
-        (store.backups / name).write_text(f"#!/bin/sh\necho {store.backups}/{name} >> {store.bin}/calls\n")
-        (store.backups / name).chmod(0o755)
+        hook = store.backups / name
+        hook.write_text(f"#!/bin/sh\necho {hook} >> {store.bin}/calls\n")
+        hook.chmod(0o755)
     before = tree_of(store.root, without="nothing")
     plan = store.backup("--dry-run").stdout
     assert tree_of(store.root, without="nothing") == before
@@ -66,9 +73,10 @@ def test_dry_run_touches_nothing_and_tells_the_truth(store: Store) -> None:
     (store.bin / "calls").touch()
     (store.bin / "calls").chmod(0o666)
     store.backup()
-    done = [re.sub(r"--log-fd=\d+", "--log-fd=LOG", call) for call in store.calls() if not re.search(r" (status|--version)$", call)]
-    planned = [re.sub(r"^run (service |setpriv --pdeathsig KILL |nice -n 19 ionice -t -c 3 )*", "", line)
-               for line in plan.splitlines() if line.startswith("run ")]
+    done = [re.sub(r"--log-fd=\d+", "--log-fd=LOG", call) for call in store.calls()
+            if not re.search(r" (status|--version)$", call)]
+    prefix = r"^run (service |setpriv --pdeathsig KILL |nice -n 19 ionice -t -c 3 )*"
+    planned = [re.sub(prefix, "", line) for line in plan.splitlines() if line.startswith("run ")]
     assert planned == done and len(done) == 9
 
 
@@ -78,7 +86,8 @@ def test_dry_run_of_a_full(keyed: Store) -> None:
     dead = keyed.encrypted / "duplicity-full.20260101T030000Z.vol1.difftar.gpg"
     dead.touch()
     plan = keyed.backup("--dry-run", "--full").stdout
-    assert "make a full backup: it was asked for" in plan and str(dead) in plan and dead.exists()
+    assert "make a full backup: it was asked for" in plan
+    assert str(dead) in plan and dead.exists()
 
 
 def test_dry_run_refuses_as_a_run_would(keyed: Store) -> None:
@@ -90,7 +99,8 @@ def test_dry_run_refuses_as_a_run_would(keyed: Store) -> None:
 def test_verbose_streams_what_duplicity_says(keyed: Store) -> None:
     """As prefixed lines on standard error."""
     result = keyed.backup("-v")
-    assert result.stdout == "" and "backup: SourceFiles" in result.stderr and "duplicity full" in result.stderr
+    assert result.stdout == ""
+    assert "backup: SourceFiles" in result.stderr and "duplicity full" in result.stderr
     assert all(line.startswith("backup: ") for line in result.stderr.splitlines())
 
 
@@ -98,7 +108,8 @@ def test_standard_error_that_is_gone_does_not_end_a_backup(store: Store) -> None
     """The first run has something to say, and nobody to say it to."""
     reading, writing = os.pipe()
     os.close(reading)
-    process = subprocess.run(store.command("-v"), env=store.environment, stdin=subprocess.DEVNULL, stderr=writing, stdout=writing)
+    process = subprocess.run(store.command("-v"), env=store.environment,
+                             stdin=subprocess.DEVNULL, stderr=writing, stdout=writing)
     os.close(writing)
     assert process.returncode == 0 and len(store.manifests()) == 1
 
@@ -116,7 +127,7 @@ def test_closed_standard_streams(keyed: Store) -> None:
     assert len(keyed.manifests()) == 1
 
 
-def test_operating_system_errors_are_sentences(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_operating_system_errors_are_sentences() -> None:
     """An error that nothing foresaw names its path and is no traceback."""
     failure = backup.failure_of(PermissionError(13, "Permission denied", "/some/path"))
     assert str(failure).startswith("/some/path: Permission denied") and failure.exit_code == 1
@@ -124,16 +135,18 @@ def test_operating_system_errors_are_sentences(store: Store, caplog: pytest.LogC
 
 
 def test_names_are_shown_safely() -> None:
-    """Control characters, line breaks, bytes that are not UTF-8 and unprintable ones are escapes; the rest stays."""
+    """Control characters, line breaks, odd bytes and what cannot be printed are escapes."""
     assert utils.printable("é a\n\x1b[31m\udcff\u202e\x7f") == "é a\\n\\x1b[31m\\xff\\u202e\\x7f"
 
 
-def test_main_can_be_called_in_process(store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_can_be_called_in_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a control panel would see of a wrong call."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     handlers = list(logging.getLogger("backup").handlers)
     try:
-        assert backup.main(["--config", str(Path("/no/such"))]) == 2
+        assert backup.main(["--config", "/no/such"]) == 2
     finally:
         logging.getLogger("backup").handlers = handlers
     assert "backup: cannot read the settings file /no/such" in capsys.readouterr().err
@@ -141,12 +154,15 @@ def test_main_can_be_called_in_process(store: Store, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_nothing_is_held(store: Store, number: signal.Signals) -> None:
-    """A status that waits for ever, here for its settings, is ended by a signal as any program is."""
-    os.mkfifo(store.scratch / "settings")
-    (store.scratch / "calls").touch()
-    process = subprocess.Popen(["strace", "-qqq", "-e", "trace=openat", "-o", store.scratch / "calls", PYTHON, SCRIPT, "--config",
-                                store.scratch / "settings", "--status"], env=store.environment, stderr=subprocess.PIPE)
-    wait_for(lambda: str(store.scratch / "settings") in (store.scratch / "calls").read_text())
+    """A status that waits for ever, for its settings, is ended by a signal as any program is."""
+    waiting, calls = store.scratch / "settings", store.scratch / "calls"
+    os.mkfifo(waiting)
+    calls.touch()
+    process = subprocess.Popen(
+        ["strace", "-qqq", "-e", "trace=openat", "-o", calls,
+         PYTHON, SCRIPT, "--config", waiting, "--status"],
+        env=store.environment, stderr=subprocess.PIPE)
+    wait_for(lambda: str(waiting) in calls.read_text())
     child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
     os.kill(child, number)
     assert process.communicate(timeout=10)[1] == b"" and process.returncode == -number
