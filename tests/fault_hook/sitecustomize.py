@@ -1,13 +1,14 @@
 """Counts the instants of a run, and strikes at one of them.
 
-An instant is a change of the file system by a Python process of the run, or its start of a program.
-Python imports this at its start where PYTHONPATH names the directory: in backup.py, in its keeper
-and in duplicity alike. It reads from its environment: FAULT_DIRECTORY, where it keeps its count;
-FAULT_PREFIXES, the paths whose changes count, separated by colons; FAULT_AT, the number of the
-instant, 0 for none; FAULT_KIND: `script` kills with SIGKILL the script and all its children but the
-keeper, `keeper` the keeper as well, and the number of a signal is sent to the script alone. An
-audit event comes before what it announces is done: the state after the last change of one instant
-is the state before the next.
+An instant is a change of the file system by a Python process of the run, or its start of
+a program. Python imports this at its start where PYTHONPATH names the directory: in
+backup.py, in its keeper and in duplicity alike. It reads from its environment:
+FAULT_DIRECTORY, where it keeps its count; FAULT_PREFIXES, the paths whose changes count,
+separated by colons; FAULT_AT, the number of the instant, 0 for none; FAULT_KIND:
+`script` kills with SIGKILL the script and all its children but the keeper, `keeper` the
+keeper as well, and the number of a signal is sent to the script alone. An audit event
+comes before what it announces is done: the state after the last change of one instant is
+the state before the next.
 """
 
 import fcntl
