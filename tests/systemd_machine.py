@@ -1,4 +1,6 @@
-"""A machine of the tests' own with systemd as process 1: a Debian in namespaces, with dovecot, postfix and cron as on a real one.
+"""A machine of the tests' own with systemd as process 1: a Debian in namespaces.
+
+It has dovecot, postfix and cron as a real one.
 
 What a Debian release needs is installed once, into a directory that is kept for the next run of the
 tests; each machine is an overlay on that, and all that it writes is gone when it ends. The program
@@ -139,12 +141,13 @@ def debootstrap(release: str, directory: Path) -> None:
 
 def run_in(system: Path, *command: str, standard_input: str = "") -> None:
     """Run a command as root of another system that is not running, with hardly an environment."""
-    words = ["chroot", str(system), "env", "-i", PATH, "HOME=/root", "DEBIAN_FRONTEND=noninteractive"]
+    words = ["chroot", str(system), "env", "-i", PATH, "HOME=/root",
+             "DEBIAN_FRONTEND=noninteractive"]
     subprocess.run([*words, *command], input=standard_input, text=True, check=True)
 
 
 def kept_system(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the directory of a system that is kept. make: called to fill a new one if it is missing."""
+    """Return the directory of a system that is kept. make: fills a new one if it is missing."""
     system, half = SYSTEMS / name, SYSTEMS / f"{name}.half"
     SYSTEMS.mkdir(parents=True, exist_ok=True)
     with (SYSTEMS / f"{name}.lock").open("w") as lock:
@@ -157,7 +160,10 @@ def kept_system(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def installed_system(release: str) -> Path:
-    """Return the directory of a Debian with mail services and what a backup needs; made if it is missing."""
+    """Return the directory of a Debian with mail services and what a backup needs.
+
+    It is made if it is missing.
+    """
     def install(system: Path) -> None:
         debootstrap(release, system)
         no_service = system / "usr/sbin/policy-rc.d"
@@ -198,12 +204,12 @@ class Machine:
 
     def command(self, *command: str) -> list[str]:
         """Return the command that runs a command in the machine."""
-        enter = ["nsenter", "--target", str(self.first), "--mount", "--pid", "--net", "--uts", "--ipc",
-                 "--cgroup", "--root", "--wd"]
+        enter = ["nsenter", "--target", str(self.first), "--mount", "--pid", "--net", "--uts",
+                 "--ipc", "--cgroup", "--root", "--wd"]
         return [*enter, "env", "-i", PATH, "HOME=/root", "LC_ALL=C.UTF-8", *command]
 
     def run(self, *command: str, exit_code: int | None = 0) -> str:
-        """Run a command in the machine and check its exit code (None: any). Returns what it printed."""
+        """Run a command in the machine, check its exit code (None: any), return what it printed."""
         result = subprocess.run(self.command(*command), stdin=subprocess.DEVNULL, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert exit_code is None or result.returncode == exit_code, (
@@ -211,18 +217,19 @@ class Machine:
         return result.stdout
 
     def shell(self, script: str) -> str:
-        """Run lines of bash in the machine, up to the first that fails. Returns what they printed."""
+        """Run lines of bash in the machine, to the first that fails; return what they printed."""
         return self.run("bash", "-euc", script)
 
     def succeeds(self, script: str) -> bool:
         """Return whether a line of shell succeeds in the machine."""
-        return not subprocess.run(self.command("sh", "-c", script), stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+        result = subprocess.run(self.command("sh", "-c", script), stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return result.returncode == 0
 
     def back_up(self, *arguments: str, exit_code: int = 0) -> str:
         """Run the program as a unit of its own, see run. Returns what it printed."""
-        return self.run("systemd-run", "--quiet", "--wait", "--pipe", "--collect", BACKUP, *arguments,
-                        exit_code=exit_code)
+        return self.run("systemd-run", "--quiet", "--wait", "--pipe", "--collect",
+                        BACKUP, *arguments, exit_code=exit_code)
 
     def state(self, unit: str) -> str:
         """Return the state of a unit, such as active."""
@@ -245,7 +252,8 @@ class Machine:
     def drop_in(self, unit: str, name: str, text: str) -> None:
         """Add settings to a unit."""
         directory = f"/etc/systemd/system/{unit}.d"
-        self.shell(f"mkdir -p '{directory}'; printf '%b' '[Service]\\n{text}\\n' > '{directory}/{name}.conf'; "
+        self.shell(f"mkdir -p '{directory}'; "
+                   f"printf '%b' '[Service]\\n{text}\\n' > '{directory}/{name}.conf'; "
                    "systemctl daemon-reload")
 
     def remove_drop_in(self, unit: str, name: str) -> None:
@@ -276,7 +284,9 @@ def groups_of_this_process() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def control_groups(name: str) -> Iterator[Callable[[], None]]:
-    """Keep a control group of this name in each hierarchy while the block runs, and then remove all below.
+    """Keep a control group of this name in each hierarchy while the block runs.
+
+    Then all below is removed.
 
     Yields a function that has the process that calls it enter them.
     """
@@ -297,7 +307,10 @@ def control_groups(name: str) -> Iterator[Callable[[], None]]:
 
 
 def is_removed(group: Path) -> bool:
-    """Remove a control group. Returns whether it is gone: it is busy for a moment when its last process has ended."""
+    """Remove a control group, and return whether it is gone.
+
+    It is busy for a moment when its last process has ended.
+    """
     with contextlib.suppress(OSError):
         group.rmdir()
     return not group.exists()
@@ -305,13 +318,14 @@ def is_removed(group: Path) -> bool:
 
 @contextlib.contextmanager
 def machine_of(
-    release: str, place: Path, program: Path = PROJECT, legacy: bool = False, system: Path | None = None
+    release: str, place: Path, program: Path = PROJECT, legacy: bool = False,
+    system: Path | None = None
 ) -> Iterator[Machine]:
     """Boot a machine with mail running, and end it after the block.
 
     release: of Debian. place: an empty directory. program: what is in /opt/backup. legacy: whether
-    its control groups are of version 1, of which systemd controls the memory where version 2 cannot.
-    system: what it is made of, by default installed_system's.
+    its control groups are of version 1, of which systemd controls the memory where version 2
+    cannot. system: what it is made of, by default installed_system's.
     """
     system = system or installed_system(release)
     for name in ("changes", "work", "home"):
@@ -319,12 +333,15 @@ def machine_of(
     set_up(release, place)
     with control_groups(f"{place.name}-{os.getpid()}") as enter, (place / "log").open("wb") as log:
         unshare = subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child",
-             "sh", "-c", BOOT, "boot", str(place), str(system), str(program), "legacy" if legacy else "", PATH],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=enter, start_new_session=True)
+            ["unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork",
+             "--kill-child", "sh", "-c", BOOT, "boot", str(place), str(system), str(program),
+             "legacy" if legacy else "", PATH],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=enter,
+            start_new_session=True)
         try:
             children = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")
-            wait_until(lambda: bool(children.read_text()) or unshare.poll() is not None, "the machine boots")
+            wait_until(lambda: bool(children.read_text()) or unshare.poll() is not None,
+                       "the machine boots")
             machine = Machine(release, int(children.read_text()), place / "home")
             wait_until(lambda: machine.run("systemctl", "is-system-running", exit_code=None).strip()
                        in ("running", "degraded"), f"the machine has booted, see {log.name}", 60)
@@ -332,7 +349,8 @@ def machine_of(
             yield machine
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(unshare.pid, signal.SIGKILL)  # systemd dies with unshare, all others with systemd
+                # systemd dies with unshare, all others with systemd
+                os.killpg(unshare.pid, signal.SIGKILL)
             unshare.wait()
 
 
@@ -353,7 +371,8 @@ def set_up(release: str, place: Path) -> None:
     for name in ("cur", "new", "tmp"):
         (mailbox / name).mkdir(parents=True)
     for number in range(20):
-        (mailbox / "cur" / f"17000{number}.M1P1.host:2,S").write_text(f"Subject: {number}\n\n" + "text\n" * 500)
+        message = mailbox / "cur" / f"17000{number}.M1P1.host:2,S"
+        message.write_text(f"Subject: {number}\n\n" + "text\n" * 500)
     shutil.chown(place / "home/user-data", 900, 900)
     for path in (place / "home/user-data").rglob("*"):
         shutil.chown(path, 900, 900)

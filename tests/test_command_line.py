@@ -1,4 +1,4 @@
-"""The command line: help, version, dry run, messages, and no traceback whatever happens to the terminal."""
+"""The command line: help, version, dry run, messages, and never a traceback."""
 
 import logging
 import os
@@ -22,8 +22,8 @@ def test_help_is_complete_and_fits_80_columns(store: Store) -> None:
     """Every option, examples, all exit codes and the files."""
     text = store.backup("--help").stdout
     assert max(map(len, text.splitlines())) <= 80
-    for option in ("--full", "--dry-run", "--status", "--json", "--html", "--config", "--storage-root", "-v", "--verbose", "--version",
-                   "--help"):
+    for option in ("--full", "--dry-run", "--status", "--json", "--html", "--config",
+                   "--storage-root", "-v", "--verbose", "--version", "--help"):
         assert option in text
     for code in ("0", "1", "2", "3", "4", "5", r"128\+n"):
         assert re.search(rf"^  {code}\s", text, re.MULTILINE)
@@ -36,12 +36,15 @@ def test_version(store: Store) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--no-such-option"], ["--json"], ["--html"], ["--list", "--html"], ["--status", "--json", "--html"], ["--status", "--full"],
-    ["--status", "--dry-run"], ["extra"], ["--ful"], ["--config"]])
+    ["--no-such-option"], ["--json"], ["--html"], ["--list", "--html"],
+    ["--status", "--json", "--html"], ["--status", "--full"], ["--status", "--dry-run"],
+    ["extra"], ["--ful"], ["--config"],
+])
 def test_wrong_usage(store: Store, arguments: list[str]) -> None:
     """Exit 2, one sentence, nothing touched."""
     result = store.backup(*arguments, exit_code=2)
-    assert result.stderr.startswith("backup: ") and "--help" in result.stderr and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("backup: ") and result.stderr.count("\n") == 1
+    assert "--help" in result.stderr
     assert not store.backups.exists()
 
 
@@ -75,7 +78,8 @@ def test_dry_run_of_a_full(keyed: Store) -> None:
     dead = keyed.encrypted / "duplicity-full.20260101T030000Z.vol1.difftar.gpg"
     dead.touch()
     plan = keyed.backup("--dry-run", "--full").stdout
-    assert "make a full backup: it was asked for" in plan and str(dead) in plan and dead.exists()
+    assert "make a full backup: it was asked for" in plan
+    assert str(dead) in plan and dead.exists()
 
 
 def test_dry_run_refuses_as_a_run_would(keyed: Store) -> None:
@@ -87,7 +91,8 @@ def test_dry_run_refuses_as_a_run_would(keyed: Store) -> None:
 def test_verbose_streams_what_duplicity_says(keyed: Store) -> None:
     """As prefixed lines on standard error."""
     result = keyed.backup("-v")
-    assert result.stdout == "" and "backup: SourceFiles" in result.stderr and "duplicity full" in result.stderr
+    assert result.stdout == ""
+    assert "backup: SourceFiles" in result.stderr and "duplicity full" in result.stderr
     assert all(line.startswith("backup: ") for line in result.stderr.splitlines())
 
 
@@ -95,7 +100,8 @@ def test_standard_error_that_is_gone_does_not_end_a_backup(store: Store) -> None
     """The first run has something to say, and nobody to say it to."""
     reading, writing = os.pipe()
     os.close(reading)
-    process = subprocess.run(store.command("-v"), env=store.environment, stdin=subprocess.DEVNULL, stderr=writing, stdout=writing)
+    process = subprocess.run(store.command("-v"), env=store.environment,
+                             stdin=subprocess.DEVNULL, stderr=writing, stdout=writing)
     os.close(writing)
     assert process.returncode == 0 and len(store.manifests()) == 1
 
@@ -113,7 +119,7 @@ def test_closed_standard_streams(keyed: Store) -> None:
     assert len(keyed.manifests()) == 1
 
 
-def test_operating_system_errors_are_sentences(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_operating_system_errors_are_sentences() -> None:
     """An error that nothing foresaw names its path and is no traceback."""
     failure = backup.failure_of(PermissionError(13, "Permission denied", "/some/path"))
     assert str(failure).startswith("/some/path: Permission denied") and failure.exit_code == 1
@@ -121,16 +127,18 @@ def test_operating_system_errors_are_sentences(store: Store, caplog: pytest.LogC
 
 
 def test_names_are_shown_safely() -> None:
-    """Control characters, line breaks, bytes that are not UTF-8 and unprintable ones are escapes; the rest stays."""
+    """Control characters, line breaks, odd bytes and what cannot be printed are escapes."""
     assert utils.printable("é a\n\x1b[31m\udcff\u202e\x7f") == "é a\\n\\x1b[31m\\xff\\u202e\\x7f"
 
 
-def test_main_can_be_called_in_process(store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_can_be_called_in_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a control panel would see of a wrong call."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     handlers = list(logging.getLogger("backup").handlers)
     try:
-        assert backup.main(["--config", str(Path("/no/such"))]) == 2
+        assert backup.main(["--config", "/no/such"]) == 2
     finally:
         logging.getLogger("backup").handlers = handlers
     assert "backup: cannot read the settings file /no/such" in capsys.readouterr().err
@@ -138,12 +146,15 @@ def test_main_can_be_called_in_process(store: Store, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_while_nothing_is_held(store: Store, number: signal.Signals) -> None:
-    """A status that waits for ever, here for its settings, is ended by a signal as any program is."""
-    os.mkfifo(store.scratch / "settings")
-    (store.scratch / "calls").touch()
-    process = subprocess.Popen(["strace", "-qqq", "-e", "trace=openat", "-o", store.scratch / "calls", PYTHON, SCRIPT, "--config",
-                                store.scratch / "settings", "--status"], env=store.environment, stderr=subprocess.PIPE)
-    wait_for(lambda: str(store.scratch / "settings") in (store.scratch / "calls").read_text())
+    """A status that waits for ever, for its settings, is ended by a signal as any program is."""
+    waiting, calls = store.scratch / "settings", store.scratch / "calls"
+    os.mkfifo(waiting)
+    calls.touch()
+    process = subprocess.Popen(
+        ["strace", "-qqq", "-e", "trace=openat", "-o", calls,
+         PYTHON, SCRIPT, "--config", waiting, "--status"],
+        env=store.environment, stderr=subprocess.PIPE)
+    wait_for(lambda: str(waiting) in calls.read_text())
     child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
     os.kill(child, number)
     assert process.communicate(timeout=10)[1] == b"" and process.returncode == -number

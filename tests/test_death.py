@@ -77,7 +77,9 @@ def survive(place: Path, legacy: Legacy, instant: int, kind: str) -> None:
     """Live through one instant of death, and check what the kind of death promises."""
     store = store_at(place, legacy)
     result = run_hooked(store, instant, kind)
-    if kind in ("script", "keeper"):
+    if len(instants_of(store)) < instant:  # gpg's agent has removed a socket before the script did
+        assert result.returncode == 0, result
+    elif kind in ("script", "keeper"):
         assert result.returncode == -signal.SIGKILL, result
     else:
         assert result.returncode == 128 + int(kind) and "Traceback" not in result.stderr, result

@@ -1,4 +1,7 @@
-"""Goal: the status as a web page tells what the status tells, safely, on any screen, in light and in dark, and fetches nothing."""
+"""The web page tells what the status tells, safely, on any screen, and fetches nothing.
+
+It does so in light and in dark.
+"""
 
 import json
 import math
@@ -26,8 +29,8 @@ __all__ = ["by_hand"]
 Attributes = dict[str, Optional[str]]
 
 VOID = {"meta", "br"}
-LAST_RUN = {"end": "2026-06-15T02:59:30+00:00", "kind": "incremental", "source": "copy", "downtime_seconds": 0.412, "exit_code": 0,
-            "message": ""}
+LAST_RUN = {"end": "2026-06-15T02:59:30+00:00", "kind": "incremental", "source": "copy",
+            "downtime_seconds": 0.412, "exit_code": 0, "message": ""}
 HOSTILE = "</code><script>alert(1)</script>&amp;{0}\"'\n\x1b\udcff"
 CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 WIDTHS = [320, 360, 1200]
@@ -37,7 +40,10 @@ CONTRAST_OF_TEXT, CONTRAST_OF_SHAPES = 4.5, 3  # WCAG 2.1, level AA
 
 @dataclass
 class Element:
-    """An element of a page. inside: the tags around it, the outermost first. text: all that it holds."""
+    """An element of a page.
+
+    inside: the tags around it, the outermost first. text: all that it holds.
+    """
 
     tag: str
     attributes: Attributes
@@ -47,7 +53,7 @@ class Element:
 
 @dataclass
 class Page(HTMLParser):
-    """A page that has been read to its end; an element that is not closed where it should be fails the test."""
+    """A page that has been read to its end; an element that is not closed in its place fails."""
 
     html: str
     found: list[Element] = field(default_factory=list)
@@ -61,14 +67,14 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
         """Take an element."""
-        assert len(dict(attrs)) == len(attrs), f"an attribute comes twice in {self.get_starttag_text()}"
+        assert len(dict(attrs)) == len(attrs), f"twice the same in {self.get_starttag_text()}"
         self.found.append(Element(tag, dict(attrs), tuple(element.tag for element in self.open)))
         if tag not in VOID:
             self.open.append(self.found[-1])
 
     def handle_endtag(self, tag: str) -> None:
         """Close the innermost element."""
-        assert self.open and self.open.pop().tag == tag, f"</{tag}> at {self.getpos()} closes what is not open"
+        assert self.open and self.open.pop().tag == tag, f"</{tag}> at {self.getpos()} is not open"
 
     def handle_data(self, data: str) -> None:
         """Take text."""
@@ -77,7 +83,8 @@ class Page(HTMLParser):
 
     def all(self, tag: str, inside: str = "") -> list[Element]:
         """Return the elements of a tag, those inside another only if that is given."""
-        return [element for element in self.found if element.tag == tag and (not inside or inside in element.inside)]
+        return [element for element in self.found
+                if element.tag == tag and (not inside or inside in element.inside)]
 
     def one(self, tag: str, inside: str = "") -> Element:
         """Return the only element of a tag."""
@@ -116,7 +123,7 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def three_chains(by_hand: ByHand) -> Status:
-    """The status of twelve sets in three chains, of files of no set, and of a run that went well."""
+    """The status of twelve sets in three chains, of a stray file, and of a run that went well."""
     for days, increments in ((12, 3), (8, 4), (3, 2)):
         by_hand.put_chain(NOW - days * DAY, increments, 5_300_000_000, 212_000_000)
     by_hand.put("stray", 400_000_000)
@@ -128,15 +135,23 @@ def three_chains(by_hand: ByHand) -> Status:
 
 
 def test_table_is_that_of_the_status(three_chains: Status) -> None:
-    """A row for each set, newest first, with the columns that the control panel has always shown, fulls marked, and the sums."""
-    page = page_of(three_chains)
+    """A row for each set, newest first, with the columns that the control panel has always shown.
+
+    Fulls are marked, and the sums are told.
+    """
+    page, sets = page_of(three_chains), three_chains["backups"]
     assert page.rows("thead") == [["When", "Type", "Size", "Deleted in…"]]
-    assert page.rows("tbody") == [[
-        f"{row['date_str'][:10]} {row['date_str'][11:19]}{row['date_delta']} ago", "full" if row["full"] else "increment",
-        "5.3 GB" if row["full"] else "212 MB", row["deleted_in"]] for row in three_chains["backups"]]
-    assert [time.attributes["datetime"] for time in page.all("time")] == [row["date_str"] for row in three_chains["backups"]]
-    assert [row.attributes["class"] == "full" for row in page.all("tr", "tbody")] == [row["full"] for row in three_chains["backups"]]
-    assert page.rows("tfoot") == [["Files of no complete backup", "400 MB", ""], ["Total", "18.2 GB", ""]]
+    assert page.rows("tbody") == [
+        [f"{row['date_str'][:10]} {row['date_str'][11:19]}{row['date_delta']} ago",
+         "full" if row["full"] else "increment",
+         "5.3 GB" if row["full"] else "212 MB",
+         row["deleted_in"]] for row in sets]
+    dates = [element.attributes["datetime"] for element in page.all("time")]
+    assert dates == [row["date_str"] for row in sets]
+    marked = [element.attributes["class"] == "full" for element in page.all("tr", "tbody")]
+    assert marked == [row["full"] for row in sets]
+    assert page.rows("tfoot") == [
+        ["Files of no complete backup", "400 MB", ""], ["Total", "18.2 GB", ""]]
 
 
 def test_total_without_other_files(by_hand: ByHand) -> None:
@@ -146,36 +161,49 @@ def test_total_without_other_files(by_hand: ByHand) -> None:
 
 
 def test_places_and_last_run(three_chains: Status) -> None:
-    """Where files and key are and what each is good for, how the last run went, and when all that was so; nothing is alarming."""
+    """Where files and key are and what each is good for, and how the last run went and when.
+
+    Nothing is alarming.
+    """
     page = page_of(three_chains)
     last_run, files, key = (element.text for element in page.all("dd"))
-    assert last_run == "2026-06-15 02:59:30: exit code 0, incremental, read from a copy, mail down 0.412 seconds"
-    assert files.startswith(f"{three_chains['directory']}, {backup.human_size(three_chains['free_size'])} free on that disk")
+    assert last_run == ("2026-06-15 02:59:30: exit code 0, incremental, read from a copy,"
+                        " mail down 0.412 seconds")
+    free = backup.human_size(three_chains["free_size"])
+    assert files.startswith(f"{three_chains['directory']}, {free} free on that disk")
     assert "safe to copy anywhere" in files
-    assert key.startswith(three_chains["encpwfile"]) and "elsewhere" in key and "no backup can be opened" in key
-    assert "As of 2026-06-15 03:00:00 UTC\nOK: last backup 1 day, 0 hours ago, full on Friday" in page.one("body").text
+    assert key.startswith(three_chains["encpwfile"])
+    assert "elsewhere" in key and "no backup can be opened" in key
+    assert ("As of 2026-06-15 03:00:00 UTC\nOK: last backup 1 day, 0 hours ago, full on Friday"
+            in page.one("body").text)
     assert not page.of_class("alarm")
 
 
 @pytest.mark.parametrize("content, told, marked", [
     ('{"exit_code": 3, "message": "a hook failed"}', "unknown: exit code 3, a hook failed", True),
-    ('{"exit_code": 1, "message": "disk full"}', "FAILED: the last run failed: disk full; last backup 1 day, 0 hours ago", True),
-    ('{"exit_code": [0], "end": [1]}', "[1]: exit code [0]", False), ("{}", "unknown: exit code None", False),
+    ('{"exit_code": 1, "message": "disk full"}',
+     "FAILED: the last run failed: disk full; last backup 1 day, 0 hours ago", True),
+    ('{"exit_code": [0], "end": [1]}', "[1]: exit code [0]", False),
+    ("{}", "unknown: exit code None", False),
 ])
-def test_last_run_that_did_not_go_well(by_hand: ByHand, content: str, told: str, marked: bool) -> None:
+def test_last_run_that_did_not_go_well(
+    by_hand: ByHand, content: str, told: str, marked: bool
+) -> None:
     """What must be looked at stands out, and not by its colour alone."""
     by_hand.put_set(NOW - DAY)
     by_hand.last_run.write_text(content)
     page = page_of(by_hand.status())
     assert told in page.one("body").text
-    assert len(page.of_class("alarm")) == 1 and (told in page.of_class("alarm")[0].text) == marked
+    alarm, = page.of_class("alarm")
+    assert (told in alarm.text) == marked
 
 
 def test_overdue(by_hand: ByHand) -> None:
     """A newest set of over 36 hours ago stands out."""
     by_hand.put_set(NOW - 2 * DAY)
     for now, overdue in ((NOW - timedelta(hours=12), []), (NOW, ["OVERDUE"])):
-        assert [element.text.partition(":")[0] for element in page_of(by_hand.status(now), now).of_class("alarm")] == overdue
+        alarms = page_of(by_hand.status(now), now).of_class("alarm")
+        assert [element.text.partition(":")[0] for element in alarms] == overdue
 
 
 def test_no_backups(by_hand: ByHand) -> None:
@@ -186,15 +214,20 @@ def test_no_backups(by_hand: ByHand) -> None:
 
 
 def test_nothing_active_and_nothing_fetched(three_chains: Status) -> None:
-    """No script, no address of anything, and a policy that would forbid both; ASCII, for a web server may tell any encoding."""
+    """No script, no address of anything, and a policy that would forbid both.
+
+    All is ASCII, for a web server may tell any encoding.
+    """
     page = page_of(three_chains)
     assert not {element.tag for element in page.found} & {
         "script", "link", "img", "iframe", "object", "embed", "base", "form", "a", "svg"}
     assert not re.search(r"https?:|url\(|@import|javascript:", page.html)
     names = {name for element in page.found for name in element.attributes}
-    assert not [name for name in names if name in ("src", "href", "xlink:href", "srcset") or name.startswith("on")]
+    assert not names & {"src", "href", "xlink:href", "srcset"}
+    assert not [name for name in names if name.startswith("on")]
     assert {element.tag for element in page.found if "style" in element.attributes} == {"span"}
-    policy, = (meta.attributes["content"] for meta in page.all("meta") if "http-equiv" in meta.attributes)
+    policy, = (meta.attributes["content"] for meta in page.all("meta")
+               if "http-equiv" in meta.attributes)
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
     assert page.html.isascii() and page.html.startswith("<!DOCTYPE html>\n")
 
@@ -202,15 +235,17 @@ def test_nothing_active_and_nothing_fetched(three_chains: Status) -> None:
 def test_accessible(three_chains: Status) -> None:
     """Language, title, viewport, one heading, and a table that a screen reader can tell."""
     page = page_of(three_chains)
-    assert page.one("html").attributes["lang"] == "en" and page.one("title", "head").text == page.one("h1").text == "Backups"
-    assert "width=device-width, initial-scale=1" in [meta.attributes.get("content") for meta in page.all("meta")]
+    assert page.one("html").attributes["lang"] == "en"
+    assert page.one("title", "head").text == page.one("h1").text == "Backups"
+    contents = [meta.attributes.get("content") for meta in page.all("meta")]
+    assert "width=device-width, initial-scale=1" in contents
     assert page.one("caption", "table").text
     heads = page.all("th")
     assert [head.attributes["scope"] for head in heads] == ["col"] * 4 + ["row"] * 14
 
 
 def test_hostile_text(by_hand: ByHand) -> None:
-    """Markup, quotes, line breaks and bytes that are not UTF-8, in paths, in last-run.json and in the zone, are text."""
+    """Markup, quotes, line breaks and odd bytes in paths, last-run.json and the zone are text."""
     hostile = ByHand(by_hand.root / HOSTILE)
     hostile.encrypted.mkdir(parents=True)
     for made in (by_hand, hostile):
@@ -221,17 +256,21 @@ def test_hostile_text(by_hand: ByHand) -> None:
     shown = r"""</code><script>alert(1)</script>&amp;{0}"'\n\x1b\xff"""
     assert [code.text for code in page.all("code")] == [
         f"{by_hand.root}/{shown}/backup/{name}" for name in ("encrypted", "secret_key.txt")]
-    assert page.all("dd")[0].text == f"{shown}: exit code {shown}, {shown}, mail down {shown} seconds, {shown}"
-    assert f"As of 2026-06-15 03:00:00 {shown}\nFAILED: the last run failed: {shown}; last backup" in page.one("body").text
+    assert page.all("dd")[0].text == (
+        f"{shown}: exit code {shown}, {shown}, mail down {shown} seconds, {shown}")
+    headline = f"FAILED: the last run failed: {shown}; last backup"
+    assert f"As of 2026-06-15 03:00:00 {shown}\n{headline}" in page.one("body").text
     assert [element.tag for element in page.found] == [element.tag for element in harmless.found]
 
 
 def test_bars(three_chains: Status) -> None:
-    """In each row a bar as wide as the backup is big, and each chain in a part of its own, ending with its full."""
+    """In each row is a bar as wide as the backup is big; each chain ends with its full."""
     page = page_of(three_chains)
     widths = [element.attributes["style"] for element in page.of_class("bar")]
-    assert widths == ["width: 100.0%" if row["full"] else "width: 4.0%" for row in three_chains["backups"]]
-    assert re.findall(r'<tbody>|<tr class="full">', page.html) == ["<tbody>", '<tr class="full">'] * 3
+    assert widths == [
+        "width: 100.0%" if row["full"] else "width: 4.0%" for row in three_chains["backups"]]
+    parts = re.findall(r'<tbody>|<tr class="full">', page.html)
+    assert parts == ["<tbody>", '<tr class="full">'] * 3
 
 
 def test_sets_of_no_size_and_orphans(by_hand: ByHand) -> None:
@@ -248,19 +287,27 @@ def test_sets_of_no_size_and_orphans(by_hand: ByHand) -> None:
 
 
 def test_command(keyed: Store) -> None:
-    """The page alone is on the standard output, in local time, whatever the locale; the exit code is that of --status."""
+    """The page alone is on the standard output, in local time, whatever the locale.
+
+    The exit code is that of --status.
+    """
     kept = ByHand(keyed.root)
     kept.encrypted.mkdir()
     kept.put_set(recent())
     odd = {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     result = keyed.backup("--status", "--html", environment=odd)
     status = json.loads(keyed.backup("--status", "--json", environment=odd).stdout)
-    assert result.stderr == "" and Page(result.stdout).one("time").attributes["datetime"] == status["backups"][0]["date_str"]
-    as_of = re.search(r"As of (\S+ \S+) \+0545\n", Page(result.stdout).one("body").text)
-    assert as_of and abs(datetime.fromisoformat(f"{as_of[1]}+05:45") - recent(0)) < timedelta(minutes=5)
+    page = Page(result.stdout)
+    assert result.stderr == ""
+    assert page.one("time").attributes["datetime"] == status["backups"][0]["date_str"]
+    as_of = re.search(r"As of (\S+ \S+) \+0545\n", page.one("body").text)
+    assert as_of
+    date = datetime.fromisoformat(f"{as_of[1]}+05:45")
+    assert abs(date - recent(0)) < timedelta(minutes=5)
     kept.last_run.write_text(json.dumps({**LAST_RUN, "exit_code": 1, "message": "disk full"}))
     result = keyed.backup("--status", "--html", exit_code=3, environment=odd)
-    assert "the last run failed: disk full" in result.stderr and "the last run failed: disk full" in result.stdout
+    for text in (result.stderr, result.stdout):
+        assert "the last run failed: disk full" in text
     assert Page(result.stdout).all("dd")[0].text.startswith("2026-06-15 08:44:30: exit code 1, ")
 
 
@@ -268,12 +315,16 @@ def test_command(keyed: Store) -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours, written as #rrggbb or rgb(r, g, b), by the formula of WCAG 2.1."""
+    """Return the contrast of two colours, #rrggbb or rgb(r, g, b), by the formula of WCAG 2.1."""
+    def linear(part: float) -> float:
+        return part / 12.92 if part <= 0.04045 else math.pow((part + 0.055) / 1.055, 2.4)
+
     def luminance(colour: str) -> float:
         digits, base = ("[0-9a-f]{2}", 16) if colour.startswith("#") else ("[0-9]+", 10)
         parts = [int(part, base) / 255 for part in re.findall(digits, colour)]
-        red, green, blue = (part / 12.92 if part <= 0.04045 else math.pow((part + 0.055) / 1.055, 2.4) for part in parts)
+        red, green, blue = map(linear, parts)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
@@ -285,9 +336,10 @@ def test_contrast_formula() -> None:
 
 
 def test_contrast_of_the_named_colours(three_chains: Status) -> None:
-    """Both schemes name the same colours, and every text and bar can be told from what is behind it."""
+    """Both schemes name the same colours, and texts and bars can be told from what is behind."""
     style = page_of(three_chains).one("style").text
-    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", part)) for part in style.split("body {")[0].split("@media"))
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", part))
+                   for part in style.split("body {")[0].split("@media"))
     assert "(prefers-color-scheme: dark)" in style and "color-scheme: light dark;" in style
     assert set(light) == set(dark) == set(re.findall(r"var\(--([\w-]+)\)", style))
     for colours in (light, dark):
@@ -307,9 +359,11 @@ class Browser:
     session: str
 
     def show(self, page: Path, width: int, scheme: str) -> None:
-        """Open a page on a screen of this width in pixels, with the scheme that its user prefers."""
-        self.control("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
-        self.control("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        """Open a page on a screen of this width in pixels, with the user's scheme."""
+        self.control("Emulation.setDeviceMetricsOverride",
+                     width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+        self.control("Emulation.setEmulatedMedia",
+                     features=[{"name": "prefers-color-scheme", "value": scheme}])
         ask(f"{self.session}/url", url=page.as_uri())
 
     def control(self, command: str, **parameters: object) -> Any:
@@ -322,21 +376,29 @@ class Browser:
 
 
 def ask(address: str, method: str = "POST", **content: object) -> Any:
-    """Send a command of the WebDriver protocol, which never leaves this machine, and return the answer."""
-    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"}, method=method)
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+    """Send a command of the WebDriver protocol, and return the answer.
+
+    It never leaves this machine.
+    """
+    request = urllib.request.Request(
+        address, json.dumps(content).encode(), {"Content-Type": "application/json"}, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=120) as answer:
         return json.load(answer)["value"]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A Chromium for all tests; where it is not installed they are skipped, but not in CI."""
-    if os.environ.get("CI") != "true" and not (shutil.which("chromedriver") and shutil.which("chromium")):
+    missing = not (shutil.which("chromedriver") and shutil.which("chromium"))
+    if missing and os.environ.get("CI") != "true":
         pytest.skip("chromium and chromium-driver are not installed")
-    with subprocess.Popen(["chromedriver", "--port=0"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as driver:
+    with subprocess.Popen(["chromedriver", "--port=0"], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, text=True) as driver:
         try:
             assert driver.stdout
-            port = next(match[1] for line in driver.stdout if (match := re.search(r"successfully on port (\d+)", line)))
+            started = re.compile(r"successfully on port (\d+)")
+            port = next(match[1] for line in driver.stdout if (match := started.search(line)))
             sessions = f"http://127.0.0.1:{port}/session"
             options = {"alwaysMatch": {"goog:chromeOptions": {"args": CHROMIUM}}}
             session = f"{sessions}/{ask(sessions, capabilities=options)['sessionId']}"
@@ -348,39 +410,57 @@ def browser() -> Iterator[Browser]:
 
 def edges_of(browser: Browser, selector: str) -> list[list[float]]:
     """Return where elements begin and end, from left to right, in pixels."""
-    edges: list[list[float]] = browser.tell(f"return [...document.querySelectorAll('{selector}')].map(element => {{"
-                                            "const box = element.getBoundingClientRect(); return [box.left, box.right]})")
+    edges: list[list[float]] = browser.tell(f"""
+        return [...document.querySelectorAll('{selector}')].map(element => {{
+            const box = element.getBoundingClientRect();
+            return [box.left, box.right];
+        }})""")
     return edges
 
 
 @pytest.fixture
 def page_file(by_hand: ByHand, three_chains: Status) -> Path:
-    """The page of three chains, with all that can stand out, and with a path and a message that have no place to break."""
-    by_hand.last_run.write_text(json.dumps({**LAST_RUN, "exit_code": 1, "message": "m" * 200}))
-    status = {**by_hand.status(), "directory": f"/{'d' * 200}", "encpwfile": "/home/user-data/backup/secret_key.txt"}
+    """The page of three chains, with all that can stand out.
+
+    It has a path and a message that have no place to break.
+    """
+    message = "m" * 200
+    by_hand.last_run.write_text(json.dumps({**LAST_RUN, "exit_code": 1, "message": message}))
+    status = {**by_hand.status(), "directory": f"/{'d' * 200}",
+              "encpwfile": "/home/user-data/backup/secret_key.txt"}
     path = by_hand.root / "backup.html"
     path.write_text(backup.status_page(status, NOW + 2 * DAY), encoding="ascii")
     return path
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_fits_the_screen(browser: Browser, page_file: Path, three_chains: Status, width: int) -> None:
-    """All rows and the sums are seen, fulls are bold, nothing goes over the edge or over another, and nothing was fetched."""
+def test_fits_the_screen(
+    browser: Browser, page_file: Path, three_chains: Status, width: int
+) -> None:
+    """All rows and the sums are seen, fulls are bold, nothing is over the edge or over another.
+
+    Nothing was fetched.
+    """
     browser.show(page_file, width, "light")
     assert browser.tell("return innerWidth") == width
     assert browser.tell("return document.documentElement.scrollWidth") <= width
-    over = browser.tell("return [...document.body.querySelectorAll('*')].filter(element => element.tagName != 'title' && "
-                        "(element.getBoundingClientRect().right > innerWidth || element.getBoundingClientRect().left < 0)"
-                        ").map(element => element.outerHTML)")
+    over = browser.tell("""
+        const isOver = box => box.right > innerWidth || box.left < 0;
+        return [...document.body.querySelectorAll('*')].filter(element =>
+            element.tagName != 'title' && isOver(element.getBoundingClientRect())
+        ).map(element => element.outerHTML)""")
     assert over == []
-    rows = browser.tell("return [...document.querySelectorAll('tbody tr')].map(row => [row.innerText, "
-                        "...[...row.cells].map(cell => getComputedStyle(cell).fontWeight)])")
+    rows = browser.tell("""
+        return [...document.querySelectorAll('tbody tr')].map(row => [
+            row.innerText, ...[...row.cells].map(cell => getComputedStyle(cell).fontWeight)])""")
     assert len(rows) == 12
     for (text, *weights), row in zip(rows, three_chains["backups"]):
         assert row["date_str"][11:19] in text and row["deleted_in"] in text
         assert set(weights) == {"700" if row["full"] else "400"}
-    sums = browser.tell("return [...document.querySelectorAll('tfoot tr')].map(row => row.innerText)")
-    assert [text.split("\t")[:2] for text in sums] == [["Files of no complete backup", "400 MB"], ["Total", "18.2 GB"]]
+    sums = browser.tell(
+        "return [...document.querySelectorAll('tfoot tr')].map(row => row.innerText)")
+    assert [text.split("\t")[:2] for text in sums] == [
+        ["Files of no complete backup", "400 MB"], ["Total", "18.2 GB"]]
     assert browser.tell("return performance.getEntriesByType('resource').length") == 0
     bars = edges_of(browser, ".bar")
     assert len(bars) == 12 and all(right - left >= 2 for left, right in bars)
@@ -390,29 +470,43 @@ def test_fits_the_screen(browser: Browser, page_file: Path, three_chains: Status
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_contrast_as_rendered(browser: Browser, page_file: Path, scheme: str) -> None:
-    """Each text and each bar, as the browser paints it, can be told from what is behind it; the scheme is the user's."""
+    """Each text and bar, as the browser paints it, can be told from what is behind it.
+
+    The scheme is the user's.
+    """
     browser.show(page_file, 1200, scheme)
     painted = browser.tell("""
-        const behind = element => !element || getComputedStyle(element).backgroundColor != 'rgba(0, 0, 0, 0)'
-            ? getComputedStyle(element || document.body).backgroundColor : behind(element.parentElement);
+        const transparent = element =>
+            getComputedStyle(element).backgroundColor == 'rgba(0, 0, 0, 0)';
+        const behind = element => element && transparent(element)
+            ? behind(element.parentElement)
+            : getComputedStyle(element || document.body).backgroundColor;
         return [...document.body.querySelectorAll('*')].flatMap(element => {
             const style = getComputedStyle(element);
-            const texts = [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim());
-            return element.className == 'bar' ? [['bar', style.backgroundColor, behind(element.parentElement)]]
+            const texts = [...element.childNodes].some(
+                node => node.nodeType == 3 && node.data.trim());
+            return element.className == 'bar'
+                ? [['bar', style.backgroundColor, behind(element.parentElement)]]
                 : texts ? [[element.tagName, style.color, behind(element)]] : []; })""")
-    assert {"H1", "P", "DD", "STRONG", "CODE", "TH", "TD", "SPAN", "SMALL", "CAPTION", "bar"} <= {tag for tag, _, _ in painted}
+    assert {tag for tag, _, _ in painted} >= {
+        "H1", "P", "DD", "STRONG", "CODE", "TH", "TD", "SPAN", "SMALL", "CAPTION", "bar"}
     for tag, front, back in painted:
-        assert contrast(front, back) >= (CONTRAST_OF_SHAPES if tag == "bar" else CONTRAST_OF_TEXT), (tag, front, back)
-    assert (contrast(browser.tell("return getComputedStyle(document.body).backgroundColor"), "#ffffff") > 10) == (scheme == "dark")
+        least = CONTRAST_OF_SHAPES if tag == "bar" else CONTRAST_OF_TEXT
+        assert contrast(front, back) >= least, (tag, front, back)
+    page = browser.tell("return getComputedStyle(document.body).backgroundColor")
+    assert (contrast(page, "#ffffff") > 10) == (scheme == "dark")
 
 
 def test_accessible_as_rendered(browser: Browser, page_file: Path) -> None:
     """What a screen reader is told: a table with its caption, rows with their heads."""
     browser.show(page_file, 1200, "light")
     nodes = browser.control("Accessibility.getFullAXTree")["nodes"]
-    told = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
-    assert [name.partition(".")[0] for role, name in told if role == "table"] == ["All backups, the newest first, in local time"]
-    assert len([role for role, _ in told if role == "rowheader"]) == 14 and len([role for role, _ in told if role == "columnheader"]) == 4
+    told = [(node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes if not node["ignored"]]
+    tables = [name.partition(".")[0] for role, name in told if role == "table"]
+    assert tables == ["All backups, the newest first, in local time"]
+    roles = [role for role, _ in told]
+    assert roles.count("rowheader") == 14 and roles.count("columnheader") == 4
 
 
 def test_hostile_text_as_rendered(browser: Browser, by_hand: ByHand) -> None:
@@ -423,7 +517,9 @@ def test_hostile_text_as_rendered(browser: Browser, by_hand: ByHand) -> None:
     path = by_hand.root / "backup.html"
     path.write_text(backup.status_page(by_hand.status(), NOW), encoding="ascii")
     browser.show(path, 1200, "light")
-    assert message in browser.tell("return document.body.innerText") and browser.tell("return document.title") == "Backups"
+    assert message in browser.tell("return document.body.innerText")
+    assert browser.tell("return document.title") == "Backups"
     path.write_text(path.read_text().replace("</main>", f"{message}</main>"))
     browser.show(path, 1200, "light")
-    assert browser.tell("return document.images.length") == 1 and browser.tell("return document.title") == "Backups", "the policy failed"
+    assert browser.tell("return document.images.length") == 1
+    assert browser.tell("return document.title") == "Backups", "the policy failed"

@@ -1,6 +1,6 @@
-"""With systemd as process 1, on Debian 12 and 13: what runs for mail really stops, and comes back whatever is done to the run.
+"""With systemd, on Debian 12 and 13, mail really stops, and comes back whatever is done.
 
-Each release is a machine of the tests' own, see systemd_machine.
+Each release is a machine of the tests' own with systemd as process 1, see systemd_machine.
 """
 
 import json
@@ -14,21 +14,23 @@ import pytest
 
 from conftest import tree_of
 from private_mail_server import IMAP_PORT, wait_until
-from systemd_machine import BACKUP, UNITS, PROJECT, STORAGE_ROOT, Machine, machine_of, system_for_tests
+from systemd_machine import (
+    BACKUP, UNITS, PROJECT, STORAGE_ROOT, Machine, machine_of, system_for_tests)
 
 pytestmark = pytest.mark.long
 
 PORTS_SECONDS = 20  # within which mail must be back
 
-# Imported by Python at its start, in the script alone it writes down the states of the services when
-# the second pass begins, which is when both ports are closed, and then waits if it is told to.
+# Imported by Python at its start, in the script alone it writes down the states of the services
+# when the second pass begins, which is when both ports are closed, and then waits if it is told to.
 SECOND_PASS = """\
 import os, subprocess, sys, time
 
 def closed():
     with open("/proc/net/tcp") as tcp, open("/proc/net/tcp6") as tcp6:
         lines = tcp.readlines()[1:] + tcp6.readlines()[1:]
-    return not {line.split()[1][-4:] for line in lines if line.split()[3] == "0A"} & {"0019", "008F"}
+    listening = {line.split()[1][-4:] for line in lines if line.split()[3] == "0A"}
+    return not listening & {"0019", "008F"}
 
 def on_event(event, arguments):
     if event == "os.scandir" and not os.path.exists("/tmp/states") and closed():
@@ -41,7 +43,7 @@ def on_event(event, arguments):
 if sys.orig_argv[1:2] == ["/opt/backup/backup.py"]:
     sys.addaudithook(on_event)
 """
-# Takes all the memory that the control group of a unit may have, until a process in it has died of that.
+# Takes all the memory that the control group of a unit may have, until a process in it has died.
 HOG = """\
 import os, sys
 group, victim = sys.argv[1:]
@@ -60,7 +62,9 @@ def prepare(machine: Machine) -> None:
 
 
 @pytest.fixture(scope="module", params=UNITS)
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def machine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
     """A machine of each release, with mail running."""
     place = tmp_path_factory.mktemp(request.param)
     with machine_of(request.param, place) as running:
@@ -69,7 +73,9 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module", params=UNITS)
-def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def limited(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
     """The same where systemd can limit the memory of a unit."""
     place = tmp_path_factory.mktemp(f"{request.param}-limited")
     with machine_of(request.param, place, legacy=True) as running:
@@ -78,7 +84,10 @@ def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def start_run(machine: Machine, *properties: str) -> None:
-    """Start a night in a unit of its own, named run-of-backup, that writes down what it sees in its second pass."""
+    """Start a night in a unit of its own that writes down what it sees in its second pass.
+
+    The unit is named run-of-backup.
+    """
     options = [f"--property={text}" for text in ("TimeoutStopSec=1", *properties)]
     machine.run("rm", "-f", "/tmp/states")
     machine.run("systemd-run", "--quiet", "--collect", "--unit=run-of-backup", *options,
@@ -87,18 +96,19 @@ def start_run(machine: Machine, *properties: str) -> None:
 
 def wait_for_end(machine: Machine) -> None:
     """Wait until the run and its keeper have ended."""
-    wait_until(lambda: machine.state("run-of-backup") not in ("active", "deactivating"), "the run ends")
+    wait_until(lambda: machine.state("run-of-backup") not in ("active", "deactivating"),
+               "the run ends")
     wait_until(lambda: not machine.succeeds("pgrep -f '[u]tils.py'"), "the keeper ends")
 
 
 def states_in_second_pass(machine: Machine) -> list[str]:
-    """Return how dovecot.socket, dovecot.service, postfix.service and postfix@-.service were then."""
+    """Return how dovecot.socket and the services of dovecot, postfix and postfix@- were then."""
     wait_until(lambda: machine.succeeds(MOMENTS["second pass"][2]), "the second pass")
     return machine.run("cat", "/tmp/states").split()
 
 
 def leavings(machine: Machine) -> str:
-    """Return what of a run is left in a machine: lists, homes of gpg, scopes, keepers and agents."""
+    """Return what a run left in a machine: lists, homes of gpg, scopes, keepers and agents."""
     return machine.shell("""
         ls -d /run/backup-* 2>/dev/null || true
         systemctl list-units --all --plain --no-legend 'run-*.scope'
@@ -126,12 +136,16 @@ def last_run(machine: Machine) -> dict[str, object]:
 
 @pytest.mark.parametrize("restarting", [False, True])
 def test_second_pass_waits_for_the_daemons(machine: Machine, restarting: bool) -> None:
-    """However slow postfix stops, even for a restart of somebody else's, its queue is still in the second pass."""
+    """However slow postfix stops, its queue is still in the second pass.
+
+    So it is even if somebody else restarts it.
+    """
     machine.drop_in(machine.postfix, "slow", "ExecStopPost=/bin/sleep 3")
     try:
         if restarting:
             machine.run("systemctl", "restart", "--no-block", machine.postfix)
-            wait_until(lambda: machine.state(machine.postfix) == "deactivating", "the restart is under way")
+            wait_until(lambda: machine.state(machine.postfix) == "deactivating",
+                       "the restart is under way")
         start_run(machine)
         assert set(states_in_second_pass(machine)) <= {"inactive", "failed", "unknown"}
         wait_for_end(machine)
@@ -143,7 +157,8 @@ def test_second_pass_waits_for_the_daemons(machine: Machine, restarting: bool) -
 
 def test_postfix_that_does_not_start(machine: Machine) -> None:
     """Exit 5 and its name, each night; when it is mended the next night brings it back."""
-    machine.shell("cp /etc/postfix/main.cf /tmp; echo 'inet_interfaces = 203.0.113.9' >> /etc/postfix/main.cf")
+    machine.shell("cp /etc/postfix/main.cf /tmp; "
+                  "echo 'inet_interfaces = 203.0.113.9' >> /etc/postfix/main.cf")
     try:
         for _ in range(2):
             told = machine.back_up(exit_code=5)
@@ -163,7 +178,8 @@ def test_service_that_is_not_running(machine: Machine) -> None:
     machine.run("systemctl", "stop", "postfix")
     try:
         machine.back_up()
-        assert machine.state(machine.postfix) == "inactive" and machine.state("dovecot") == "active"
+        assert machine.state(machine.postfix) == "inactive"
+        assert machine.state("dovecot") == "active"
     finally:
         machine.run("systemctl", "start", "postfix")
     machine.wait_for_ports(PORTS_SECONDS)
@@ -171,25 +187,32 @@ def test_service_that_is_not_running(machine: Machine) -> None:
 
 def add_unit(machine: Machine, name: str, text: str) -> None:
     """Add a unit to a machine."""
-    machine.shell(f"printf '%b' '{text}\\n' > '/etc/systemd/system/{name}'; systemctl daemon-reload")
+    path = f"/etc/systemd/system/{name}"
+    machine.shell(f"printf '%b' '{text}\\n' > '{path}'; systemctl daemon-reload")
 
 
 def remove_unit(machine: Machine, name: str) -> None:
     """Stop it and take it back."""
-    machine.shell(f"systemctl stop '{name}'; rm '/etc/systemd/system/{name}'; systemctl daemon-reload")
+    path = f"/etc/systemd/system/{name}"
+    machine.shell(f"systemctl stop '{name}'; rm '{path}'; systemctl daemon-reload")
 
 
 def test_units_that_go_down_with_dovecot(machine: Machine) -> None:
-    """A timer and a service that need it run again afterwards; a job of theirs that is under way is not begun anew."""
+    """A timer and a service that need it run again afterwards.
+
+    A job of theirs that is under way is not begun anew.
+    """
     needs = "[Unit]\\nRequires=dovecot.service\\nAfter=dovecot.service\\n"
-    add_unit(machine, "purge.service", f"{needs}[Service]\\nType=oneshot\\nExecStart=/bin/sleep 300")
+    job = "[Service]\\nType=oneshot\\nExecStart=/bin/sleep 300"
+    add_unit(machine, "purge.service", f"{needs}{job}")
     add_unit(machine, "purge.timer", f"{needs}[Timer]\\nOnCalendar=2100-01-01")
     add_unit(machine, "filter.service", f"{needs}[Service]\\nExecStart=/bin/sleep 1000")
     machine.shell("systemctl start purge.timer filter; systemctl start --no-block purge.service")
     try:
         wait_until(lambda: machine.state("purge.service") == "activating", "the job is under way")
         machine.back_up()
-        assert {machine.state(unit) for unit in ("dovecot", "purge.timer", "filter.service")} == {"active"}
+        for unit in ("dovecot", "purge.timer", "filter.service"):
+            assert machine.state(unit) == "active", unit
         assert machine.state("purge.service") == "failed"  # it was ended with dovecot
         assert_good_next_night(machine)
     finally:
@@ -201,7 +224,8 @@ def test_service_that_could_not_be_started_again(machine: Machine) -> None:
     """What has been masked since it was started is not stopped: exit 1, and mail runs on."""
     machine.run("systemctl", "mask", "--runtime", "dovecot.service")
     try:
-        assert "dovecot.service runs and could not be started again, for it is masked" in machine.back_up(exit_code=1)
+        told = machine.back_up(exit_code=1)
+        assert "dovecot.service runs and could not be started again, for it is masked" in told
         assert machine.greetings() == ["* OK", "220 "]
     finally:
         machine.run("systemctl", "unmask", "--runtime", "dovecot.service")
@@ -224,11 +248,16 @@ def test_service_that_somebody_starts(machine: Machine) -> None:
 
 
 def test_socket_that_would_wake_dovecot(machine: Machine) -> None:
-    """Clients that knock at dovecot.socket all the time do not start dovecot before its time, and are served again afterwards."""
-    machine.drop_in("dovecot.socket", "local", "\\n[Socket]\\nListenStream=\\nListenStream=127.0.0.1:143")
+    """Clients that knock at dovecot.socket all the time do not start dovecot before its time.
+
+    They are served again afterwards.
+    """
+    listen = "\\n[Socket]\\nListenStream=\\nListenStream=127.0.0.1:143"
+    machine.drop_in("dovecot.socket", "local", listen)
     machine.shell("systemctl stop dovecot; systemctl start dovecot.socket dovecot")
-    knocking = subprocess.Popen(machine.command(
-        "bash", "-c", "for ((i = 0; i < 3000; i++)); do (: <> /dev/tcp/127.0.0.1/143) 2>/dev/null; sleep 0.02; done"),
+    knock = "(: <> /dev/tcp/127.0.0.1/143) 2>/dev/null; sleep 0.02"
+    knocking = subprocess.Popen(
+        machine.command("bash", "-c", f"for ((i = 0; i < 3000; i++)); do {knock}; done"),
         stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         assert machine.state("dovecot.socket") == machine.state("dovecot") == "active"
@@ -246,31 +275,37 @@ def test_socket_that_would_wake_dovecot(machine: Machine) -> None:
         machine.shell("systemctl start dovecot")
 
 
-# The moments at which a run is killed: a setting of a unit that makes them long enough to be met, and a
-# command that succeeds when they have come.
+# The moments at which a run is killed: a setting of a unit that makes them long enough to be met,
+# and a command that succeeds when they have come.
 MOMENTS = {
-    "stop": ("POSTFIX", "ExecStopPost=/bin/sleep 1", "systemctl is-active POSTFIX | grep -qx deactivating"),
+    "stop": ("POSTFIX", "ExecStopPost=/bin/sleep 1",
+             "systemctl is-active POSTFIX | grep -qx deactivating"),
     "second pass": ("", "", "[ $(wc -l < /tmp/states) = 4 ]"),
-    "starts": ("dovecot.service", "ExecStartPre=/bin/sleep 1", "systemctl is-active dovecot | grep -qx activating"),
+    "starts": ("dovecot.service", "ExecStartPre=/bin/sleep 1",
+               "systemctl is-active dovecot | grep -qx activating"),
     "duplicity": ("", "", "pgrep -f '^/usr/bin/python3.*duplicity (full|incremental)'"),
 }
 
 
 def main_process(machine: Machine) -> str:
     """Return the process id of the script, in its machine."""
-    return machine.run("systemctl", "show", "--value", "--property=MainPID", "run-of-backup").strip()
+    shown = machine.run("systemctl", "show", "--value", "--property=MainPID", "run-of-backup")
+    return shown.strip()
 
 
 # The ways in which its group, or it alone, is killed.
 WAYS: dict[str, Callable[[Machine], object]] = {
     "kill": lambda machine: machine.run("systemctl", "kill", "-s", "KILL", "run-of-backup"),
     "stop": lambda machine: machine.run("systemctl", "stop", "run-of-backup"),
-    "cgroup.kill": lambda machine: machine.shell("echo 1 > /sys/fs/cgroup/system.slice/run-of-backup.service/cgroup.kill"),
+    "cgroup.kill": lambda machine: machine.shell(
+        "echo 1 > /sys/fs/cgroup/system.slice/run-of-backup.service/cgroup.kill"),
     "script": lambda machine: machine.run("kill", "-KILL", main_process(machine)),
 }
 
 
-def survive(machine: Machine, moment: str, kill: Callable[[Machine], object], *properties: str) -> None:
+def survive(
+    machine: Machine, moment: str, kill: Callable[[Machine], object], *properties: str
+) -> None:
     """Kill a run at a moment, and check that mail is back and the next night good."""
     unit, drop_in, has_come = (text.replace("POSTFIX", machine.postfix) for text in MOMENTS[moment])
     if unit:
@@ -303,7 +338,8 @@ def test_killed_run(machine: Machine, moment: str, way: str) -> None:
 def test_run_that_needs_more_memory_than_it_may_have(limited: Machine, moment: str) -> None:
     """The kernel kills what is in the run's group: the same."""
     def exhaust(machine: Machine) -> None:
-        group, script = "/sys/fs/cgroup/memory/system.slice/run-of-backup.service", main_process(machine)
+        group = "/sys/fs/cgroup/memory/system.slice/run-of-backup.service"
+        script = main_process(machine)
         machine.run("python3", "/home/hog.py", group, script, exit_code=None)
         assert not machine.succeeds(f"[ -e /proc/{script} ]")
 
@@ -311,12 +347,17 @@ def test_run_that_needs_more_memory_than_it_may_have(limited: Machine, moment: s
 
 
 def test_no_scope(machine: Machine) -> None:
-    """Where no scope can be had the keeper is in the run's own group, -v says so, and the night is good."""
-    machine.shell("mkdir -p /tmp/bin; printf '#!/bin/sh\\necho no scope here; exit 1\\n' > /tmp/bin/systemd-run; "
+    """Where no scope can be had the keeper is in the run's own group, and the night is good.
+
+    -v says so.
+    """
+    machine.shell("mkdir -p /tmp/bin; "
+                  "printf '#!/bin/sh\\necho no scope here; exit 1\\n' > /tmp/bin/systemd-run; "
                   "chmod 755 /tmp/bin/systemd-run")
     told = machine.run("systemd-run", "--quiet", "--wait", "--pipe", "--collect",
                        "--setenv=PATH=/tmp/bin:/usr/bin:/bin", BACKUP, "-v")
-    assert "mail stays down if this run's control group is killed" in told and "no scope here" in told
+    assert "mail stays down if this run's control group is killed" in told
+    assert "no scope here" in told
     assert_good_next_night(machine)
 
 
@@ -341,8 +382,9 @@ def test_test_command_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
     with machine_of("bookworm", place, program, system=system_for_tests("bookworm")) as machine:
         before = machine.states()
         assert before["dovecot.service"] == before["postfix@-.service"] == "active"
-        told = machine.run("/opt/backup/tests/run", "/opt/backup/tests/test_services.py",
-                           "/opt/backup/tests/test_night.py", "/opt/backup/tests/test_mail_server.py")
+        told = machine.run(
+            "/opt/backup/tests/run", "/opt/backup/tests/test_services.py",
+            "/opt/backup/tests/test_night.py", "/opt/backup/tests/test_mail_server.py")
         assert " passed" in told
         assert machine.states() == before
         assert leavings(machine) == ""
