@@ -20,7 +20,10 @@ MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """A store with two chains: a full and two increments, and a full. One message is only in the first set. Never written to."""
+    """A store with two chains: a full and two increments, and a full.
+
+    One message is only in the first set. Never written to.
+    """
     import conftest
     place = tmp_path_factory.mktemp("made")
     store: Store = conftest.make_store(place)
@@ -93,7 +96,10 @@ def test_verify_finds_every_damage(copy: Store, wrong: str, cached: bool) -> Non
 
 
 def test_verify_finds_a_whole_set_that_is_missing(copy: Store) -> None:
-    """An increment in the middle of a chain: the next one leads back to nothing. The newest: cache/ knows of it."""
+    """An increment in the middle of a chain: the next one leads back to nothing.
+
+    The newest: cache/ knows of it.
+    """
     increment = [name for name in copy.manifests() if name.startswith("duplicity-inc")][0]
     for stamps, told in ((increment.split(".manifest")[0][-36:], "leads back to no full backup"),
                          (copy.manifests()[-1].split(".")[1], "all of it")):
