@@ -590,19 +590,21 @@ def stamp_of(path: Path) -> str:
 def failed_set_thrown_away(record: Record) -> Iterator[None]:
     """Delete the set that the block was making when it failed, that a full disk gets free.
 
-    It may be whole, and dated before others, where the clock was set back meanwhile:
-    what is new in the archive directory tells which one it is. That directory goes, too:
-    duplicity makes it anew, and a damaged one would have every night fail (seen: 0.8.22,
-    3.2.1).
+    It may be whole, and dated before others, where the clock was set back meanwhile. It
+    is what is new in encrypted/ and in the archive directory, too: an admin may copy sets
+    into the one, and duplicity fetches into the other what that lacks of the old ones.
+    That directory goes as well: duplicity makes it anew, and a damaged one would have
+    every night fail (seen: 0.8.22, 3.2.1).
     """
-    before = set(ARCHIVE.glob("*"))
+    before = {place: set(place.glob("*")) for place in (ENCRYPTED, ARCHIVE)}
     try:
         yield
     except BaseException:
         try:
             if record.kind:  # duplicity had begun
-                made = {stamp_of(path) for path in ARCHIVE.glob("*") if path not in before}
-                for path in [*dead_files(made - {""}), ARCHIVE]:
+                made, noted = ({stamp_of(path) for path in set(place.glob("*")) - there}
+                               for place, there in before.items())
+                for path in [*dead_files(made & noted - {""}), ARCHIVE]:
                     utils.remove(path)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
@@ -841,13 +843,14 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
     return reason_for_full(sets, now or datetime.now(timezone.utc)) is not None
 
 
-def check_room(work: Work, freed: int = 0) -> None:
+def check_room(work: Work, freed: int = 0, disk: Path = Path()) -> None:
     """Check that there is room for duplicity's temporary files.
 
-    freed: bytes that will be free until then. Raises Failure.
+    freed: bytes that will be free until then. disk: a directory on the disk that they go
+    to. Raises Failure.
     """
-    needed = TEMPORARY_BYTES + reserve_bytes(Path())
-    free = utils.free_bytes(Path()) + freed
+    needed = TEMPORARY_BYTES + reserve_bytes(disk)
+    free = utils.free_bytes(disk) + freed
     if free < needed:
         raise Failure(f"{work.backup} has {human_size(free)} free and a backup needs "
                       f"{human_size(needed)} at least; make room there")
@@ -1057,6 +1060,8 @@ def make_set(
     record.kind, record.source = action, "copy" if copy else "direct"
     before = complete_sets(ENCRYPTED)
     excluded = [] if copy else [night.backup, night.copy_beside]
+    if not copy and not os.path.samefile(".", night.backup):
+        raise Failure(f"somebody renamed {night.backup}; give it its name back")
     entries = utils.count_entries(tree, excluded)
     log_lines: list[str] = []
     log.info("duplicity makes the %s backup of %s", action, root)
@@ -1285,6 +1290,8 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
+            if not re.fullmatch(STAMP, str(content.get("newest_set"))):
+                content["newest_set"] = None
             return content
         why = f"{path} does not hold a run"
     except FileNotFoundError:
@@ -1610,11 +1617,12 @@ class Reader(Work):
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete
     ones are linked. known: the stamps of those that were complete once: cache/ has a
-    manifest, or the last run named it.
+    manifest, or the last run named it. keep_days: after which chains are deleted.
     """
 
     sets: Sequence[BackupSet]
     known: frozenset[str]
+    keep_days: int
 
     @property
     def complete(self) -> list[BackupSet]:
@@ -1644,21 +1652,22 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     if not complete_sets(work.backup / ENCRYPTED):
         raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; make "
                       "one, or put your copy of the backups there")
-    os.chdir(work.backup)
+    temporary = tempfile.gettempdir()  # which may be relative to where we are now
+    utils.work_inside(work.backup)
     read_passphrase()
     try:
-        for directory in (Path(), ENCRYPTED):
-            utils.check_owned_directory(directory)
+        utils.check_owned_directory(ENCRYPTED)
         check_key()
     except Failure as error:  # a rescue is no time for manners
         log.warning("what is read may be somebody else's: %s", error)
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(reader_directory())
+        backup = stack.enter_context(utils.opened("."))
+        own = stack.enter_context(reader_directory(temporary))
         known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
-        known.add(str((read_last_run(LAST_RUN) or {}).get("newest_set") or ""))
-        reader = Reader(**vars(work), sets=link_sets(own),
-                        known=frozenset(known - {""}))
-        stack.callback(os.chdir, "/")
+        known.add((read_last_run(LAST_RUN) or {}).get("newest_set") or "")
+        reader = Reader(**vars(work), sets=link_sets(own, backup),
+                        known=frozenset(known - {""}), keep_days=keep_days_of(settings))
+        stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
         check_reading_key(reader)
@@ -1666,30 +1675,30 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
 
 
 @contextlib.contextmanager
-def reader_directory() -> Iterator[Path]:
-    """Make a directory for a command that reads: in backup/, or without room there in TMPDIR."""
+def reader_directory(temporary: str) -> Iterator[Path]:
+    """Make a directory for a command that reads: in backup/, or without room there in temporary."""
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
     with contextlib.ExitStack() as stack:
-        own = Path(tempfile.gettempdir(), name)
+        own = Path(temporary, name)
         if utils.free_bytes(Path()) >= TEMPORARY_BYTES:
             with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
-                own = stack.enter_context(utils.own_directory(Path(name).absolute()))
+                own = stack.enter_context(utils.own_directory(Path(name)))
         if not own.exists():
             stack.enter_context(utils.own_directory(own))
         yield own
 
 
-def link_sets(own: Path) -> list[BackupSet]:
-    """Fill the directory of a command that reads.
+def link_sets(own: Path, backup: int) -> list[BackupSet]:
+    """Fill the directory of a command that reads. backup: the descriptor of backup/.
 
     Returns the sets there are, complete or not.
     """
     (own / TEMPORARY).mkdir()
-    link(KEY, own)
+    link(KEY, own, backup)
     while True:
-        for directory in (ENCRYPTED, ARCHIVE):
+        for directory in (ENCRYPTED, CACHE, ARCHIVE):
             utils.remove(own / directory)
-            (own / directory).mkdir(parents=True)
+            (own / directory).mkdir()
         sets = read_sets(ENCRYPTED)[0]
         names = {name for found in sets if found.complete for name in found.files}
         # In the archive directory manifests are not compressed, signatures are.
@@ -1697,16 +1706,16 @@ def link_sets(own: Path) -> list[BackupSet]:
                  if (path := ARCHIVE / f"{name.removesuffix('.gpg')}{suffix}").exists()}
         try:
             for path in notes.union(ENCRYPTED / name for name in names):
-                link(path, own)
+                link(path, own, backup)
             return sets
         except FileNotFoundError:  # a backup is just pruning
             continue
 
 
-def link(path: Path, own: Path) -> None:
+def link(path: Path, own: Path, backup: int) -> None:
     """Link a file into the directory of a command that reads.
 
-    path: relative, it is the same there.
+    path: relative, it is the same there. backup: see link_sets.
 
     Where the file system allows no hard link it is a symbolic one, which a backup can
     prune away.
@@ -1717,7 +1726,7 @@ def link(path: Path, own: Path) -> None:
         raise
     except OSError as error:
         log.debug("what a backup prunes meanwhile cannot be read: %s", error)
-        os.symlink(path.absolute(), own / path)
+        os.symlink(utils.path_of(backup) / path, own / path)
 
 
 def check_reading_key(reader: Reader) -> None:
@@ -1757,24 +1766,39 @@ def verify(reader: Reader) -> list[str]:
 
 
 def missing_sets(reader: Reader) -> list[str]:
-    """Return what of whole sets is missing, a sentence each, and print which are unfinished."""
-    wrong = []
+    """Return what of whole sets is missing, a sentence each.
+
+    Prints which sets are unfinished, and which chains are old enough to be pruned: that
+    may be going on, and duplicity deletes them file by file.
+    """
+    lacking = []
     encrypted = reader.backup / ENCRYPTED
     chained = {found for chain in chains_of(reader.complete) for found in chain}
     for found in reader.sets:
+        stamp = found.stamp
         if found.complete and found not in chained:
-            wrong.append(f"the increment of {found.stamp} leads back to no full backup: "
-                         "sets before it are missing")
+            lacking.append((stamp, f"the increment of {stamp} leads back to no full backup: "
+                            "sets before it are missing"))
         if found.complete and not found.signed:
-            wrong.append(f"the signatures of {found.stamp} are missing from {encrypted}")
-        newer = found.stamp > reader.complete[-1].stamp
-        if not found.complete and newer and found.stamp not in reader.known:
-            print(f"the backup of {found.stamp} is unfinished: it is being made, or the "
-                  "next run deletes it")
+            lacking.append((stamp, f"the signatures of {stamp} are missing from {encrypted}"))
+        newer = stamp > reader.complete[-1].stamp
+        if not found.complete and newer and stamp not in reader.known:
+            print(f"the backup of {stamp} is unfinished: it is being made, or the next run "
+                  "deletes it")
         elif not found.complete:
-            wrong.append(f"the manifest of {found.stamp} is missing from {encrypted}")
-    for stamp in sorted(reader.known - {found.stamp for found in reader.sets}):
-        wrong.append(f"the set of {stamp} is missing from {encrypted}, all of it")
+            lacking.append((stamp, f"the manifest of {stamp} is missing from {encrypted}"))
+    stamps = {found.stamp for found in reader.sets}
+    for stamp in sorted(reader.known - stamps):
+        lacking.append((stamp, f"the set of {stamp} is missing from {encrypted}, all of it"))
+    kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
+    wrong = []
+    for stamp, sentence in lacking:
+        fulls = [found.stamp for found in reader.complete if found.full and found.stamp > stamp]
+        chain = [other for other in stamps | reader.known if fulls and other < min(fulls)]
+        if chain and max(chain) < kept.strftime("%Y%m%dT%H%M%SZ"):
+            print(f"{sentence}; it is old enough to be deleted")
+        else:
+            wrong.append(sentence)
     return wrong
 
 
@@ -2030,7 +2054,8 @@ def show_plan(night: Night, force_full: bool) -> None:
             check_clock(night, sets)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        check_room(night, sum(path.stat().st_size for path in freed))
+        disk = Path() if os.path.lexists(night.backup) else night.root
+        check_room(night, sum(path.stat().st_size for path in freed), disk)
         reason = reason_for_full(sets, night.now, force_full)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
         if PLAIN.exists():
@@ -2040,7 +2065,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         services = utils.service_manager(night.environment)
         for line in services.running(night.services):
             print(f"stop and start {line}")
-        place = SNAPSHOT if utils.on_one_mount(Path(), night.root) else night.copy_beside
+        place = SNAPSHOT if utils.on_one_mount(disk, night.root) else night.copy_beside
         for command in (set_command(night, "full" if reason else "incremental", place / "tree"),
                         *pruning_commands(night)):
             print(f"run {printable(shlex.join(command))}")
@@ -2232,7 +2257,7 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
     Returns the exit code: 3 for damage or differences. Raises Failure or OSError.
     """
     names, wrong = [], []
-    directory = Path(options.restore or "").absolute()
+    directory = Path(options.restore or "/").absolute()  # from where we are now
     with utils.ended_in_good_order(), reader_of(settings) as reader:
         if options.list:
             names = list_files(reader, time_options(reader, options.time))

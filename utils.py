@@ -112,8 +112,12 @@ def path_in(error: OSError) -> str:
 
     It is empty if the error tells none: of a descriptor it does not.
     """
-    told = isinstance(error.filename, (str, bytes))
-    return printable(os.path.abspath(os.fsdecode(error.filename))) if told else ""
+    if not isinstance(error.filename, (str, bytes)):
+        return ""
+    name = os.fsdecode(error.filename)
+    with contextlib.suppress(FileNotFoundError):  # of a working directory that is gone
+        name = os.path.abspath(name)
+    return printable(name)
 
 
 @contextlib.contextmanager
@@ -413,7 +417,8 @@ class Mirror:
     may_link: tells, of a directory's relative path and the names of all directories
     beside it, itself among them, whether the regular files in it are never rewritten in
     place: those become hard links, at no cost. spare_bytes: the room to leave when
-    something is copied. settled_ns: what has an earlier ctime, in nanoseconds of the
+    something is copied. working: the status of the working directory, which is left out
+    under whatever name. settled_ns: what has an earlier ctime, in nanoseconds of the
     epoch, has not changed since the last pass. unread: why files could not be read, by
     relative path; target lacks them.
     """
@@ -425,6 +430,7 @@ class Mirror:
     excluded: frozenset[str]
     may_link: MayLink
     spare_bytes: int
+    working: os.stat_result
     settled_ns: int = 0
     unread: dict[str, str] = field(default_factory=dict)
 
@@ -456,7 +462,8 @@ def mirror_of(
         os.mkdir("tree", 0o700, dir_fd=directory)
         with opened("tree", parent=directory) as copy:
             target = (path_of(directory) if place.is_absolute() else place) / "tree"
-            mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes)
+            mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes,
+                            os.stat("."))
             _catch_up(mirror)
             mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
             yield mirror
@@ -631,13 +638,16 @@ def _mirror_child(
             if not _is_gone(error):
                 raise
             return
+        status = os.fstat(below)
+        if os.path.samestat(status, mirror.working):
+            return
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=copy)
         if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=copy)
             os.mkdir(name, 0o700, dir_fd=copy)
         target = stack.enter_context(opened(name, parent=copy))
-        settled = settled and os.fstat(below).st_ctime_ns < mirror.settled_ns
+        settled = settled and status.st_ctime_ns < mirror.settled_ns
         _mirror_directory(mirror, path, linked, settled, below, target)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import USER, FirstNight, Store, pass_the_second_of, tree_of
+from test_hooks import put_hook
 from test_services import STARTS, STOPS, wait_for
 
 SLOW_FULL = """#!/bin/sh
@@ -324,3 +325,17 @@ def test_direct_way_of_an_odd_root(keyed: Store) -> None:
         assert keyed.last_run()["source"] == "direct"
         keyed.assert_restores()
     keyed.clean()
+
+
+def test_backup_that_is_renamed_before_it_is_copied(keyed: Store) -> None:
+    """The copy does not copy itself, whatever name STORAGE_USER gives to backup/ meanwhile."""
+    put_hook(keyed, "before-backup",
+             f"#!/bin/sh\nmv {keyed.backups} {keyed.root}/moved; mkdir {keyed.backups}\n")
+    keyed.backups.chmod(0o711)
+    keyed.backup()
+    moved = keyed.root / "moved"
+    moved.rename(keyed.scratch / "backup")
+    keyed.backups.rmdir()
+    (keyed.scratch / "backup").rename(keyed.backups)
+    names = keyed.backup("--list").stdout.splitlines()
+    assert "mail/mailboxes" in names and "moved/encrypted" not in names

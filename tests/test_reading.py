@@ -371,8 +371,11 @@ def test_restore_of_nothing_keeps_the_directory(made: Store, tmp_path: Path) -> 
 
 
 def test_backups_of_somebody_else(copy: Store) -> None:
-    """STORAGE_USER can put a directory of its own in place of backup/: a rescue goes on, and it is said."""
+    """STORAGE_USER can put a directory of its own in place of backup/: nothing of that is read."""
     os.chown(copy.backups, 65534, -1)
+    assert "chown root" in reads(copy, "--list", exit_code=2).stderr
+    os.chown(copy.backups, 0, -1)
+    os.chown(copy.encrypted, 65534, -1)
     assert "may be somebody else's" in reads(copy, "--list").stderr
 
 
@@ -391,3 +394,15 @@ def test_empty_key(copy: Store, command: str) -> None:
     """It is not tried: gpg would call every file damaged."""
     (copy.backups / "secret_key.txt").write_text("")
     assert "is no passphrase" in reads(copy, command, exit_code=2).stderr
+
+
+def test_paths_from_where_one_is(made: Store, tmp_path: Path) -> None:
+    """A relative DIR is meant from the directory one is in; one that is gone is no obstacle."""
+    script = 'cd "$1" && shift && rmdir "$1" 2> /dev/null; shift; exec "$@"'
+    (tmp_path / "gone").mkdir()
+    for place, leaving, arguments in (
+        (tmp_path, "nothing", ["--restore", "here"]), (tmp_path / "gone", "../gone", ["--list"]),
+    ):
+        made.run("sh", "-c", script, "sh", place, leaving, PYTHON, SCRIPT, "--storage-root",
+                 made.root, *arguments)
+    assert tree_of(tmp_path / "here") == tree_of(made.root)

@@ -363,3 +363,34 @@ def test_locked_dead_set_is_thrown_away(locked: Store) -> None:
 def test_locked_sets_are_read(locked: Store) -> None:
     """A reader neither waits for a lock nor mentions it."""
     assert locked.backup("--list").stderr == ""
+
+
+def test_reader_whose_place_is_exchanged(keyed: Store, first_night: FirstNight) -> None:
+    """STORAGE_USER gives backup/ its name meanwhile, and puts a link there: backup/ stays."""
+    first_night(keyed)
+    before = tree_of(keyed.backups, "")
+    keyed.stand_in("gpg", f"""#!/bin/sh
+if [ -d {keyed.backups}/cache ] && [ ! -L {keyed.backups} ]; then
+    own=$(basename {keyed.backups}/reader-*)
+    mv {keyed.backups} {keyed.root}/$own && ln -s . {keyed.backups}
+fi
+exec REAL "$@"
+""")
+    keyed.backup("--verify")
+    (moved,) = keyed.root.glob("reader-*")
+    assert tree_of(moved, "").keys() == before.keys()
+
+
+def test_chain_that_is_being_pruned_is_no_damage(keyed: Store) -> None:
+    """duplicity deletes an old chain file by file: at each of these instants --verify is content."""
+    for day in ("10", "11", "12"):
+        keyed.run("faketime", f"2026-01-{day} 03:00:00", *keyed.command(
+            *(["--full"] if day == "12" else [])))
+    names = [path for path in keyed.encrypted.iterdir() if "20260112" not in path.name]
+    cached = [path for path in (keyed.backups / "cache/backup").iterdir()
+              if "20260112" not in path.name]
+    order = sorted(names, key=lambda path: (".sigtar" not in path.name, ".to." not in path.name,
+                                            ".manifest" not in path.name))
+    for path in order + cached:
+        path.unlink()
+        assert "old enough to be deleted" in keyed.backup("--verify").stdout or path == cached[-1]

@@ -352,3 +352,22 @@ def test_backups_that_are_put_back_during_a_run_that_fails(
     keyed.stand_in("duplicity", f"#!/bin/sh\ncase $1 in full) {failing};; esac\nexec REAL \"$@\"\n")
     keyed.backup("--full", exit_code=1)
     assert len(keyed.manifests()) == 2 and older in keyed.manifests()
+
+
+@pytest.mark.parametrize("action", ["full", "incremental"])
+def test_failures_in_a_row_delete_no_backup(
+    keyed: Store, first_night: FirstNight, action: str
+) -> None:
+    """Without cache/ duplicity fetches what it lacks of the old sets: those did not fail."""
+    first_night(keyed)
+    keyed.backup()
+    before = {path.name for path in keyed.encrypted.iterdir()}
+    keyed.stand_in(
+        "duplicity", "#!/bin/sh\nREAL \"$@\" || exit\ncase $1 in full|inc*) exit 50;; esac\n")
+    for _ in range(3):
+        keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
+        assert {path.name for path in keyed.encrypted.iterdir()} == before
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup()
+    assert len(keyed.manifests()) == 3
+    keyed.assert_restores()
