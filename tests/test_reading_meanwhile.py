@@ -382,7 +382,7 @@ exec REAL "$@"
 
 
 def test_chain_that_is_being_pruned_is_no_damage(keyed: Store) -> None:
-    """duplicity deletes an old chain file by file: at each of these instants --verify is content."""
+    """duplicity deletes an old chain file by file: at each instant --verify is content."""
     for day in ("10", "11", "12"):
         keyed.run("faketime", f"2026-01-{day} 03:00:00", *keyed.command(
             *(["--full"] if day == "12" else [])))
