@@ -1291,7 +1291,7 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
-                content["newest_set"] = None
+                content.pop("newest_set", None)
             return content
         why = f"{path} does not hold a run"
     except FileNotFoundError:

@@ -406,3 +406,10 @@ def test_paths_from_where_one_is(made: Store, tmp_path: Path) -> None:
         made.run("sh", "-c", script, "sh", place, leaving, PYTHON, SCRIPT, "--storage-root",
                  made.root, *arguments)
     assert tree_of(tmp_path / "here") == tree_of(made.root)
+
+
+def test_last_run_that_names_no_set(copy: Store) -> None:
+    """Rubbish in last-run.json is no set that is missing."""
+    for rubbish in ('[1]', '5', '"../x"'):
+        (copy.backups / "last-run.json").write_text(f'{{"newest_set": {rubbish}}}')
+        assert reads(copy, "--verify").stderr == ""
