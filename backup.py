@@ -98,6 +98,7 @@ AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w"
 # Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with
 # 3.x, .part and .gz only in the archive directory.
 STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
+STAMP_FORMAT = "%Y%m%dT%H%M%SZ"
 FILE = re.compile(
     rf"duplicity-(full|inc|full-signatures|new-signatures)\.(?:({STAMP})\.to\.)?({STAMP})\."
     r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)((?:\.(?:gpg|gz|part))*)")
@@ -328,9 +329,9 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
             check_newest_set(night)                                             # 2
-        recover_from_dead_run(night)                                      # 3
+        recover_from_dead_run(night)                                            # 3
         make_directories(night)
-        migrated = migrate_legacy_layout(night)                           # 4
+        migrated = migrate_legacy_layout(night)                                 # 4
         sets = complete_sets(ENCRYPTED)
         kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"    # 5
         check_room(night)
@@ -554,9 +555,10 @@ def recover_from_dead_run(work: Work) -> None:
     A set that was killed is never resumed: duplicity would believe parts of it that the
     tree does not bear out any more.
     """
-    for path in [*dead_files(), TEMPORARY]:
+    for path in dead_files():
         log.debug("deleting %s", path)
         utils.remove(path)
+    utils.remove(TEMPORARY)
     for place in (SNAPSHOT, work.copy_beside):
         remove_copy(place)
     utils.remove_abandoned(Path(), f"{READER_PREFIX}????????")
@@ -791,7 +793,7 @@ def complete_sets(encrypted: Path) -> list[BackupSet]:
 
 def stamp_date(stamp: str) -> datetime:
     """Return the time that a stamp in a file name such as 20261122T030000Z stands for."""
-    return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+    return datetime.strptime(stamp, STAMP_FORMAT).replace(tzinfo=timezone.utc)
 
 
 def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
@@ -893,8 +895,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
     Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself
     while mail is stopped.
     """
-    one_disk = utils.on_one_mount(Path(), night.root)  # the links need that
-    place = SNAPSHOT if one_disk else night.copy_beside
+    place = place_of_copy(night, Path())
     spare = min(utils.total_bytes(night.root) // 10, SPARE_BYTES)
     excluded = frozenset({night.backup.name, COPY_BESIDE})
     copy = None
@@ -910,6 +911,14 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
                                   f"itself, because it could not be copied: {error}")
             log.info(record.remarks[-1])
         yield copy
+
+
+def place_of_copy(work: Work, backup: Path) -> Path:
+    """Return the directory for the copy: it must be on the tree's own disk, for the links.
+
+    backup: a directory on the disk of backup/.
+    """
+    return SNAPSHOT if utils.on_one_mount(backup, work.root) else work.copy_beside
 
 
 @needs_attention_at_most
@@ -1087,8 +1096,8 @@ def make_set(
                       f"of {root}, and did not say why; see that nothing but mail writes "
                       "there, and run the backup again")
     record.size, record.newest_set = after[-1].size, after[-1].stamp
-    record.unread = [printable(f"{root}/{path}: {why}") for path, why in copy.unread.items()] if (
-        copy) else []
+    unread = copy.unread if copy else {}
+    record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
     if record.unread:
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
@@ -1117,7 +1126,8 @@ def watch_set(work: Work, draw: Optional[Draw], total: int) -> utils.Watch:
 
 def first_of(texts: Sequence[str]) -> str:
     """Return the first 20 of some texts, and how many more there are."""
-    return "; ".join([*texts[:20], *([f"and {len(texts) - 20} more"] if len(texts) > 20 else [])])
+    more = f"; and {len(texts) - 20} more" if len(texts) > 20 else ""
+    return "; ".join(texts[:20]) + more
 
 
 def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
@@ -1773,7 +1783,8 @@ def missing_sets(reader: Reader) -> list[str]:
     """
     lacking = []
     encrypted = reader.backup / ENCRYPTED
-    chained = {found for chain in chains_of(reader.complete) for found in chain}
+    complete = reader.complete
+    chained = {found for chain in chains_of(complete) for found in chain}
     for found in reader.sets:
         stamp = found.stamp
         if found.complete and found not in chained:
@@ -1781,7 +1792,7 @@ def missing_sets(reader: Reader) -> list[str]:
                             "sets before it are missing"))
         if found.complete and not found.signed:
             lacking.append((stamp, f"the signatures of {stamp} are missing from {encrypted}"))
-        newer = stamp > reader.complete[-1].stamp
+        newer = stamp > complete[-1].stamp
         if not found.complete and newer and stamp not in reader.known:
             print(f"the backup of {stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
@@ -1793,9 +1804,9 @@ def missing_sets(reader: Reader) -> list[str]:
     kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
     wrong = []
     for stamp, sentence in lacking:
-        fulls = [found.stamp for found in reader.complete if found.full and found.stamp > stamp]
+        fulls = [found.stamp for found in complete if found.full and found.stamp > stamp]
         chain = [other for other in stamps | reader.known if fulls and other < min(fulls)]
-        if chain and max(chain) < kept.strftime("%Y%m%dT%H%M%SZ"):
+        if chain and max(chain) < kept.strftime(STAMP_FORMAT):
             print(f"{sentence}; it is old enough to be deleted")
         else:
             wrong.append(sentence)
@@ -1946,7 +1957,7 @@ def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional
         fresh = f".restoring-{os.getpid()}"
         os.mkdir(fresh, 0o700, dir_fd=place)
         with utils.opened(fresh, parent=place) as descriptor:
-            target = Path(f"/proc/{os.getpid()}/fd/{descriptor}/restored")
+            target = utils.path_of(descriptor) / "restored"
             lines: list[str] = []
             log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything",
                      directory)
@@ -2045,16 +2056,17 @@ def show_plan(night: Night, force_full: bool) -> None:
     with contextlib.ExitStack() as stack:
         if os.path.lexists(night.backup):
             utils.work_inside(night.backup)
+            disk = Path()
         else:  # what a directory looks like in which nothing was ever made
             os.chdir(stack.enter_context(tempfile.TemporaryDirectory(dir=RUN_DIRECTORY)))
             stack.callback(os.chdir, "/")
+            disk = night.root
         check_surroundings(night)
         sets = complete_sets(ENCRYPTED)
         if sets:
             check_clock(night, sets)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        disk = Path() if os.path.lexists(night.backup) else night.root
         check_room(night, sum(path.stat().st_size for path in freed), disk)
         reason = reason_for_full(sets, night.now, force_full)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
@@ -2065,8 +2077,8 @@ def show_plan(night: Night, force_full: bool) -> None:
         services = utils.service_manager(night.environment)
         for line in services.running(night.services):
             print(f"stop and start {line}")
-        place = SNAPSHOT if utils.on_one_mount(disk, night.root) else night.copy_beside
-        for command in (set_command(night, "full" if reason else "incremental", place / "tree"),
+        kind = "full" if reason else "incremental"
+        for command in (set_command(night, kind, place_of_copy(night, disk) / "tree"),
                         *pruning_commands(night)):
             print(f"run {printable(shlex.join(command))}")
 

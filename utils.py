@@ -219,7 +219,7 @@ def path_of(directory: int) -> Path:
 def remove_abandoned(directory: Path, pattern: str) -> None:
     """Remove what own_directory made for processes that were killed: nobody holds its lock."""
     for path in directory.glob(pattern):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as locked:
                 fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(path)
@@ -229,8 +229,8 @@ def remove_abandoned(directory: Path, pattern: str) -> None:
 def own_directory(path: Path) -> Iterator[Path]:
     """Make a directory of this process's own, and remove it after the block.
 
-    It is locked meanwhile, so that others see that it is in use. path: absolute, nothing
-    is there yet. Yields it. Raises OSError.
+    It is locked meanwhile, so that others see that it is in use. path: nothing is there
+    yet; a relative one must lead there after the block, too. Yields it. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
         while not path.exists():  # somebody may have taken it for abandoned before it was locked

@@ -158,3 +158,10 @@ def test_signal_while_nothing_is_held(store: Store, number: signal.Signals) -> N
     child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
     os.kill(child, number)
     assert process.communicate(timeout=10)[1] == b"" and process.returncode == -number
+
+
+def test_dry_run_before_the_first_run(store: Store) -> None:
+    """The room of the disk that backup/ will be on counts, and no other."""
+    script = 'mount -t tmpfs -o size=100M none /run && exec "$@"'
+    plan = store.run("unshare", "--mount", "sh", "-c", script, "sh", *store.command("--dry-run"))
+    assert " snapshot/tree " in plan.stdout

@@ -396,3 +396,13 @@ def test_chain_that_is_being_pruned_is_no_damage(keyed: Store) -> None:
         result = keyed.backup("--verify")
         assert result.stderr == ""
         assert path not in order or "old enough to be deleted" in result.stdout
+
+
+def test_what_is_no_readers_directory_stays(keyed: Store, first_night: FirstNight) -> None:
+    """Something else that an admin has put into backup/ is no reader's, and keeps no night."""
+    first_night(keyed)
+    (keyed.backups / "reader-notes").mkdir()
+    (keyed.backups / "reader-filefile").touch()
+    (keyed.backups / "reader-linklink").symlink_to(keyed.root)
+    keyed.backup()
+    assert len(list(keyed.backups.glob("reader-*"))) == 3
