@@ -575,7 +575,8 @@ def dead_files(rejected: Collection[str] = ()) -> list[Path]:
     sets = [found for found in complete_sets(ENCRYPTED) if found.stamp not in rejected]
     newest = sets[-1].stamp if sets else ""
     alive = {Path(name).stem for found in sets for name in found.files}
-    dead = [path for path in [*ENCRYPTED.glob("duplicity-*.gpg"), *ARCHIVE.glob("*")]
+    files = [ENCRYPTED / name for name in utils.regular_files(ENCRYPTED) if name.endswith(".gpg")]
+    dead = [path for path in [*files, *ARCHIVE.glob("*")]
             if path.name.endswith((".part", "-tempdir")) or path.stem not in alive
             and (stamp_of(path) > newest or stamp_of(path) in rejected)]
     dead += [path for path in CACHE.glob("*") if path != ARCHIVE]
@@ -592,8 +593,8 @@ def stamp_of(path: Path) -> str:
 def failed_set_thrown_away(record: Record) -> Iterator[None]:
     """Delete the set that the block was making when it failed, that a full disk gets free.
 
-    It may be whole, and dated before others, where the clock was set back meanwhile. It
-    is what is new in encrypted/ and in the archive directory, too: an admin may copy sets
+    It may be whole, and dated before others, where the clock was set back meanwhile. Its
+    stamp is new in encrypted/ and in the archive directory, too: an admin may copy sets
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     That directory goes as well: duplicity makes it anew, and a damaged one would have
     every night fail (seen: 0.8.22, 3.2.1).
@@ -606,7 +607,9 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
             if record.kind:  # duplicity had begun
                 made, noted = ({stamp_of(path) for path in set(place.glob("*")) - there}
                                for place, there in before.items())
-                for path in [*dead_files(made & noted - {""}), ARCHIVE]:
+                ours = made & noted - {stamp_of(path) for path in before[ENCRYPTED]} - {""}
+                # If it is more than one, others have come from elsewhere: none is to be lost.
+                for path in [*dead_files(ours if len(ours) == 1 else ()), ARCHIVE]:
                     utils.remove(path)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",

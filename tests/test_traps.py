@@ -5,6 +5,7 @@ Each is first shown to bite with plain duplicity, then backup.py is not caught.
 
 import os
 import signal
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -371,3 +372,38 @@ def test_failures_in_a_row_delete_no_backup(
     keyed.backup()
     assert len(keyed.manifests()) == 3
     keyed.assert_restores()
+
+
+@pytest.mark.parametrize("action", ["full", "incremental"])
+@pytest.mark.parametrize("what", ["*full.*.vol1.*", "*"])
+def test_files_that_come_back_during_a_failing_run(
+    keyed: Store, first_night: FirstNight, action: str, what: str
+) -> None:
+    """A volume, or a whole newer chain, comes into encrypted/ just then: it did not fail."""
+    first_night(keyed)
+    keyed.backup("--full")
+    full = keyed.manifests()[-1].split(".")[1]
+    aside = keyed.scratch / "aside"
+    aside.mkdir()
+    for path in [path for path in keyed.encrypted.glob(what) if full in path.name]:
+        path.rename(aside / path.name)
+    if what != "*":
+        shutil.rmtree(keyed.backups / "cache")
+    pass_the_second_of(aside)  # or the failing set bears the same names
+    before = {path.name for place in (keyed.encrypted, aside) for path in place.iterdir()}
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full|incremental) mv {aside}/* {keyed.encrypted}; REAL "$@"; exit 50;; esac
+exec REAL "$@"
+""")
+    keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
+    assert before <= {path.name for path in keyed.encrypted.iterdir()}
+
+
+def test_directory_by_the_name_of_a_volume(keyed: Store, first_night: FirstNight) -> None:
+    """It is somebody's, and no part of a set that died: it stays, with all that it holds."""
+    first_night(keyed)
+    directory = keyed.encrypted / "duplicity-full.20990301T030000Z.vol1.difftar.gpg"
+    directory.mkdir()
+    (directory / "precious").touch()
+    keyed.backup(exit_code=None)
+    assert (directory / "precious").exists()
