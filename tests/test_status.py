@@ -167,7 +167,9 @@ def test_keys(by_hand: ByHand) -> None:
     assert status == {
         "directory": str(by_hand.encrypted),
         "encpwfile": str(by_hand.root / "backup/secret_key.txt"),
-        "tz": "UTC", "unmatched_file_size": 7, "last_run": None}
+        "tz": "UTC", "unmatched_file_size": 7, "last_run": None,
+        "last_verify": {"checked": {}, "damaged": {}}, "ok": True,
+        "headline": "OK: last backup 1 day, 0 hours ago, full on Saturday, 1 increment since"}
     for row in (newer, older):
         assert row.pop("date_str") and row.pop("deleted_in")
     assert newer == {"date": stamp(increment), "date_delta": "1 day, 0 hours",
@@ -1036,7 +1038,8 @@ def test_group_can_ask_and_no_backup_file_is_opened(
     traced = trace.read_text()
     opened = opened_paths(traced)
     below = [(path, flags) for path, flags in opened if path.startswith(str(keyed.backups))]
-    assert {path for path, _ in below} == {str(kept.encrypted), str(kept.last_run)}
+    assert {path for path, _ in below} == {
+        str(kept.encrypted), str(kept.last_run), str(keyed.backups / "last-verify.json")}
     assert all("O_DIRECTORY" in flags for path, flags in below if path == str(kept.encrypted))
     started = [line for line in traced.splitlines() if "execve(" in line]
     assert not any("duplicity" in line or "gpg" in line for line in started)
