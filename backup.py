@@ -885,6 +885,21 @@ def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
     return chains
 
 
+def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
+    """Return the sets that nothing can be restored from. sets: complete or not, oldest first."""
+    complete = [found for found in sets if found.complete]
+    chained = {found for chain in chains_of(complete) for found in chain}
+    return [found for found in sets if found not in chained]
+
+
+def what_is_missing(loose: BackupSet) -> str:
+    """Return, of a set that nothing can be restored from, what it lacks."""
+    if loose.complete:
+        return (f"the increment of {loose.stamp} leads back to no full backup: what it builds on "
+                "is missing")
+    return f"the manifest of {loose.stamp} is missing"
+
+
 def newest_chain(sets: Sequence[BackupSet]) -> list[BackupSet]:
     """Return the chain that ends with the newest set, empty if none does. sets: see chains_of."""
     return next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), [])
@@ -1362,14 +1377,11 @@ def clean_up(night: Night, record: Record) -> None:
     Not what a manifest that was lost leaves, which duplicity cleans up, too, while it is
     younger than BACKUP_KEEP_DAYS: with that manifest it is a backup again.
     """
-    sets, _ = read_sets(ENCRYPTED)
-    chained = {found for chain in chains_of([found for found in sets if found.complete])
-               for found in chain}
     kept = night.now - timedelta(days=night.keep_days)
-    stray = [found.stamp for found in sets if found not in chained and found.date > kept]
-    if stray:
-        record.warn_of_loss(f"a manifest that the backups of {', '.join(stray)} need is missing "
-                            f"from {night.backup / ENCRYPTED}")
+    lacking = [what_is_missing(found) for found in loose_sets(read_sets(ENCRYPTED)[0])
+               if found.date > kept]
+    if lacking:
+        record.warn_of_loss(f"in {night.backup / ENCRYPTED} {first_of(lacking)}")
     else:
         run_pruning(night, record, "cleanup")
 
@@ -1407,7 +1419,7 @@ def check_a_share(night: Night, record: Record) -> None:
         for found in sets:
             results.update(check_set(night, found, [share]))
     tell_of_broken(night, record, results, last["damaged"])
-    record_checks(Path(), [share], results)
+    record_checks([share], results)
 
 
 # Step 15: how the run went
@@ -1493,27 +1505,29 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     checked: by the number of a share, when it was checked last. damaged: what is wrong with
     files, by name. Both are empty where there is no such file.
     """
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
+                             RecursionError):  # as of a file that somebody edited
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return {part: {str(key): str(value) for key, value in content[part].items()}
-                    for part in ("checked", "damaged")}
+        checked = {str(int(share)): datetime.fromisoformat(date).isoformat()
+                   for share, date in content["checked"].items()}
+        return {"checked": checked, "damaged": {
+            str(name): str(why) for name, why in content["damaged"].items()}}
     return {"checked": {}, "damaged": {}}
 
 
-def record_checks(backup: Path, shares: Collection[int], results: Mapping[str, str]) -> None:
+def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
     """Add to last-verify.json which shares of the files were checked just now.
 
-    backup: the directory. results: what is wrong with files, by name, empty if nothing is.
-    What was wrong before stays so until it was checked again, or is in no complete set.
+    results: what is wrong with files, by name, empty if nothing is. What was wrong before
+    stays so until it was checked again, or is in no complete set any more.
     """
-    last = read_last_verify(backup / LAST_VERIFY)
+    last = read_last_verify(LAST_VERIFY)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     last["checked"].update({str(share): now for share in shares})
     wrong = {**last["damaged"], **results}
-    last["damaged"] = {name: wrong[name] for name in broken_in(
-        complete_sets(backup / ENCRYPTED), wrong) if wrong[name]}
-    save_json(backup / LAST_VERIFY, last, (backup / ENCRYPTED).stat().st_gid)
+    last["damaged"] = {name: wrong[name] for name in broken_in(complete_sets(ENCRYPTED), wrong)
+                       if wrong[name]}
+    save_json(LAST_VERIFY, last, ENCRYPTED.stat().st_gid)
 
 
 def read_last_run(path: Path) -> Optional[dict[str, Any]]:
@@ -1598,9 +1612,8 @@ def tell_deletions(
     newest of a chain must be. broken: see reason_for_full.
     """
     chains = chains_of(sets)
-    chained = {found for chain in chains for found in chain}
-    told = {found: "on next daily backup" for found in sets if found not in chained}
-    for chain in chains[:-1]:
+    told: dict[BackupSet, str] = {}
+    for chain in [*chains[:-1], *([found] for found in loose_sets(sets))]:
         end = chain[-1].date + keep
         told.update(dict.fromkeys(chain, "on next daily backup" if end <= now else span(now, end)))
     for full, *increments in chains[-1:]:
@@ -1883,12 +1896,12 @@ class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete
-    ones are linked. known: the stamps of those that were complete once: cache/ has a
-    manifest, or the last run named it. keep_days: after which chains are deleted.
+    ones are linked. newest_set: the stamp of the last run's, empty if it told none.
+    keep_days: after which chains are deleted.
     """
 
     sets: Sequence[BackupSet]
-    known: frozenset[str]
+    newest_set: str
     keep_days: int
 
     @property
@@ -1926,10 +1939,9 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     with contextlib.ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(temporary))
-        known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
-        known.add((read_last_run(LAST_RUN) or {}).get("newest_set") or "")
-        reader = Reader(**vars(work), sets=link_sets(own, backup),
-                        known=frozenset(known - {""}), keep_days=keep_days_of(settings))
+        newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
+        reader = Reader(**vars(work), sets=link_sets(own, backup), newest_set=newest_set,
+                        keep_days=keep_days_of(settings))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -2003,12 +2015,12 @@ def check_reading_key(reader: Reader) -> None:
     raise Failure(wrong_key_of(reader))
 
 
-def verify(reader: Reader) -> list[str]:
+def verify(reader: Reader) -> dict[str, str]:
     """Check every file of every backup.
 
     Volumes are checked against the checksums in their manifest, manifests and signatures
     by gpg's own check. Prints how many sets, files and bytes were checked. Returns what
-    is damaged or missing, a sentence each.
+    is wrong with each, by name, empty if nothing is.
     """
     results: dict[str, str] = {}
     size = 0
@@ -2021,49 +2033,34 @@ def verify(reader: Reader) -> list[str]:
                     size += (ENCRYPTED / name).stat().st_size
                 if draw:
                     draw(size, total)
-    with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
-        record_checks(reader.backup, range(SHARES), results)
-    wrong = [f"{reader.backup / ENCRYPTED / name} {why}" for name, why in results.items() if why]
-    wrong += missing_sets(reader)
     print(f"checked {len(reader.complete)} backup sets: {len(results)} files, {human_size(size)}")
-    return wrong
+    return results
 
 
 def missing_sets(reader: Reader) -> list[str]:
     """Return what of whole sets is missing, a sentence each.
 
-    Prints which sets are unfinished, and which chains are old enough to be pruned: that
-    may be going on, and duplicity deletes them file by file.
+    Prints which sets are unfinished, and what is old enough to be pruned: that may be going
+    on, and duplicity deletes file by file.
     """
-    lacking = []
-    encrypted = reader.backup / ENCRYPTED
     complete = reader.complete
-    chained = {found for chain in chains_of(complete) for found in chain}
-    for found in reader.sets:
-        stamp = found.stamp
-        if found.complete and found not in chained:
-            lacking.append((stamp, f"the increment of {stamp} leads back to no full backup: "
-                            "sets before it are missing"))
-        if found.complete and not found.signed:
-            lacking.append((stamp, f"the signatures of {stamp} are missing from {encrypted}"))
-        newer = stamp > complete[-1].stamp
-        if not found.complete and newer and stamp not in reader.known:
-            print(f"the backup of {stamp} is unfinished: it is being made, or the next run "
+    lacking = {f"the signatures of {found.stamp} are missing": chain[-1].date
+               for chain in chains_of(complete) for found in chain if not found.signed}
+    for found in loose_sets(reader.sets):
+        if found.stamp > max(complete[-1].stamp, reader.newest_set):
+            print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
-        elif not found.complete:
-            lacking.append((stamp, f"the manifest of {stamp} is missing from {encrypted}"))
-    stamps = {found.stamp for found in reader.sets}
-    for stamp in sorted(reader.known - stamps):
-        lacking.append((stamp, f"the set of {stamp} is missing from {encrypted}, all of it"))
-    kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
-    wrong = []
-    for stamp, sentence in lacking:
-        fulls = [found.stamp for found in complete if found.full and found.stamp > stamp]
-        chain = [other for other in stamps | reader.known if fulls and other < min(fulls)]
-        if chain and max(chain) < kept.strftime(STAMP_FORMAT):
-            print(f"{sentence}; it is old enough to be deleted")
         else:
-            wrong.append(sentence)
+            lacking[what_is_missing(found)] = found.date
+    wrong = []
+    if reader.newest_set > complete[-1].stamp:
+        wrong.append(f"the newest backup, of {reader.newest_set}, is missing")
+    kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
+    for sentence, date in lacking.items():
+        if date > kept:
+            wrong.append(f"{sentence} from {reader.backup / ENCRYPTED}")
+        else:
+            print(f"{sentence}; it is old enough to be deleted")
     return wrong
 
 
@@ -2424,7 +2421,8 @@ exit codes:
   2      wrong usage or settings; nothing was touched
   3      the backup was made but something needs attention; for --status: there
          is no complete backup, or the newest is over 36 hours old, or the last
-         run failed; for --verify: damage or (with --compare) differences
+         run failed, or the newest chain is damaged; for --verify: damage or
+         (with --compare) differences
   4      another run holds the lock; nothing was touched
   5      a mail service could not be started again (comes before any other)
   128+n  ended by signal n, services started again
@@ -2539,6 +2537,7 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
     Returns the exit code: 3 for damage or differences. Raises Failure or OSError.
     """
     names, wrong = [], []
+    results: dict[str, str] = {}
     directory = Path(options.restore or "/").absolute()  # from where we are now
     with utils.ended_in_good_order(), reader_of(settings) as reader:
         if options.list:
@@ -2546,8 +2545,14 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
         elif options.restore:
             restore(reader, directory, options.path, options.time)
         else:
-            wrong = verify(reader) + (compare(reader) if options.compare else [])
+            results = verify(reader)
+            wrong = [f"{reader.backup / ENCRYPTED / name} {why}"
+                     for name, why in results.items() if why]
+            wrong += missing_sets(reader) + (compare(reader) if options.compare else [])
     utils.raise_if_interrupted()
+    if options.verify:  # now that backup/ is the working directory again
+        with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+            record_checks(range(SHARES), results)
     for sentence in wrong:
         log.error(sentence)
     for name in names:  # who reads them may be slow, and nothing is held meanwhile

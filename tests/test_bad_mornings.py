@@ -193,7 +193,8 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
         f" code=$?; ls {keyed.backups}/encrypted; exit $code")
     damaged = json.dumps({"checked": {}, "damaged": {new: "is damaged"}})
     (aside / "last-verify.json").write_text(damaged)
-    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command(), exit_code=1)
+    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command(),
+                       exit_code=1)
     assert "make room there" in result.stderr and old in result.stdout
     (aside / "last-verify.json").unlink()
     result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command())
