@@ -358,6 +358,7 @@ def test_new_key(keyed: Store, first_night: FirstNight) -> None:
     block = in_test(sh_block("old-key/backup/"), {"/opt/backup": PROJECT, "/home/user-data": keyed.root}).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")
     before, old_key = keyed.manifests(), key.read_text()
+    assert block.endswith(" --full\n")  # a night refuses to begin anew unasked
     result = keyed.run("sh", "-c", block)
     assert result.stderr.startswith("backup: made a new key") and key.read_text() != old_key
     assert [path.name for path in (old / "backup" / "encrypted").glob("*.manifest.gpg")] == before
@@ -460,7 +461,7 @@ def test_copy_on_another_machine_pushed(keyed: Store) -> None:
     fetching = "pull@mail.example.com:"
     assert f"`/srv/incoming/` in place of `{fetching}`" in README
     script = in_test(sh_block(fetching).replace(fetching, "/srv/incoming/"), {"/srv/mail-server": there, "/srv/incoming": incoming})
-    nights = []
+    nights: list[dict[str, bytes]] = []
     for arguments in ((), ("--full",)):
         if nights:  # the server was wiped, and somebody begins anew
             shutil.rmtree(keyed.encrypted)
