@@ -404,7 +404,7 @@ def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
 
     result = keyed.backup()
     assert (result.stdout, result.stderr, len(keyed.manifests())) == ("", "", 2)
-    assert keyed.backup("--verify").stderr == ""
+    assert keyed.backup("--verify").stderr == "" == keyed.backup("--status").stderr
     shutil.copy(keyed.backups / "secret_key.txt", moved)
     keyed.run(PYTHON, SCRIPT, "--storage-root", disk / "old", "--restore", keyed.scratch / "old")
     assert tree_of(keyed.scratch / "old") == tree_of(keyed.root)
