@@ -221,7 +221,7 @@ def test_no_backups(by_hand: ByHand, missing: bool) -> None:
         by_hand.encrypted.rmdir()
     status = by_hand.status()
     assert (status["backups"], status["unmatched_file_size"], status["last_run"]) == ([], 0, None)
-    assert NONE_YET in backup.status_text(status, NOW).splitlines()
+    assert NONE_YET in backup.status_text(status).splitlines()
     assert by_hand.full_is_next()
 
 
@@ -449,7 +449,7 @@ def test_dates_far_off(
         by_hand.put(f"duplicity-full.{year}{month_and_day}.manifest.gpg")
     status = by_hand.status()
     assert stamp(NOW - DAY) in [row["date"] for row in status["backups"]]
-    backup.status_text(status, NOW)
+    backup.status_text(status)
     by_hand.full_is_next()
 
 
@@ -625,7 +625,7 @@ def test_any_names(
     assert all(told.fullmatch(row["deleted_in"]) for row in status["backups"])
     signatures = {key for is_signature, key in keys.values() if is_signature}
     assert expected_full(found, signatures) in (by_hand.full_is_next(), None)
-    lines = backup.status_text(status, NOW).splitlines()
+    lines = backup.status_text(status).splitlines()
     shown = [line[:25].strip() for line in lines if re.match(r"[12]\d{3}-", line)]
     assert shown == [row["date_str"] for row in status["backups"]]
     assert (NONE_YET in lines) == (dates == [])
