@@ -926,23 +926,29 @@ def missing_volumes(sets: Sequence[BackupSet], archive: Path) -> dict[str, str]:
     return missing
 
 
+def broken_files(sets: Sequence[BackupSet], backup: Path = Path()) -> dict[str, str]:
+    """Return what is known to be wrong with backup files, by name.
+
+    sets: the complete ones. backup: the directory.
+    """
+    return {**read_last_verify(backup / LAST_VERIFY)["damaged"],
+            **missing_volumes(sets, backup / ARCHIVE)}
+
+
 def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
     """Return the kind of the next backup, full or incremental, and tell which volumes are lost.
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    known = read_last_verify(LAST_VERIFY)["damaged"]
-    missing = missing_volumes(sets, ARCHIVE)
-    record.broken = {**known, **missing}
-    tell_of_broken(night, record, missing, known)
+    record.broken = broken_files(sets)
+    tell_of_broken(night, record, record.broken)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
 
-def tell_of_broken(
-    work: Work, record: Record, broken: Mapping[str, str], known: Collection[str]
-) -> None:
+def tell_of_broken(work: Work, record: Record, broken: Mapping[str, str]) -> None:
     """Warn of files that are damaged or missing, unless that is known from an earlier run."""
+    known = read_last_verify(LAST_VERIFY)["damaged"]
     for name, why in broken.items():
         if why and name not in known:
             record.warn_of_loss(f"{work.backup / ENCRYPTED / name} {why}")
@@ -982,9 +988,8 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
     """
     backup = work_of(env).backup
     sets = complete_sets(backup / ENCRYPTED)
-    broken = {*read_last_verify(backup / LAST_VERIFY)["damaged"],
-              *missing_volumes(sets, backup / ARCHIVE)}
-    return reason_for_full(sets, now or datetime.now(timezone.utc), broken) is not None
+    now = now or datetime.now(timezone.utc)
+    return reason_for_full(sets, now, broken_files(sets, backup)) is not None
 
 
 def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str) -> None:
@@ -1410,15 +1415,15 @@ def grant_group_read(night: Night, record: Record) -> None:
 @needs_attention_at_most
 def check_a_share(night: Night, record: Record) -> None:
     """Check a seventh of the backup files as --verify does: those not checked for longest."""
-    last = read_last_verify(LAST_VERIFY)
-    share = min(range(SHARES), key=lambda number: last["checked"].get(str(number), ""))
+    checked = read_last_verify(LAST_VERIFY)["checked"]
+    share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
     sets = complete_sets(ENCRYPTED)
     log.info("checking a seventh of the backup files")
     results = missing_volumes(sets, ARCHIVE)
     with utils.low_priority():
         for found in sets:
             results.update(check_set(night, found, [share]))
-    tell_of_broken(night, record, results, last["damaged"])
+    tell_of_broken(night, record, results)
     record_checks([share], results)
 
 
@@ -2333,8 +2338,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         check_nothing_lost(night, last_run.get("newest_set"), force_full)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        broken = {*read_last_verify(LAST_VERIFY)["damaged"], *missing_volumes(sets, ARCHIVE)}
-        reason = reason_for_full(sets, night.now, broken, force_full)
+        reason = reason_for_full(sets, night.now, broken_files(sets), force_full)
         kind = "full" if reason else "incremental"
         check_room(night, sets, kind, sum(path.stat().st_size for path in freed), disk)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
