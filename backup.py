@@ -20,6 +20,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import difflib
 import filecmp
 import functools
 import glob
@@ -41,6 +42,7 @@ import stat
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -67,6 +69,7 @@ SNAPSHOT = Path("snapshot")  # the copy of the tree
 TEMPORARY = Path("tmp")  # duplicity's temporary directory
 LOCK = Path("lock")
 LAST_RUN = Path("last-run.json")
+LAST_VERIFY = Path("last-verify.json")
 PLAIN = Path("duplicity")  # plain backups, in the legacy layout
 LEGACY = Path("legacy")  # openssl copies that have no plain original
 READER_PREFIX = "reader-"
@@ -76,10 +79,13 @@ READER_PREFIX = "reader-"
 COPY_BESIDE = ".backup-snapshot"
 MIGRATED = "migrated_unencrypted_backup"
 
+SETTINGS = ("BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
+LONG_DOWNTIME_SECONDS = 60
+SHARES = 7  # of all backup files; a night checks one
 KEY_CHARACTERS = 43
 # A random key needs no stretching, and gpg's 65 million cost 0.3 s a file.
 KEY_ITERATIONS = 1_048_576
@@ -160,10 +166,13 @@ class Night(Work):
 class Record:
     """How a run goes, as last-run.json tells it.
 
-    attention: what an admin must look at although the backup was made.
+    attention: what an admin must look at although the backup was made. broken: what is
+    known to be wrong with backup files, by name.
     """
 
     newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
+    broken: dict[str, str] = field(default_factory=dict)
+    lossy: bool = False  # this run found that something is lost
     kind: Optional[str] = None
     source: Optional[str] = None
     size: int = 0  # of the new set, in bytes
@@ -178,6 +187,12 @@ class Record:
         if message not in self.attention:
             log.warning(message)
             self.attention.append(message)
+
+    def warn_of_loss(self, message: str) -> None:
+        """Warn of what an after-backup hook that mirrors would delete elsewhere, too."""
+        self.lossy = True
+        self.warn(f"{message}; fetch it from your copy elsewhere and run --verify: the hook "
+                  "after-backup was not run, lest it delete that, too")
 
 
 def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
@@ -292,6 +307,10 @@ def night_of(settings: Mapping[str, str]) -> Night:
     except (KeyError, ValueError) as error:
         raise Failure(f"there is no user {printable(settings['STORAGE_USER'])}; correct "
                       "STORAGE_USER in the settings", 2) from error
+    for key in settings:
+        if key.startswith("BACKUP_") and key not in SETTINGS:
+            near = difflib.get_close_matches(key, SETTINGS, 1, 0)[0]
+            raise Failure(f"{key} is no setting, but {near} is; correct it in the settings", 2)
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
     for name in services:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name):
@@ -315,26 +334,27 @@ def program_environment() -> dict[str, str]:
 # The night
 
 
-def perform_backup(night: Night, force_full: bool = False) -> int:
+def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int:
     """Make the nightly backup: the steps of the night, one line each.
 
-    night: see night_of. force_full: make a full backup even if an incremental would do.
+    settings: see night_of. force_full: make a full backup even if an incremental would do.
     Returns the exit code: 0, 3 if something needs attention, 5 if a service could not be
     started again. Raises Failure if no backup was made, Interrupted if a signal ended
     the run. The working directory is backup/ afterwards.
     """
-    work_in_backup_directory(night)                                             # 1
+    night = begin_night(settings)                                               # 1
     with utils.exclusive_process(LOCK) as lock, last_run_recorded(night) as record:
         start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
             check_newest_set(night)                                             # 2
+            check_nothing_lost(night, record.newest_set, force_full)
         recover_from_dead_run(night)                                            # 3
         make_directories(night)
         migrated = migrate_legacy_layout(night)                                 # 4
         sets = complete_sets(ENCRYPTED)
-        kind = "full" if reason_for_full(sets, night.now, force_full) else "incremental"    # 5
-        check_room(night)
+        kind = decide(night, record, sets, force_full)                          # 5
+        make_room(night, record, sets, kind)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), temporary_directory():
             with copy_of_tree(night, record) as copy, failed_set_thrown_away(record):  # 7
@@ -346,15 +366,52 @@ def perform_backup(night: Night, force_full: bool = False) -> int:
                 if copy:                                                        # 10: mail is back
                     make_set(night, record, kind, copy)                         # 11
             delete_migrated_backups(night, record, migrated)
-            prune(night, record, sets)                                          # 12, 13
+            delete_old_chains(night, record, sets)                              # 12
+            clean_up(night, record)                                             # 13
             grant_group_read(night, record)                                     # 14
+            check_a_share(night, record)
         write_last_run(night, record)                                           # 15
-        run_hook(night, "after-backup", record)
+        if not record.lossy:
+            run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
     return exit_code_of(record)
 
 
 # Steps 1 and 2: what can be checked before anything is touched
+
+
+def begin_night(settings: Mapping[str, str]) -> Night:
+    """Check what needs no lock, and work in backup/. A refusal is written to last-run.json.
+
+    settings: see night_of. Raises Failure.
+    """
+    try:
+        check_root()
+        night = night_of(settings)
+        check_mounts(night)
+    except Failure as refusal:
+        with contextlib.suppress(Failure, OSError):  # backup/ may be missing, or not sound
+            utils.work_inside(work_of(settings).backup)
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            save_json(LAST_RUN, {
+                **(read_last_run(LAST_RUN) or {}), "start": now, "end": now, "kind": None,
+                "source": None, "downtime_seconds": 0.0, "exit_code": refusal.exit_code,
+                "message": str(refusal)}, Path().stat().st_gid)
+        raise
+    work_in_backup_directory(night)
+    return night
+
+
+def check_mounts(work: Work) -> None:
+    """Check that what /etc/fstab mounts at or below backup/ is mounted. Raises Failure.
+
+    The key and last-run.json may lie there, too: it would look like a first night.
+    """
+    for place in utils.mount_points(work.environment):
+        if work.backup in (place, *place.parents) and (
+                not place.exists() or utils.on_one_mount(place, place.parent)):
+            raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
+                          "remove it there")
 
 
 def check_root() -> None:
@@ -370,7 +427,6 @@ def work_in_backup_directory(night: Night) -> None:
     Raises Failure (exit code 2) if it belongs to somebody else or others can write to
     it.
     """
-    check_root()
     group = night.user.pw_gid
     if not os.path.lexists(night.backup):
         utils.make_owned_directory(night.backup, 0o750, group)
@@ -483,6 +539,19 @@ def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
                       "future: the clock is wrong, or was; mend the clock, or "
                       f"{way_out_of(night)}")
     return ahead
+
+
+def check_nothing_lost(work: Work, newest_set: Optional[str], force_full: bool) -> None:
+    """Check that the newest set is not older than that of the last run. Raises Failure.
+
+    Else a disk that was not mounted would pass for a first night. newest_set: the stamp of
+    that one, if there was one. force_full: it may be lost.
+    """
+    sets = complete_sets(ENCRYPTED)
+    if newest_set and not force_full and (not sets or sets[-1].stamp < newest_set):
+        raise Failure(f"the newest backup, of {newest_set}, is missing from "
+                      f"{work.backup / ENCRYPTED}; mount its disk, put it back from your copy "
+                      "elsewhere, or run --full to begin anew without it")
 
 
 def wrong_key_of(work: Work) -> str:
@@ -816,20 +885,93 @@ def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
     return chains
 
 
+def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
+    """Return the sets that nothing can be restored from. sets: complete or not, oldest first."""
+    complete = [found for found in sets if found.complete]
+    chained = {found for chain in chains_of(complete) for found in chain}
+    return [found for found in sets if found not in chained]
+
+
+def what_is_missing(loose: BackupSet) -> str:
+    """Return, of a set that nothing can be restored from, what it lacks."""
+    if loose.complete:
+        return (f"the increment of {loose.stamp} leads back to no full backup: what it builds on "
+                "is missing")
+    return f"the manifest of {loose.stamp} is missing"
+
+
+def newest_chain(sets: Sequence[BackupSet]) -> list[BackupSet]:
+    """Return the chain that ends with the newest set, empty if none does. sets: see chains_of."""
+    return next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), [])
+
+
+def broken_in(chain: Sequence[BackupSet], broken: Collection[str]) -> list[str]:
+    """Return which files of those that are damaged or missing, by their names, are a chain's."""
+    stamps = {found.stamp for found in chain}
+    return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
+
+
+def missing_volumes(sets: Sequence[BackupSet], archive: Path) -> dict[str, str]:
+    """Return "is missing" by the name of each volume that is not in encrypted/ any more.
+
+    sets: the complete ones. archive: the archive directory, where manifests are in the
+    clear. Where one is not there, or not to be read, nothing is told of its set.
+    """
+    missing = {}
+    for found in sets:
+        with contextlib.suppress(OSError):
+            text = (archive / found.manifest.removesuffix(".gpg")).read_text(errors="replace")
+            lacking = checksums_in(text.splitlines(), found.manifest).keys() - found.files
+            missing.update(dict.fromkeys(sorted(lacking), "is missing"))
+    return missing
+
+
+def broken_files(sets: Sequence[BackupSet], backup: Path = Path()) -> dict[str, str]:
+    """Return what is known to be wrong with backup files, by name.
+
+    sets: the complete ones. backup: the directory.
+    """
+    return {**read_last_verify(backup / LAST_VERIFY)["damaged"],
+            **missing_volumes(sets, backup / ARCHIVE)}
+
+
+def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
+    """Return the kind of the next backup, full or incremental, and tell which volumes are lost.
+
+    sets: the complete ones, oldest first. force_full: a full one was asked for.
+    """
+    record.broken = broken_files(sets)
+    tell_of_broken(night, record, record.broken)
+    reason = reason_for_full(sets, night.now, record.broken, force_full)
+    return "full" if reason else "incremental"
+
+
+def tell_of_broken(work: Work, record: Record, broken: Mapping[str, str]) -> None:
+    """Warn of files that are damaged or missing, unless that is known from an earlier run."""
+    known = read_last_verify(LAST_VERIFY)["damaged"]
+    for name, why in broken.items():
+        if why and name not in known:
+            record.warn_of_loss(f"{work.backup / ENCRYPTED / name} {why}")
+
+
 def reason_for_full(
-    sets: Sequence[BackupSet], now: datetime, force_full: bool = False
+    sets: Sequence[BackupSet], now: datetime, broken: Collection[str] = (),
+    force_full: bool = False,
 ) -> Optional[str]:
     """Return why the next backup must be a full one, None if an incremental will do.
 
-    sets: the complete ones, oldest first. force_full: it was asked for.
+    sets: the complete ones, oldest first. broken: the names of files that are damaged or
+    missing. force_full: it was asked for.
     """
     if force_full:
         return "it was asked for"
     if not sets:
         return "there is no complete backup yet"
-    chain = next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), None)
-    if chain is None:
+    chain = newest_chain(sets)
+    if not chain:
         return "the newest set does not lead back to a full backup"
+    if wrong := broken_in(chain, broken):
+        return f"{wrong[0]} is damaged or missing"
     if sum(found.size for found in chain[1:]) * 2 > chain[0].size:
         return "the increments add up to more than half of the full backup"
     if now - chain[0].date > timedelta(days=FULL_DAYS):
@@ -844,17 +986,40 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
 
     now: the time, with its zone; default the clock's.
     """
-    sets = complete_sets(work_of(env).backup / ENCRYPTED)
-    return reason_for_full(sets, now or datetime.now(timezone.utc)) is not None
+    backup = work_of(env).backup
+    sets = complete_sets(backup / ENCRYPTED)
+    now = now or datetime.now(timezone.utc)
+    return reason_for_full(sets, now, broken_files(sets, backup)) is not None
 
 
-def check_room(work: Work, freed: int = 0, disk: Path = Path()) -> None:
-    """Check that there is room for duplicity's temporary files.
+def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str) -> None:
+    """Check the room; where it is lacking delete chains that are old enough first.
 
-    freed: bytes that will be free until then. disk: a directory on the disk that they go
-    to. Raises Failure.
+    Not while the newest chain is damaged or incomplete, and never that. sets: the complete
+    ones, oldest first. kind: of the next backup. Raises Failure.
     """
-    needed = TEMPORARY_BYTES + reserve_bytes(disk)
+    chain = newest_chain(sets)
+    try:
+        check_room(night, sets, kind)
+    except Failure:
+        if not chain or broken_in(chain, record.broken):
+            raise
+        with gpg_home(night), temporary_directory():
+            delete_old_chains(night, record, sets, chain[0].date)
+        check_room(night, sets, kind)
+
+
+def check_room(
+    work: Work, sets: Sequence[BackupSet], kind: str, freed: int = 0, disk: Path = Path()
+) -> None:
+    """Check that there is room for the next backup and for duplicity's temporary files.
+
+    sets: the complete ones, oldest first. kind: of the next backup, which is taken to be as
+    big as the newest of its kind. freed: bytes that will be free until then. disk: a
+    directory on the disk that they go to. Raises Failure.
+    """
+    sizes = [found.size for found in sets if found.full == (kind == "full")]
+    needed = TEMPORARY_BYTES + reserve_bytes(disk) + sum(sizes[-1:])
     free = utils.free_bytes(disk) + freed
     if free < needed:
         raise Failure(f"{work.backup} has {human_size(free)} free and a backup needs "
@@ -957,6 +1122,9 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
                                 record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
+    if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
+        record.warn(f"{record.remarks.pop()}; make room there, or mount elsewhere what is mounted "
+                    "inside, or leave it out with BACKUP_EXCLUDE")
     if record.downtime.awake:
         record.warn("something started mail while it was to be down, "
                     f"{record.downtime.awake}: the backup may hold half of what it "
@@ -1011,14 +1179,9 @@ def exclusions(work: Work) -> list[str]:
             for part in ("--exclude", glob.escape(str(path)))]
 
 
-def pruning_commands(night: Night) -> list[list[str]]:
-    """Return the commands that delete what is old enough, and files of no complete set.
-
-    The first deletes the chains whose newest set is older than BACKUP_KEEP_DAYS.
-    """
-    options = ["--force", "--verbosity", "error"]
-    return [duplicity_command("remove-older-than", *options, f"{night.keep_days}D", TARGET),
-            duplicity_command("cleanup", *options, TARGET)]
+def pruning_command(action: str, *age: str) -> list[str]:
+    """Return the command for remove-older-than or cleanup."""
+    return duplicity_command(action, "--force", "--verbosity", "error", *age, TARGET)
 
 
 def run_duplicity(
@@ -1192,23 +1355,48 @@ def delete_migrated_backups(
 
 
 @needs_attention_at_most
-def prune(night: Night, record: Record, sets: Sequence[BackupSet]) -> None:
-    """Delete the chains that are old enough, and files of no complete set.
+def delete_old_chains(
+    night: Night, record: Record, sets: Sequence[BackupSet], begin: Optional[datetime] = None
+) -> None:
+    """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS.
 
-    Where the clock may have jumped ahead no chain is deleted: it would be all of them.
-    sets: the complete ones from before this run.
+    Where the clock may have jumped ahead none is deleted: it would be all of them. sets: the
+    complete ones from before this run. begin: that of a chain which is to stay, however old
+    its newest set is.
     """
-    commands = pruning_commands(night)
+    age = f"{night.keep_days}D"
+    if begin and night.now - begin > timedelta(days=night.keep_days):
+        age = str(int(begin.timestamp()))
     if sets and night.now - sets[-1].date > timedelta(days=FULL_DAYS):
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
                     "will delete them")
-        del commands[0]
-    log.info("deleting old backups")
-    for command in commands:
-        answer = run_duplicity(night, command)
-        if answer.exit_code:
-            record.warn(explain(command[4], answer))
+    else:
+        run_pruning(night, record, "remove-older-than", age)
+
+
+@needs_attention_at_most
+def clean_up(night: Night, record: Record) -> None:
+    """Have duplicity delete files of no complete set.
+
+    Not what a manifest that was lost leaves, which duplicity cleans up, too, while it is
+    younger than BACKUP_KEEP_DAYS: with that manifest it is a backup again.
+    """
+    kept = night.now - timedelta(days=night.keep_days)
+    lacking = [what_is_missing(found) for found in loose_sets(read_sets(ENCRYPTED)[0])
+               if found.date > kept]
+    if lacking:
+        record.warn_of_loss(f"in {night.backup / ENCRYPTED} {first_of(lacking)}")
+    else:
+        run_pruning(night, record, "cleanup")
+
+
+def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
+    """Run remove-older-than or cleanup; that it fails needs attention, no more."""
+    log.info("deleting old backups: %s", action)
+    answer = run_duplicity(night, pruning_command(action, *age))
+    if answer.exit_code:
+        record.warn(explain(action, answer))
 
 
 @needs_attention_at_most
@@ -1224,12 +1412,27 @@ def grant_group_read(night: Night, record: Record) -> None:
                 path.chmod(0o640)
 
 
+@needs_attention_at_most
+def check_a_share(night: Night, record: Record) -> None:
+    """Check a seventh of the backup files as --verify does: those not checked for longest."""
+    checked = read_last_verify(LAST_VERIFY)["checked"]
+    share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
+    sets = complete_sets(ENCRYPTED)
+    log.info("checking a seventh of the backup files")
+    results = missing_volumes(sets, ARCHIVE)
+    with utils.low_priority():
+        for found in sets:
+            results.update(check_set(night, found, [share]))
+    tell_of_broken(night, record, results)
+    record_checks([share], results)
+
+
 # Step 15: how the run went
 
 
 @contextlib.contextmanager
 def last_run_recorded(night: Night) -> Iterator[Record]:
-    """Write last-run.json when the block ends, however it ends, unless nothing was touched.
+    """Write last-run.json when the block ends, however it ends.
 
     A service that could not be started again is told of, and outranks every other exit
     code.
@@ -1241,10 +1444,11 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     except (Failure, OSError, Interrupted) as error:
         failure = failure_of(error) if isinstance(error, OSError) else error
         not_started = record.downtime.not_started
-        if failure.exit_code == 2 and record.duplicity_version is None and not not_started:
-            raise failure from error  # step 1 was not over
         tell_of_services(record)
-        failure.exit_code = 5 if not_started else 1 if failure.exit_code == 2 else failure.exit_code
+        if failure.exit_code == 2 and record.duplicity_version:
+            failure.exit_code = 1  # for step 1 is over
+        if not_started:
+            failure.exit_code = 5
         write_last_run(night, record, failure.exit_code, str(failure))
         raise failure from error
     tell_of_services(record)
@@ -1292,7 +1496,43 @@ def write_last_run(
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
     }
-    utils.write_atomically(LAST_RUN, json.dumps(content, indent=1) + "\n", 0o640, night.user.pw_gid)
+    save_json(LAST_RUN, content, night.user.pw_gid)
+
+
+def save_json(path: Path, content: Mapping[str, Any], group: int) -> None:
+    """Write a file of JSON for root and a group, by its id."""
+    utils.write_atomically(path, json.dumps(content, indent=1) + "\n", 0o640, group)
+
+
+def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
+    """Return what last-verify.json holds.
+
+    checked: by the number of a share, when it was checked last. damaged: what is wrong with
+    files, by name. Both are empty where there is no such file.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
+                             RecursionError):  # as of a file that somebody edited
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checked = {str(int(share)): datetime.fromisoformat(date).isoformat()
+                   for share, date in content["checked"].items()}
+        return {"checked": checked, "damaged": {
+            str(name): str(why) for name, why in content["damaged"].items()}}
+    return {"checked": {}, "damaged": {}}
+
+
+def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
+    """Add to last-verify.json which shares of the files were checked just now.
+
+    results: what is wrong with files, by name, empty if nothing is. What was wrong before
+    stays so until it was checked again, or is in no complete set any more.
+    """
+    last = read_last_verify(LAST_VERIFY)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    last["checked"].update({str(share): now for share in shares})
+    wrong = {**last["damaged"], **results}
+    last["damaged"] = {name: wrong[name] for name in broken_in(complete_sets(ENCRYPTED), wrong)
+                       if wrong[name]}
+    save_json(LAST_VERIFY, last, ENCRYPTED.stat().st_gid)
 
 
 def read_last_run(path: Path) -> Optional[dict[str, Any]]:
@@ -1335,9 +1575,11 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
     now = (now or datetime.now(timezone.utc)).astimezone()
     sets, unmatched = read_sets(encrypted)
     sets = [found for found in sets if found.complete]
-    deleted_in = tell_deletions(sets, timedelta(days=keep_days_of(env)), now)
+    last_verify = read_last_verify(backup / LAST_VERIFY)
+    broken = broken_in(sets, last_verify["damaged"])
+    deleted_in = tell_deletions(sets, timedelta(days=keep_days_of(env)), now, broken)
     disk = next(path for path in (encrypted, *encrypted.parents) if path.exists())
-    return {
+    status = {
         "directory": str(encrypted), "encpwfile": str(backup / KEY), "tz": now.tzname(),
         "backups": [{
             "date": found.stamp, "date_str": found.date.astimezone().isoformat(),
@@ -1345,7 +1587,10 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
             "size": found.size, "deleted_in": deleted_in[found],
         } for found in reversed(sets)],
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
-        "last_run": read_last_run(backup / LAST_RUN)}
+        "last_run": read_last_run(backup / LAST_RUN), "last_verify": last_verify}
+    status["ok"], status["headline"] = headline_of(
+        status, now, broken_in(newest_chain(sets), broken))
+    return status
 
 
 def span(begin: datetime, end: datetime) -> str:
@@ -1362,19 +1607,18 @@ def span(begin: datetime, end: datetime) -> str:
 
 
 def tell_deletions(
-    sets: Sequence[BackupSet], keep: timedelta, now: datetime
+    sets: Sequence[BackupSet], keep: timedelta, now: datetime, broken: Collection[str] = ()
 ) -> dict[BackupSet, str]:
     """Tell when each set will be deleted, in texts such as "2 days, 3 hours".
 
     Exact for the chains before the last full and for orphans, which duplicity's cleanup
     deletes; for the current chain an estimate of when the next full starts a new one,
     and of its age from then on. sets: the complete ones, oldest first. keep: how old the
-    newest of a chain must be.
+    newest of a chain must be. broken: see reason_for_full.
     """
     chains = chains_of(sets)
-    chained = {found for chain in chains for found in chain}
-    told = {found: "on next daily backup" for found in sets if found not in chained}
-    for chain in chains[:-1]:
+    told: dict[BackupSet, str] = {}
+    for chain in [*chains[:-1], *([found] for found in loose_sets(sets))]:
         end = chain[-1].date + keep
         told.update(dict.fromkeys(chain, "on next daily backup" if end <= now else span(now, end)))
     for full, *increments in chains[-1:]:
@@ -1383,7 +1627,7 @@ def tell_deletions(
             days = min(FULL_DAYS, full.size / 2 / (grown / len(increments)))
             next_full = full.date + timedelta(days=days)
         newest = ([full] + increments)[-1].date
-        last = newest if reason_for_full(sets, now) else max(newest, next_full)
+        last = newest if reason_for_full(sets, now, broken) else max(newest, next_full)
         days_left = max(0, -((now - last - keep) // timedelta(days=1)))
         text = f"approx. {days_left} day{'' if days_left == 1 else 's'}"
         told.update(dict.fromkeys((full, *increments), text))
@@ -1399,10 +1643,13 @@ def human_size(size_bytes: int) -> str:
     return f"{size:.0f} {units[0]}" if whole else f"{size:.1f} {units[0]}"
 
 
-def headline_of(status: Mapping[str, Any], now: datetime) -> tuple[bool, str]:
+def headline_of(
+    status: Mapping[str, Any], now: datetime, broken: Sequence[str] = ()
+) -> tuple[bool, str]:
     """Return whether all is well, and in a line how it stands: OK, or why --status has exit code 3.
 
-    status: backup_status's answer. now: the time, with its zone.
+    status: backup_status's answer. now: the time, with its zone. broken: the names of files
+    of the newest chain that are damaged or missing.
     """
     backups, last = status["backups"], status["last_run"]
     told = f"last backup {backups[0]['date_delta']} ago" if backups else (
@@ -1416,19 +1663,21 @@ def headline_of(status: Mapping[str, Any], now: datetime) -> tuple[bool, str]:
             break
     if last is not None and last.get("exit_code") not in (0, 3):
         return False, printable(f"FAILED: the last run failed: {last.get('message')}; {told}")
+    if broken:
+        return False, f"FAILED: damaged: {broken[0]}, the next run makes a full backup; {told}"
     overdue = timedelta(hours=OVERDUE_HOURS)
     if not backups or now - stamp_date(backups[0]["date"]) > overdue:
         return False, f"OVERDUE: there is no backup of the last {OVERDUE_HOURS} hours; {told}"
     return True, f"OK: {told}"
 
 
-def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) -> str:
+def status_text(status: Mapping[str, Any], colour: bool = False) -> str:
     """Return backup_status's answer for people, with no line break at its end.
 
-    now: see headline_of. colour: for a terminal.
+    colour: for a terminal.
     """
-    well, headline = headline_of(status, now)
-    lines = [f"\x1b[{32 if well else 31}m{headline}\x1b[0m" if colour else headline, ""]
+    headline = status["headline"]
+    lines = [f"\x1b[{32 if status['ok'] else 31}m{headline}\x1b[0m" if colour else headline, ""]
     row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
     if status["backups"]:
         lines += [row.format("When", "Age", "Type", "Size", "Deleted in")]
@@ -1448,7 +1697,29 @@ def status_text(status: Mapping[str, Any], now: datetime, colour: bool = False) 
         *lines, f"Total:    {total}", f"Free:     {human_size(status['free_size'])} on that disk",
         f"Backups:  {printable(status['directory'])}",
         f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)",
-        f"Last run: {printable(last_run_text(status['last_run']))}"])
+        f"Last run: {printable(last_run_text(status['last_run']))}",
+        *(f"{name + ':':<9} {text}" for name, text in checks_text(status).items())])
+
+
+def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
+    """Return up to when backup files were checked, and what is damaged, each under a heading.
+
+    status: backup_status's answer.
+    """
+    checked, damaged = status["last_verify"]["checked"], []
+    for name, why in status["last_verify"]["damaged"].items():
+        needing = [backup for backup in reversed(status["backups"])
+                   if backup["date"] >= stamp_of(Path(name))]
+        later = itertools.takewhile(lambda backup: not backup["full"], needing[1:])
+        if needing:
+            begin, end = needing[0]["date_str"], [needing[0], *later][-1]["date_str"]
+            damaged.append(f"{name} {why}: of the backups from {begin} to {end} some files cannot "
+                           "be restored, of all others every file")
+    told = {"Damaged": first_of(damaged)} if damaged else {}
+    if len(checked) == SHARES:
+        date = datetime.fromisoformat(min(checked.values())).astimezone()
+        told["Verified"] = f"every backup file, since {date.isoformat()}"
+    return told
 
 
 def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
@@ -1471,16 +1742,15 @@ def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
     """Print the status. Returns the exit code: 0, or 3 if not all is well, see headline_of."""
     now = datetime.now().astimezone()
     status = backup_status(env, now)
-    well, headline = headline_of(status, now)
     if as_json:
         print(json.dumps(status, indent=1))
     elif as_html:
         print(status_page(status, now))
     else:
-        print(status_text(status, now, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    if not well:
-        log.warning(headline)
-    return 0 if well else 3
+        print(status_text(status, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if not status["ok"]:
+        log.warning(status["headline"])
+    return 0 if status["ok"] else 3
 
 
 # Status as a web page
@@ -1536,6 +1806,7 @@ small {{ display: block; font-weight: normal; }}
 <dl>
 <dt>Last run</dt>
 <dd class="{last_class}">{last_run}</dd>
+{checks}
 <dt>Encrypted files</dt>
 <dd><code>{directory}</code>, {free} free on that disk<br>
 These are safe to copy anywhere: to another machine, best of all.</dd>
@@ -1569,14 +1840,15 @@ def status_page(status: Mapping[str, Any], now: datetime) -> str:
     It is ASCII, whatever the locale. now: the time, with its zone, at which the answer
     was asked for.
     """
-    well, headline = headline_of(status, now)
     last = status["last_run"]
     clock = clock_time(now.astimezone().isoformat(timespec="seconds"))
     page = PAGE.format(
-        headline_class="" if well else "alarm", headline=for_page(headline),
+        headline_class="" if status["ok"] else "alarm", headline=for_page(status["headline"]),
         now=for_page(f"{clock} {status['tz']}"),
         last_class="alarm" if last and last.get("exit_code") == 3 else "",
         last_run=for_page(clock_time(last_run_text(last))),
+        checks="\n".join(f"<dt>{name}</dt>\n<dd>{for_page(text)}</dd>"
+                         for name, text in checks_text(status).items()),
         directory=for_page(status["directory"]), free=human_size(status["free_size"]),
         key=for_page(status["encpwfile"]),
         backups=table(status) if status["backups"] else f"<p><strong>{NO_BACKUPS}</strong></p>")
@@ -1629,22 +1901,18 @@ class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete
-    ones are linked. known: the stamps of those that were complete once: cache/ has a
-    manifest, or the last run named it. keep_days: after which chains are deleted.
+    ones are linked. newest_set: the stamp of the last run's, empty if it told none.
+    keep_days: after which chains are deleted.
     """
 
     sets: Sequence[BackupSet]
-    known: frozenset[str]
+    newest_set: str
     keep_days: int
 
     @property
     def complete(self) -> list[BackupSet]:
         """The complete sets, oldest first."""
         return [found for found in self.sets if found.complete]
-
-    def path(self, name: str) -> Path:
-        """Return where a file of encrypted/ really is."""
-        return self.backup / ENCRYPTED / name
 
 
 @contextlib.contextmanager
@@ -1676,10 +1944,9 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     with contextlib.ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(temporary))
-        known = {stamp_of(path) for path in ARCHIVE.glob("*.manifest")}
-        known.add((read_last_run(LAST_RUN) or {}).get("newest_set") or "")
-        reader = Reader(**vars(work), sets=link_sets(own, backup),
-                        known=frozenset(known - {""}), keep_days=keep_days_of(settings))
+        newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
+        reader = Reader(**vars(work), sets=link_sets(own, backup), newest_set=newest_set,
+                        keep_days=keep_days_of(settings))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -1753,78 +2020,69 @@ def check_reading_key(reader: Reader) -> None:
     raise Failure(wrong_key_of(reader))
 
 
-def verify(reader: Reader) -> list[str]:
+def verify(reader: Reader) -> dict[str, str]:
     """Check every file of every backup.
 
     Volumes are checked against the checksums in their manifest, manifests and signatures
     by gpg's own check. Prints how many sets, files and bytes were checked. Returns what
-    is damaged or missing, a sentence each.
+    is wrong with each, by name, empty if nothing is.
     """
-    wrong = []
-    files = size = 0
+    results: dict[str, str] = {}
+    size = 0
     total = sum(found.size for found in reader.complete)
     with progress() as draw:
         for found in reader.complete:
             for name, why in check_set(reader, found):
-                files += 1
-                if why:
-                    wrong.append(f"{reader.path(name)} {why}")
+                results[name] = why
                 if name in found.files:
                     size += (ENCRYPTED / name).stat().st_size
                 if draw:
                     draw(size, total)
-    wrong += missing_sets(reader)
-    print(f"checked {len(reader.complete)} backup sets: {files} files, {human_size(size)}")
-    return wrong
+    print(f"checked {len(reader.complete)} backup sets: {len(results)} files, {human_size(size)}")
+    return results
 
 
 def missing_sets(reader: Reader) -> list[str]:
     """Return what of whole sets is missing, a sentence each.
 
-    Prints which sets are unfinished, and which chains are old enough to be pruned: that
-    may be going on, and duplicity deletes them file by file.
+    Prints which sets are unfinished, and what is old enough to be pruned: that may be going
+    on, and duplicity deletes file by file.
     """
-    lacking = []
-    encrypted = reader.backup / ENCRYPTED
     complete = reader.complete
-    chained = {found for chain in chains_of(complete) for found in chain}
-    for found in reader.sets:
-        stamp = found.stamp
-        if found.complete and found not in chained:
-            lacking.append((stamp, f"the increment of {stamp} leads back to no full backup: "
-                            "sets before it are missing"))
-        if found.complete and not found.signed:
-            lacking.append((stamp, f"the signatures of {stamp} are missing from {encrypted}"))
-        newer = stamp > complete[-1].stamp
-        if not found.complete and newer and stamp not in reader.known:
-            print(f"the backup of {stamp} is unfinished: it is being made, or the next run "
+    lacking = {f"the signatures of {found.stamp} are missing": chain[-1].date
+               for chain in chains_of(complete) for found in chain if not found.signed}
+    for found in loose_sets(reader.sets):
+        if found.stamp > max(complete[-1].stamp, reader.newest_set):
+            print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
-        elif not found.complete:
-            lacking.append((stamp, f"the manifest of {stamp} is missing from {encrypted}"))
-    stamps = {found.stamp for found in reader.sets}
-    for stamp in sorted(reader.known - stamps):
-        lacking.append((stamp, f"the set of {stamp} is missing from {encrypted}, all of it"))
-    kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
-    wrong = []
-    for stamp, sentence in lacking:
-        fulls = [found.stamp for found in complete if found.full and found.stamp > stamp]
-        chain = [other for other in stamps | reader.known if fulls and other < min(fulls)]
-        if chain and max(chain) < kept.strftime(STAMP_FORMAT):
-            print(f"{sentence}; it is old enough to be deleted")
         else:
-            wrong.append(sentence)
+            lacking[what_is_missing(found)] = found.date
+    wrong = []
+    if reader.newest_set > complete[-1].stamp:
+        wrong.append(f"the newest backup, of {reader.newest_set}, is missing")
+    kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
+    for sentence, date in lacking.items():
+        if date > kept:
+            wrong.append(f"{sentence} from {reader.backup / ENCRYPTED}")
+        else:
+            print(f"{sentence}; it is old enough to be deleted")
     return wrong
 
 
-def check_set(reader: Reader, found: BackupSet) -> Iterator[tuple[str, str]]:
+def check_set(
+    work: Work, found: BackupSet, shares: Collection[int] = range(SHARES)
+) -> Iterator[tuple[str, str]]:
     """Check the files of a complete set, see verify.
 
-    Yields each file's name, and what is wrong with it, empty if nothing is.
+    shares: of these only, and the manifest. Yields each file's name, and what is wrong with
+    it, empty if nothing is.
     """
     manifest: list[str] = []
     for name in found.metadata:
-        log.debug("checking %s", reader.path(name))
-        answer = run_gpg(reader, name, manifest.append if name == found.manifest else None)
+        if name != found.manifest and share_of(name) not in shares:
+            continue
+        log.debug("checking %s", work.backup / ENCRYPTED / name)
+        answer = run_gpg(work, name, manifest.append if name == found.manifest else None)
         if is_wrong_key(answer):
             yield name, "was made with another key than this, or it is damaged"
         else:
@@ -1833,7 +2091,9 @@ def check_set(reader: Reader, found: BackupSet) -> Iterator[tuple[str, str]]:
             return  # nothing tells what its volumes should be
     checksums = checksums_in(manifest, found.manifest)
     for name in sorted(checksums.keys() | found.volumes):
-        log.debug("checking %s", reader.path(name))
+        if share_of(name) not in shares:
+            continue
+        log.debug("checking %s", work.backup / ENCRYPTED / name)
         if name not in found.volumes:
             yield name, "is missing"
         elif name not in checksums:
@@ -1844,6 +2104,11 @@ def check_set(reader: Reader, found: BackupSet) -> Iterator[tuple[str, str]]:
                 yield name, "" if good else "is damaged: its checksum is not that in the manifest"
             except OSError as error:
                 yield name, f"cannot be read: {error.strerror}"
+
+
+def share_of(name: str) -> int:
+    """Return which of the shares a backup file is in, by its name."""
+    return zlib.crc32(name.encode()) % SHARES
 
 
 def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
@@ -2056,6 +2321,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     Raises Failure as the other checks of a backup do.
     """
     check_root()
+    check_mounts(night)
     with contextlib.ExitStack() as stack:
         if os.path.lexists(night.backup):
             utils.work_inside(night.backup)
@@ -2068,10 +2334,13 @@ def show_plan(night: Night, force_full: bool) -> None:
         sets = complete_sets(ENCRYPTED)
         if sets:
             check_clock(night, sets)
+        last_run = read_last_run(LAST_RUN) or {}
+        check_nothing_lost(night, last_run.get("newest_set"), force_full)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        check_room(night, sum(path.stat().st_size for path in freed), disk)
-        reason = reason_for_full(sets, night.now, force_full)
+        reason = reason_for_full(sets, night.now, broken_files(sets), force_full)
+        kind = "full" if reason else "incremental"
+        check_room(night, sets, kind, sum(path.stat().st_size for path in freed), disk)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
         if PLAIN.exists():
             print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(night.migrated))}")
@@ -2080,9 +2349,9 @@ def show_plan(night: Night, force_full: bool) -> None:
         services = utils.service_manager(night.environment)
         for line in services.running(night.services):
             print(f"stop and start {line}")
-        kind = "full" if reason else "incremental"
         for command in (set_command(night, kind, place_of_copy(night, disk) / "tree"),
-                        *pruning_commands(night)):
+                        pruning_command("remove-older-than", f"{night.keep_days}D"),
+                        pruning_command("cleanup")):
             print(f"run {printable(shlex.join(command))}")
 
 
@@ -2156,7 +2425,8 @@ exit codes:
   2      wrong usage or settings; nothing was touched
   3      the backup was made but something needs attention; for --status: there
          is no complete backup, or the newest is over 36 hours old, or the last
-         run failed; for --verify: damage or (with --compare) differences
+         run failed, or the newest chain is damaged; for --verify: damage or
+         (with --compare) differences
   4      another run holds the lock; nothing was touched
   5      a mail service could not be started again (comes before any other)
   128+n  ended by signal n, services started again
@@ -2258,12 +2528,11 @@ def run(arguments: Sequence[str]) -> int:
         return show_status(settings, options.json, options.html)
     if options.verify or options.list or options.restore is not None:
         return read(options, settings)
-    night = night_of(settings)
     if options.dry_run:
-        show_plan(night, options.full)
+        show_plan(night_of(settings), options.full)
         return 0
     with utils.ended_in_good_order():
-        return perform_backup(night, options.full)
+        return perform_backup(settings, options.full)
 
 
 def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
@@ -2272,6 +2541,7 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
     Returns the exit code: 3 for damage or differences. Raises Failure or OSError.
     """
     names, wrong = [], []
+    results: dict[str, str] = {}
     directory = Path(options.restore or "/").absolute()  # from where we are now
     with utils.ended_in_good_order(), reader_of(settings) as reader:
         if options.list:
@@ -2279,8 +2549,14 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
         elif options.restore:
             restore(reader, directory, options.path, options.time)
         else:
-            wrong = verify(reader) + (compare(reader) if options.compare else [])
+            results = verify(reader)
+            wrong = [f"{reader.backup / ENCRYPTED / name} {why}"
+                     for name, why in results.items() if why]
+            wrong += missing_sets(reader) + (compare(reader) if options.compare else [])
     utils.raise_if_interrupted()
+    if options.verify:  # now that backup/ is the working directory again
+        with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+            record_checks(range(SHARES), results)
     for sentence in wrong:
         log.error(sentence)
     for name in names:  # who reads them may be slow, and nothing is held meanwhile

@@ -262,6 +262,15 @@ def _mount_of(path: Path) -> list[int]:
         return found
 
 
+def mount_points(environment: Mapping[str, str]) -> list[Path]:
+    """Return where /etc/fstab mounts file systems, see findmnt(8), symbolic links followed."""
+    lines: list[str] = []
+    shell(["findmnt", "--fstab", "--json", "--list", "--output", "TARGET"], environment,
+          on_line=lines.append)
+    found = json.loads("".join(lines) or "{}").get("filesystems", [])
+    return [Path(os.path.realpath(entry["target"])) for entry in found if entry["target"]]
+
+
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
     """Make a directory of root's with this mode and group (its id), or give an existing one both.
 
@@ -851,6 +860,21 @@ def give_up_broken_streams() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def low_priority() -> Iterator[None]:
+    """Let programs that are started in the block, and this one, give way to all others.
+
+    That goes for the disk, too: see ionice(1) on processes without a class of their own.
+    """
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # as in some containers
+            os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,11 @@ def test_verify_finds_every_damage(copy: Store, cached: bool) -> None:
 def test_verify_finds_a_whole_set_that_is_missing(copy: Store) -> None:
     """An increment in the middle of a chain: the next one leads back to nothing.
 
-    The newest: cache/ knows of it.
+    The newest: the last run named it.
     """
     increment = [name for name in copy.manifests() if name.startswith("duplicity-inc")][0]
     for stamps, told in ((increment.split(".manifest")[0][-36:], "leads back to no full backup"),
-                         (copy.manifests()[-1].split(".")[1], "all of it")):
+                         (copy.manifests()[-1].split(".")[1], "the newest backup, of")):
         saved = {path: path.read_bytes() for path in copy.encrypted.glob(f"*.{stamps}.*")}
         assert len(saved) == 3
         for path in saved:

@@ -11,9 +11,11 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import textwrap
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +24,8 @@ import pytest
 
 import backup
 import utils
-from conftest import PROJECT, PYTHON, SCRIPT, USER, Result, Store, tree_of
+import private_mail_server as mail_server
+from conftest import PROJECT, PYTHON, SCRIPT, USER, FirstNight, Result, Store, tree_of
 from systemd_machine import debootstrap
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -30,7 +33,7 @@ SAMPLE = PROJECT / "tests" / "sample-mail-store"
 RESTORE = "Moving to a new machine"
 UNTESTED = {"tests/run\n": "it runs this very test; .ci/run calls it"}
 EXAMPLE_STAMP = "20261122T030000Z"
-SYSTEM_PATHS = re.compile(r"/(?:root|home|media|opt|etc|var)/[\w./-]*")
+SYSTEM_PATHS = re.compile(r"/(?:root|home|media|opt|etc|srv|var)/[\w./-]*")
 
 Table = dict[str, str]
 
@@ -210,33 +213,83 @@ def test_settings_line(store: Store) -> None:
 
 
 def test_getting_back_what_was_deleted(keyed: Store) -> None:
-    """A mailbox that lost messages and a folder is whole again, and what came since is still there; so is one folder alone."""
+    """What two nights differ in is told. A mailbox, a folder of it, or one message is whole again, and what came since is still there."""
     mailbox = keyed.root / "mail/mailboxes/example.com/alice"
-    sent = ".Sent/cur/170020.M1P1.host,S=14:2,S"
+    sent, invoice = ".Sent Items/cur/170020.M1P1.host,S=14:2,S", "cur/170021.M1P1.host,S=9:2,RS"
+    (mailbox / ".Sent").rename(mailbox / ".Sent Items")
     (mailbox / sent).write_text("Subject: sent\n")
-    shutil.copytree(mailbox / ".Sent", mailbox / ".Archive")
-    keyed.run("faketime", "3 days ago", *keyed.command())
+    (mailbox / invoice).write_text("Subject: your invoice\n")
+    keyed.run("faketime", "73 hours ago", *keyed.command())
+    (mailbox / "new/170010.M1P1.host").rename(mailbox / "cur/170010.M1P1.host:2,S")  # it was read
+    (mailbox / "cur/170000.M1P1.host,S=20:2,S").unlink()
+    keyed.run("faketime", "49 hours ago", *keyed.command())
+
+    here = keyed.scratch / "root"
+    here.mkdir()
+    paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/root": here}
+    program = f"backup.py --config {shlex.quote(str(keyed.settings))}"
+    compared = keyed.run("sh", "-e", "-c", in_test(sh_block("comm -23"), paths).replace("backup.py", program)).stdout
+    assert compared == "mail/mailboxes/example.com/alice/cur/170000.M1P1.host,S=20\n"
+
     before = tree_of(mailbox)
-    recipe = sh_block("cp -an")
-    assert "`alice/.Sent`" in README
-    assert recipe.count("/opt/backup/backup.py ") == 2
-    recipe = recipe.replace("backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")
-    for folder in ("alice", "alice/.Sent"):
-        for path in (mailbox / sent, *(mailbox / "cur").glob("17000[12]*")):
+    recipe, message = sh_block("cp -an /root/old/. "), sh_block("grep -rl")
+    assert recipe.count("/opt/backup/backup.py ") == 2 and recipe.startswith('folder="mail/mailboxes/example.com/alice"\n')
+    for folder in ("alice", "alice/.Sent Items"):
+        assert f"`{folder}`" in README or folder == "alice"
+        for path in (mailbox / invoice, *(mailbox / "cur").glob("17000[12]*")):
             path.unlink()
-        shutil.rmtree(mailbox / ".Archive")
+        shutil.rmtree(mailbox / ".Sent Items")
         (mailbox / "new/170099.M1P1.host").write_text("Subject: since\n")
-        keyed.backup()
-        paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/root/old": keyed.scratch / folder.replace("/", "")}
-        listed = keyed.run("sh", "-e", "-c", in_test(recipe.replace("alice", folder), paths)).stdout
+        script = in_test(recipe.replace('alice"', f'{folder}"'), paths).replace("backup.py", program)
+        listed = keyed.run("sh", "-e", "-c", script).stdout
         assert f"mail/mailboxes/example.com/alice/{sent}\n" in listed
         after = tree_of(mailbox)
         assert after.pop("new/170099.M1P1.host")
         if folder == "alice":
-            assert "mail/mailboxes/example.com/alice/cur/170001.M1P1.host,S=20:2,S\n" in listed
+            assert f"mail/mailboxes/example.com/alice/{invoice}\n" in listed
             assert after == before
+            (mailbox / invoice).unlink()
+            found, copying = in_test(message, paths).splitlines()
+            assert keyed.run("sh", "-c", found).stdout == f"{here}/old/{invoice}\n"
+            copied = script.splitlines()[0] + "\n" + copying.replace("cur/NAME", shlex.quote(invoice))
+            keyed.run("sh", "-e", "-c", copied)
+            after = tree_of(mailbox)
+            assert after[invoice] == before[invoice] and after["cur"][:4] == before["cur"][:4]
         else:
-            assert after[sent] == before[sent] and ".Archive" not in after
+            assert after[sent] == before[sent] and invoice not in after
+        shutil.rmtree(here / "old")
+
+
+def test_mailbox_beside_the_live_one(tmp_path: Path) -> None:
+    """With real dovecot: what the mailbox was is in its folder Restored, what it is stays as it is, and nothing else is left."""
+    mail_server.run_privately(bring_back_a_mailbox_beside, tmp_path)
+
+
+def bring_back_a_mailbox_beside() -> None:
+    """Lose a message and a folder, and have them back; this runs in the private namespace."""
+    mail_server.create_key()
+    with mail_server.SETTINGS_FILE.open("a") as settings:
+        settings.write("BACKUP_SERVICES=\n")  # that mail stops is not what this is about
+    mailbox = mail_server.STORAGE_ROOT / "mail/mailboxes/example.com/alice"
+    messages = {"cur/1.M1P1.host:2,S": "lost", "cur/2.M1P1.host:2,FS": "kept", ".Sent Items/cur/3.M1P1.host:2,S": "sent"}
+    for name, subject in messages.items():
+        for directory in ("cur", "new", "tmp"):
+            (mailbox / name).parent.with_name(directory).mkdir(parents=True, exist_ok=True)
+        (mailbox / name).write_text(f"Subject: {subject}\n\ntext\n")
+    mail_server.run("chown", "-R", f"{mail_server.STORAGE_USER}:", str(mailbox.parents[2]))
+    mail_server.run("service", "dovecot", "start")
+    mail_server.run("faketime", "49 hours ago", PYTHON, str(SCRIPT))
+    (mailbox / "cur/1.M1P1.host:2,S").unlink()
+    shutil.rmtree(mailbox / ".Sent Items")
+    (mailbox / "new/4.M1P1.host").write_text("Subject: since\n\ntext\n")
+    paths = {"/opt/backup": PROJECT, "/home/user-data": mail_server.STORAGE_ROOT}
+    mail_server.run("sh", "-e", "-c", in_test(sh_block("doveadm"), paths))
+    told = subprocess.run(["doveadm", "-f", "tab", "fetch", "-u", mail_server.ADDRESS, "mailbox hdr.subject flags", "ALL"],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = sorted(line.replace(" \\Recent", "").replace("\\Recent", "") for line in told.splitlines()[1:])
+    assert found == ["INBOX\tkept\t\\Flagged \\Seen", "INBOX\tsince\t", "Restored.INBOX\tkept\t\\Flagged \\Seen",
+                     "Restored.INBOX\tlost\t\\Seen", "Restored.Sent Items\tsent\t\\Seen"], found
+    assert os.listdir(mailbox.parent) == ["alice"]
 
 
 def test_restore_steps(keyed: Store, home: Path) -> None:
@@ -298,20 +351,145 @@ def test_restore_beside_an_unfinished_set(keyed: Store, home: Path) -> None:
     assert tree_of(keyed.scratch / "alice").keys() == tree_of(keyed.root / alice).keys()
 
 
-def test_rsync_hook(keyed: Store) -> None:
-    """The hook copies what is in encrypted/ after a full and after an increment, and what is lost here later is not deleted there."""
-    copy = make_directory_of_user(keyed, "copy")
-    target = " backup@backup.example.org:mail-server/\n"
-    assert target in sh_block("rsync")
-    put_hook(keyed, "after-backup", sh_block("rsync").replace(target, f" {copy}/\n"))
-    for _ in range(2):
-        result = keyed.backup()
-        assert (result.stdout, result.stderr) == ("", "")
-        assert contents(copy) == contents(keyed.encrypted)
-    before = contents(copy)
-    shutil.rmtree(keyed.encrypted)
+def test_new_key(keyed: Store, first_night: FirstNight) -> None:
+    """With a key that others know, and with one that is lost: the nights go on under a new one; old backups restore with the old key."""
+    first_night(keyed)
+    key, old = keyed.backups / "secret_key.txt", keyed.backups / "old-key"
+    block = in_test(sh_block("old-key/backup/"), {"/opt/backup": PROJECT, "/home/user-data": keyed.root}).replace(
+        "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")
+    before, old_key = keyed.manifests(), key.read_text()
+    assert block.endswith(" --full\n")  # a night refuses to begin anew unasked
+    result = keyed.run("sh", "-c", block)
+    assert result.stderr.startswith("backup: made a new key") and key.read_text() != old_key
+    assert [path.name for path in (old / "backup" / "encrypted").glob("*.manifest.gpg")] == before
+    assert "`backup.py --storage-root /home/user-data/backup/old-key`" in README
+    keyed.run(PYTHON, SCRIPT, "--storage-root", old, "--restore", keyed.scratch / "old")
+    assert tree_of(keyed.scratch / "old") == tree_of(keyed.root)
+
+    shutil.rmtree(old)
+    key.unlink()
+    before = keyed.manifests()
+    assert "is missing although there are backups" in keyed.backup(exit_code=2).stderr
+    result = keyed.run("sh", "-c", block)
+    assert "cannot stat 'secret_key.txt'" in result.stderr and "made a new key" in result.stderr
+    assert [path.name for path in (old / "backup" / "encrypted").glob("*.manifest.gpg")] == before
+    result = keyed.backup()
+    assert (result.stdout, result.stderr) == ("", "")
+    assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full", "duplicity-inc"]
+    keyed.assert_restores("new")
+
+
+def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
+    """What takes the room is told. What was put aside goes, and nothing else; older chains restore from another disk; the nights go on."""
+    first_night(keyed)
+    (keyed.root / "later").touch()
+    keyed.backup()
+    older = {path.name for path in keyed.encrypted.iterdir()}
+    assert len(older) == 6
+    shutil.copytree(keyed.encrypted, keyed.backups / "old-key" / "backup" / "encrypted")
+    (keyed.backups / "legacy").mkdir()
     keyed.backup("--full")
-    assert contents(copy) == {**before, **contents(keyed.encrypted)}
+    newer = {path.name for path in keyed.encrypted.iterdir()} - older
+    disk, there = keyed.scratch / "disk", {path.name for path in keyed.backups.iterdir()}
+    paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/media/usb-disk": disk}
+    blocks = sh_blocks(section("The disk is full"))
+    assert blocks == [sh_block("du -hd"), sh_block("rm -rf"), sh_block("awk")]
+    told = [keyed.run("sh", "-e", "-c", in_test(block, paths).replace(
+        "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")).stdout for block in blocks]
+    assert "Total: " in told[0] and re.search(rf"^\S+\t{keyed.encrypted}$", told[0], re.MULTILINE)
+    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key"}
+    assert {path.name for path in keyed.encrypted.iterdir()} == newer
+    moved = disk / "old" / "backup"
+    assert {path.name for path in (moved / "encrypted").iterdir()} == older
+
+    result = keyed.backup()
+    assert (result.stdout, result.stderr, len(keyed.manifests())) == ("", "", 2)
+    assert keyed.backup("--verify").stderr == "" == keyed.backup("--status").stderr
+    shutil.copy(keyed.backups / "secret_key.txt", moved)
+    keyed.run(PYTHON, SCRIPT, "--storage-root", disk / "old", "--restore", keyed.scratch / "old")
+    assert tree_of(keyed.scratch / "old") == tree_of(keyed.root)
+
+
+def test_copy_on_another_machine_fetched(keyed: Store, first_night: FirstNight) -> None:
+    """Whatever becomes of the mail server, all that was fetched is there for 30 days after it was deleted or changed, and the newest for ever."""
+    first_night(keyed)
+    put_ssh(keyed, {"-ro": "pull"})
+    there = keyed.scratch / "mail-server"
+    script = in_test(sh_block("--backup-dir"), {"/srv/mail-server": there})
+
+    def fetch(exit_code: int = 0) -> str:
+        result = keyed.run("sh", "-c", script, exit_code=exit_code)
+        return result.stdout + result.stderr
+
+    good = contents(keyed.encrypted)
+    assert fetch() == "" and contents(there / "copy") == good
+    assert [stat.S_IMODE((there / name).stat().st_mode) for name in ("copy", "deleted")] == [0o700, 0o700]
+    for text in ("encrypted by a stranger", "encrypted once more"):
+        for name in good:
+            (keyed.encrypted / name).write_text(text)
+        time.sleep(1)
+        assert fetch() == ""
+    for path in keyed.encrypted.iterdir():
+        path.unlink()
+    time.sleep(1)
+    assert fetch() == "no new backup for two days\n"
+    deleted = sorted((there / "deleted").iterdir())
+    assert len(deleted) == 3 and contents(deleted[0]) == good and contents(there / "copy") == {}
+    for days in (29, 32):
+        os.utime(deleted[0], (time.time() - days * 86400,) * 2)
+        assert deleted[0].exists()
+        fetch()
+    assert sorted((there / "deleted").iterdir()) == deleted[1:]
+
+    name = "duplicity-full.20261122T030000Z.manifest.gpg"
+    (keyed.encrypted / name).touch()
+    os.utime(keyed.encrypted / name, (time.time() - 2.1 * 86400,) * 2)
+    assert fetch() == "no new backup for two days\n"
+    os.utime(keyed.encrypted / name)
+    assert fetch() == ""
+    result = keyed.run("rsync", "-rt", f"{keyed.scratch}/mailinabox.conf", "pull@mail.example.com:", exit_code=None)
+    assert result.returncode and set(contents(keyed.encrypted)) == {name}
+    shutil.rmtree(keyed.encrypted)
+    assert fetch(exit_code=12) and set(contents(there / "copy")) == {name}
+
+
+def test_copy_on_another_machine_pushed(keyed: Store) -> None:
+    """The hook sends every night's files; what is deleted or changed in them is kept there, where the mail server cannot write."""
+    put_ssh(keyed, {"-wo": "incoming"})
+    incoming, there = make_directory_of_user(keyed, "incoming"), keyed.scratch / "mail-server"
+    put_hook(keyed, "after-backup", sh_block("incoming@"))
+    fetching = "pull@mail.example.com:"
+    assert f"`/srv/incoming/` in place of `{fetching}`" in README
+    script = in_test(sh_block(fetching).replace(fetching, "/srv/incoming/"), {"/srv/mail-server": there, "/srv/incoming": incoming})
+    nights: list[dict[str, bytes]] = []
+    for arguments in ((), ("--full",)):
+        if nights:  # the server was wiped, and somebody begins anew
+            shutil.rmtree(keyed.encrypted)
+        result = keyed.backup(*arguments)
+        assert (result.stdout, result.stderr) == ("", "")
+        nights.append(contents(keyed.encrypted))
+        assert contents(incoming) == nights[-1]
+        result = keyed.run("sh", "-c", script)
+        assert (result.stdout, result.stderr) == ("", "")
+        assert contents(there / "copy") == nights[-1]
+    (deleted,) = (there / "deleted").iterdir()
+    assert contents(deleted) == nights[0]
+    for target in ("../mail-server/copy", f"{there}/copy"):
+        keyed.run("rsync", "-rt", "--delete", f"{incoming}/", f"incoming@backup.example.org:{target}", exit_code=None)
+    assert (contents(there / "copy"), contents(deleted)) == (nights[1], nights[0])
+
+
+def put_ssh(store: Store, users: Mapping[str, str]) -> None:
+    """Put a stand-in for ssh on PATH that does here what the other machine's sshd would: it runs the forced command.
+
+    users: for a word in that command, of the README's line for authorized_keys, the user whose it is.
+    """
+    script = '#!/bin/sh\n[ $1 = -l ] || exit 255\nexport SSH_ORIGINAL_COMMAND="$(shift 3; echo "$*")"\n'
+    script += '[ $(id -u) = 0 ] && as="setpriv --reuid {0.pw_uid} --regid {0.pw_gid} --clear-groups"\n'.format(pwd.getpwnam(USER))
+    for word, user in users.items():
+        (command,) = re.findall(rf'^command="(rrsync {word} .*)",restrict ssh-ed25519 ', README, re.MULTILINE)
+        script += f'[ $2 = {user} ] && exec $as {in_test(command, {"/home/user-data": store.root, "/srv": store.scratch})}\n'
+    store.stand_in("ssh", f"{script}exit 255\n")
 
 
 def test_dead_mans_switch_hook(keyed: Store) -> None:
@@ -358,7 +536,7 @@ def test_disk_hook(keyed: Store) -> None:
     disk = make_directory_of_user(keyed, "disk")
     (disk / "mail-server").mkdir()
     os.chown(disk / "mail-server", pwd.getpwnam(USER).pw_uid, -1)
-    put_hook(keyed, "after-backup", in_test(sh_block("usb-disk"), {"/media/usb-disk": disk}))
+    put_hook(keyed, "after-backup", in_test(sh_block("cp -ru"), {"/media/usb-disk": disk}))
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert contents(disk / "mail-server" / "encrypted") == contents(keyed.encrypted)

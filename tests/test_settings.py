@@ -28,7 +28,8 @@ def refused(store: Store, told: str, exit_code: int = 2, *arguments: str) -> Non
     assert result.stderr.count("\n") == 1 and not result.stderr.endswith(".\n")
     assert not any(call.split()[1] in ("stop", "start") for call in store.calls())
     after = tree_of(store.root, without="nothing")
-    for name in ("backup/lock", "backup"):  # a lock is taken, and the time of its directory tells
+    # A lock is taken, the refusal is noted, and the time of their directory tells.
+    for name in ("backup/lock", "backup/last-run.json", "backup"):
         before.pop(name, None)
         after.pop(name, None)
     assert before == after
@@ -345,11 +346,11 @@ exec REAL "$@"
 
 
 def test_encrypted_that_was_moved_aside(keyed: Store, first_night: FirstNight) -> None:
-    """Only cache/ is left of the backups: a new full is made."""
+    """Only cache/ is left of the backups: with --full a new beginning is made."""
     first_night(keyed)
     keyed.encrypted.rename(keyed.scratch / "aside")
     pass_the_second_of(keyed.scratch / "aside")
-    keyed.backup()
+    keyed.backup("--full")
     keyed.assert_restores()
 
 

@@ -1,0 +1,237 @@
+"""What is lost, full, damaged or misspelt is told, and mended where it can be.
+
+The night that finds it names it, and leaves the good copy elsewhere alone.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import PYTHON, FirstNight, Store
+
+
+def put_hook(store: Store) -> Path:
+    """Have a hook after the backup that leaves a mark, and return where."""
+    mark = store.scratch / "marks" / "mirrored"
+    mark.parent.mkdir()
+    mark.parent.chmod(0o777)
+    hook = store.backups / "after-backup"
+    hook.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    hook.chmod(0o755)
+    return mark
+
+
+def status(store: Store, exit_code: int) -> dict[str, Any]:
+    """Return what --status tells programs."""
+    told = json.loads(store.backup("--status", "--json", exit_code=exit_code).stdout)
+    assert told["ok"] == (exit_code == 0)
+    assert isinstance(told, dict)
+    return told
+
+
+def names(store: Store) -> set[str]:
+    """Return the names of the backup files."""
+    return {path.name for path in store.encrypted.iterdir()}
+
+
+@pytest.mark.parametrize("lost", ["*", "*inc*", "*inc*manifest*"])
+def test_lost_backups_are_no_first_night(
+    keyed: Store, first_night: FirstNight, lost: str
+) -> None:
+    """Each night fails, mirrors nothing and deletes nothing, until they are back."""
+    first_night(keyed)
+    keyed.backup()
+    mark, aside = put_hook(keyed), keyed.scratch / "aside"
+    shutil.copytree(keyed.encrypted, aside)
+    for path in keyed.encrypted.glob(lost):
+        path.unlink()
+    left = names(keyed)
+    for _ in range(2):
+        result = keyed.backup(exit_code=1)
+        assert "is missing from" in result.stderr and "run --full" in result.stderr
+        assert names(keyed) == left and not mark.exists()
+    assert "the newest backup" in keyed.backup("--dry-run", exit_code=1).stderr
+    assert status(keyed, 3)["headline"].startswith("FAILED: the last run failed: the newest backup")
+    shutil.copytree(aside, keyed.encrypted, dirs_exist_ok=True)
+    assert keyed.backup().stderr == ""
+    assert mark.exists() and status(keyed, 0)
+    keyed.backup("--verify")
+
+
+def test_lost_backups_are_given_up(keyed: Store, first_night: FirstNight) -> None:
+    """With --full a new beginning is made without them, and no night after it asks for them."""
+    first_night(keyed)
+    keyed.run("sh", "-c", f"rm {keyed.encrypted}/*")
+    assert keyed.backup("--full").stderr == ""
+    assert keyed.backup().stderr == ""
+
+
+@pytest.mark.parametrize("below", ["", "/encrypted"])
+def test_disk_that_is_not_mounted(keyed: Store, first_night: FirstNight, below: str) -> None:
+    """Where /etc/fstab says that a disk belongs at or below backup/ nothing is made without it."""
+    root = keyed.root.with_name("user data")
+    keyed.root.rename(root)
+    keyed.root.symlink_to(root)
+    first_night(keyed)
+    table = keyed.scratch / "fstab"
+    place = str(keyed.backups).replace("user-data", r"user\040data") + below
+    table.write_text(f"UUID=1 / ext4 defaults 0 1\n# a comment\n/dev/null {place} ext4 noauto\n")
+    mounts = f'mount --bind {table} /etc/fstab && "$@"'
+    before = names(keyed)
+    for option in ("--full", "--dry-run"):
+        result = keyed.run("unshare", "--mount", "sh", "-c", mounts, "sh", *keyed.command(option),
+                           exit_code=1)
+        assert f"{root}/backup{below} is not mounted" in result.stderr
+    assert names(keyed) == before and keyed.calls("stop") == []
+    assert "is not mounted" in status(keyed, 3)["headline"]
+    mounts = f'mount --bind "{root}/backup{below}" "{root}/backup{below}" && {mounts}'
+    keyed.run("unshare", "--mount", "sh", "-c", mounts, "sh", *keyed.command())
+
+
+def test_lost_volume_is_not_built_on(keyed: Store, first_night: FirstNight) -> None:
+    """A full backup is made, the volume named and nothing mirrored: in that night only."""
+    first_night(keyed)
+    mark = put_hook(keyed)
+    volume = next(keyed.encrypted.glob("*full.*vol1*"))
+    volume.unlink()
+    result = keyed.backup(exit_code=3)
+    assert f"{volume} is missing" in result.stderr and "fetch it" in result.stderr
+    assert result.stderr.count(volume.name) == 1
+    assert [name for name in keyed.manifests() if "-full." in name] == keyed.manifests()
+    assert len(keyed.manifests()) == 2 and not mark.exists()
+    told = status(keyed, 0)
+    assert told["last_verify"]["damaged"] == {volume.name: "is missing"}
+    damaged = next(line for line in keyed.backup("--status").stdout.splitlines()
+                   if line.startswith("Damaged:"))
+    assert f"{volume.name} is missing" in damaged
+    assert damaged.count(told["backups"][1]["date_str"]) == 2  # from that one to that one
+    assert volume.name in keyed.backup("--status", "--html").stdout
+    assert keyed.backup().stderr == "" and mark.exists()
+    assert "-inc." in keyed.manifests()[-1]
+
+
+def test_rotten_file_is_found_within_seven_nights(keyed: Store, first_night: FirstNight) -> None:
+    """Each night checks the share that was checked longest ago; what it finds it tells once."""
+    first_night(keyed)
+    mark, checks = put_hook(keyed), keyed.backups / "last-verify.json"
+    first = json.loads(checks.read_text())["checked"]
+    assert len(first) == 1
+    keyed.backup("--verify")
+    all_checked = json.loads(checks.read_text())["checked"]
+    assert len(all_checked) == 7 and "Verified: " in keyed.backup("--status").stdout
+    volume = next(keyed.encrypted.glob("*full.*vol1*"))
+    content = volume.read_bytes()
+    volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    import backup
+    share = str(backup.share_of(volume.name))
+    checks.write_text(json.dumps({
+        "checked": {**all_checked, share: "2026-01-01T00:00:00+00:00"}, "damaged": {}}))
+    result = keyed.backup(exit_code=3)
+    assert f"{volume} is damaged" in result.stderr and not mark.exists()
+    assert "-inc." in keyed.manifests()[-1]
+    told = status(keyed, 3)
+    assert told["headline"].startswith(f"FAILED: damaged: {volume.name}, the next run makes a full")
+    assert backup.should_force_full({"STORAGE_ROOT": str(keyed.root)})
+    assert told["last_verify"]["checked"][share] > "2026-02"
+    assert os.stat(checks).st_mode & 0o777 == 0o640
+    assert os.stat(checks).st_gid == os.stat(keyed.encrypted).st_gid
+    assert keyed.backup().stderr == "" and mark.exists()
+    assert "-full." in keyed.manifests()[-1] and status(keyed, 0)
+    assert volume.name in keyed.backup("--verify", exit_code=3).stderr
+    volume.write_bytes(content)
+    keyed.backup("--verify")
+    assert status(keyed, 0)["last_verify"]["damaged"] == {}
+
+
+def test_lost_manifest_keeps_what_it_leaves(keyed: Store, first_night: FirstNight) -> None:
+    """The volumes stay until they are old, so that the manifest can be had from a copy."""
+    first_night(keyed)
+    keyed.backup()
+    keyed.backup()
+    mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[1]
+    content = manifest.read_bytes()
+    before = names(keyed) - {manifest.name}
+    manifest.unlink()
+    result = keyed.backup(exit_code=3)
+    assert backup_stamp(manifest) in result.stderr and not mark.exists()
+    assert before < names(keyed) and "-full." in keyed.manifests()[-1]
+    manifest.write_bytes(content)
+    keyed.backup("--verify")
+    assert keyed.backup().stderr == "" and mark.exists()
+    manifest.unlink()
+    keyed.run("faketime", "+2 days", *keyed.command(), exit_code=3)
+    keyed.run("faketime", "+4 days", *keyed.command())
+    assert not [name for name in names(keyed) if backup_stamp(manifest) in name]
+
+
+def backup_stamp(path: Path) -> str:
+    """Return the stamp of the set that a backup file belongs to."""
+    return path.name.split(".manifest")[0][-16:]
+
+
+def test_full_disk_heals_itself(keyed: Store) -> None:
+    """Where room is lacking old chains go first, but never the newest, however old it is."""
+    big = keyed.root / "big"
+    big.write_bytes(os.urandom(30_000_000))
+    keyed.run("faketime", "10 days ago", *keyed.command())
+    big.unlink()
+    keyed.run("faketime", "8 days ago", *keyed.command("--full"))
+    old, new = keyed.manifests()
+    room = 575_000_000 + 42_000_000 - 10_000_000
+    aside = keyed.scratch / "aside"
+    keyed.backups.rename(aside)
+    keyed.backups.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=800M,mode=750 none {keyed.backups} &&"
+        f" cp -a {aside}/. {keyed.backups} && chgrp nogroup {keyed.backups} &&"
+        f" free=$(($(stat -f -c '%a * %S' {keyed.backups}))) &&"
+        f" fallocate -l $((free - {room})) {keyed.backups}/filler && \"$@\";"
+        f" code=$?; ls {keyed.backups}/encrypted; exit $code")
+    damaged = json.dumps({"checked": {}, "damaged": {new: "is damaged"}})
+    (aside / "last-verify.json").write_text(damaged)
+    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command(),
+                       exit_code=1)
+    assert "make room there" in result.stderr and old in result.stdout
+    (aside / "last-verify.json").unlink()
+    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command())
+    assert result.stderr == ""
+    assert old not in result.stdout and new in result.stdout
+
+
+def test_refused_night_is_told(keyed: Store, first_night: FirstNight) -> None:
+    """--status and what programs read call it FAILED, with its sentence, until a good one."""
+    first_night(keyed)
+    key, set_before = keyed.backups / "secret_key.txt", keyed.last_run()["newest_set"]
+    key.chmod(0o644)
+    sentence = keyed.backup(exit_code=2).stderr.removeprefix("backup: ").strip()
+    assert sentence in status(keyed, 3)["headline"]
+    assert sentence.split(";")[0] in keyed.backup("--status", "--html", exit_code=3).stdout
+    assert keyed.last_run()["newest_set"] == set_before
+    key.chmod(0o600)
+    keyed.settings.write_text(keyed.settings.read_text() + "BACKUP_KEEPDAYS=30\n")
+    result = keyed.backup(exit_code=2)
+    assert "BACKUP_KEEPDAYS is no setting, but BACKUP_KEEP_DAYS is" in result.stderr
+    assert "BACKUP_KEEPDAYS" in status(keyed, 3)["headline"]
+    keyed.backup("--list")
+    keyed.settings.write_text(keyed.settings.read_text().replace("KEEPDAYS", "KEEP_DAYS"))
+    keyed.backup()
+    assert status(keyed, 0)
+
+
+def test_long_downtime_is_told(keyed: Store, first_night: FirstNight) -> None:
+    """A night that kept mail down for long says what would avoid it; a short one does not."""
+    first_night(keyed)
+    place = keyed.root / "www"
+    place.mkdir()
+    script = f'mount -t tmpfs none {place} && "$@"'
+    command = keyed.command()[2:]
+    keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command())
+    program = keyed.changed_program("LONG_DOWNTIME_SECONDS = 60", "LONG_DOWNTIME_SECONDS = 0")
+    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", PYTHON, program, *command,
+                       exit_code=3)
+    assert "mail was down while duplicity read" in result.stderr
+    assert "leave it out with BACKUP_EXCLUDE" in result.stderr
