@@ -20,7 +20,8 @@ from test_services import processes_of, wait_for
 
 __all__ = ["legacy"]
 STEP = int(os.environ.get("SWEEP_STEP", "31"))
-ALLOWED = {"cache", "encrypted", "last-run.json", "lock", "secret_key.txt"}
+ALLOWED = {
+    "cache", "encrypted", "last-run.json", "last-verify.json", "lock", "secret_key.txt"}
 
 
 def store_at(place: Path, legacy: Legacy) -> Store:

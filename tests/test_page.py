@@ -250,7 +250,8 @@ def test_sets_of_no_size_and_orphans(by_hand: ByHand) -> None:
     for path in by_hand.encrypted.iterdir():
         os.truncate(path, 0)
     page = page_of(by_hand.status())
-    assert page.rows("tbody")[0][1:] == ["increment", "0 bytes", "on next daily backup"]
+    assert page.rows("tbody")[0][1:] == ["increment", "0 bytes", "1 day, 0 hours"]
+    assert page.rows("tfoot") == [["Total", "0 bytes", ""]]
     assert [element.attributes["style"] for element in page.of_class("bar")] == ["width: 0.0%"]
 
 
