@@ -47,6 +47,7 @@ OPEN_FILES = 8192
 NESTED_CALLS = 10_000
 LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
 ONLY_LINKS_NS = 1_000_000_000
+CLOCK_TICK_SECONDS = 0.02  # the clocks of file systems are up to 10 ms behind
 BLOCK_BYTES = 1 << 24
 FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
@@ -506,7 +507,8 @@ def update_mirror(mirror: Mirror) -> None:
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
     own ctime, and that of every directory on the way to it below the top, which is held
     open, is settled (a rename changes the ctime of what is renamed on ext4, XFS and
-    btrfs), and what stands in the copy is of its kind, size and mtime. Raises Failure.
+    btrfs), and what stands in the copy is of its kind, size and mtime. In one thing the
+    mirror differs, see _replace. Raises Failure.
     """
     mirror.unread.clear()
     try:
@@ -665,12 +667,15 @@ def _replace(
 ) -> None:
     """Put in place of what is at path, if anything, a link to the entry of the tree, or a copy.
 
-    It is never written to what is there: that may be a link to the user's own file.
+    It is never written to what is there: that may be a link to the user's own file. A copy
+    of what was written to in the very second in which it is copied gets an mtime one second
+    earlier.
     """
     name = os.path.basename(path)
     remove(name, copy)
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
+    began = int(time.time() - CLOCK_TICK_SECONDS)
     try:
         if stat.S_ISREG(status.st_mode):
             status = _copy_file(mirror, name, live, copy)
@@ -687,6 +692,10 @@ def _replace(
         remove(name, copy)
         return
     _set_metadata(name, status, copy)
+    # Who compares whole seconds would take what is written later in this one for unchanged.
+    if stat.S_ISREG(status.st_mode) and began <= status.st_mtime <= time.time():
+        times = (status.st_atime_ns, status.st_mtime_ns - 1_000_000_000)
+        os.utime(name, ns=times, dir_fd=copy)
 
 
 def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
