@@ -423,7 +423,8 @@ class Mirror:
     """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
 
     source, target: the tree and the copy. live, copy: their descriptors, so that no
-    renaming leads elsewhere. excluded: names at the top of source that are left out.
+    renaming leads elsewhere. excluded: what is left out, each the relative path of a
+    directory and a name in it.
     may_link: tells, of a directory's relative path and the names of all directories
     beside it, itself among them, whether the regular files in it are never rewritten in
     place: those become hard links, at no cost. spare_bytes: the room to leave when
@@ -437,7 +438,7 @@ class Mirror:
     target: Path
     live: int
     copy: int
-    excluded: frozenset[str]
+    excluded: frozenset[tuple[str, str]]
     may_link: MayLink
     spare_bytes: int
     working: os.stat_result
@@ -458,13 +459,14 @@ def allow_any_depth() -> None:
 
 @contextlib.contextmanager
 def mirror_of(
-    source: Path, place: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int
+    source: Path, place: Path, excluded: Collection[str], may_link: MayLink, spare_bytes: int
 ) -> Iterator[Mirror]:
     """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
 
-    It takes no sockets, and follows no links and no mounts. source, excluded, may_link:
-    see Mirror. place: the directory to make for it; the mirror is `tree` in that. Is it
-    relative, then to a directory that nobody can rename. spare_bytes: the room to leave.
+    It takes no sockets, and follows no links and no mounts. source, may_link: see Mirror.
+    excluded: relative paths that are left out. place: the directory to make for it; the
+    mirror is `tree` in that. Is it relative, then to a directory that nobody can rename.
+    spare_bytes: the room to leave.
     Raises Failure or OSError, and leaves what it has made to the caller to remove.
     """
     make_owned_directory(place, 0o700, 0)
@@ -472,7 +474,8 @@ def mirror_of(
         os.mkdir("tree", 0o700, dir_fd=directory)
         with opened("tree", parent=directory) as copy:
             target = (path_of(directory) if place.is_absolute() else place) / "tree"
-            mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes,
+            left_out = frozenset(os.path.split(name) for name in excluded)
+            mirror = Mirror(source, target, live, copy, left_out, may_link, spare_bytes,
                             os.stat("."))
             _catch_up(mirror)
             mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
@@ -554,13 +557,16 @@ def _mirror_directory(
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
     with os.scandir(copy) as entries:
         present = {entry.name: entry.inode() for entry in entries}
-    others = _link_files(live, copy, present) if linked else os.listdir(live)
+    excluded = {name for parent, name in mirror.excluded if parent == path}
+    others = _link_files(live, copy, present, excluded) if linked else os.listdir(live)
     found = {}
     for name in others:
-        if path or name not in mirror.excluded:
+        if name not in excluded:
             with contextlib.suppress(FileNotFoundError):
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
-    directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
+    # A Maildir of which one directory is left out is a Maildir still.
+    directories = excluded.union(
+        name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode))
     longest_name = LONGEST_PATH - 1 - len(os.fsencode(mirror.target / path))
     for name, entry in found.items():
         below = os.path.join(path, name)
@@ -602,18 +608,22 @@ def _copy_of_unchanged(
     return then if same_kind and same_size and same_time else None
 
 
-def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
+def _link_files(
+    live: int, copy: int, present: dict[str, int], excluded: Set[str]
+) -> list[str]:
     """Link the regular files of one directory into another.
 
     present: the inode numbers there by name; those of links that are right already are
-    taken out. Returns the names of all other entries, and of files that are something
-    else there or refuse to be linked.
+    taken out. excluded: names that are left out. Returns the names of all other entries,
+    and of files that are something else there or refuse to be linked.
     """
     others = []
     with os.scandir(live) as entries:
         for entry in entries:
             raise_if_interrupted()
             name = entry.name
+            if name in excluded:
+                continue
             if not entry.is_file(follow_symlinks=False):
                 others.append(name)
             elif present.get(name) == entry.inode():  # a link keeps its number from another file
