@@ -1578,8 +1578,7 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
     set; free_size in bytes, of the disk they are on; last_run, as in last-run.json, None
     if there was none. Raises Failure, OSError.
     """
-    work = work_of(env)
-    backup = work.backup
+    backup = work_of(env).backup
     encrypted = backup / ENCRYPTED
     now = (now or datetime.now(timezone.utc)).astimezone()
     sets, unmatched = read_sets(encrypted)
@@ -1595,7 +1594,7 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
             "date_delta": span(found.date, now), "full": found.full, "previous": found.previous,
             "size": found.size, "deleted_in": deleted_in[found],
         } for found in reversed(sets)],
-        "excluded": {path: os.path.lexists(work.root / path) for path in excluded_of(env)},
+        "excluded": {path: os.path.lexists(backup.parent / path) for path in excluded_of(env)},
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
         "last_run": read_last_run(backup / LAST_RUN), "last_verify": last_verify}
     status["ok"], status["headline"] = headline_of(

@@ -558,7 +558,7 @@ def _mirror_directory(
     with os.scandir(copy) as entries:
         present = {entry.name: entry.inode() for entry in entries}
     excluded = {name for parent, name in mirror.excluded if parent == path}
-    others = _link_files(live, copy, present, excluded) if linked else os.listdir(live)
+    others = _link_files(live, copy, present) if linked else os.listdir(live)
     found = {}
     for name in others:
         if name not in excluded:
@@ -584,7 +584,7 @@ def _mirror_directory(
                 _mirror_child(mirror, below, may_link, settled, live, copy)
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
-    for name in present:
+    for name in excluded.union(present):  # one that is excluded may have become a link
         remove(name, copy)
     _set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
@@ -608,22 +608,18 @@ def _copy_of_unchanged(
     return then if same_kind and same_size and same_time else None
 
 
-def _link_files(
-    live: int, copy: int, present: dict[str, int], excluded: Set[str]
-) -> list[str]:
+def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
     """Link the regular files of one directory into another.
 
     present: the inode numbers there by name; those of links that are right already are
-    taken out. excluded: names that are left out. Returns the names of all other entries,
-    and of files that are something else there or refuse to be linked.
+    taken out. Returns the names of all other entries, and of files that are something
+    else there or refuse to be linked.
     """
     others = []
     with os.scandir(live) as entries:
         for entry in entries:
             raise_if_interrupted()
             name = entry.name
-            if name in excluded:
-                continue
             if not entry.is_file(follow_symlinks=False):
                 others.append(name)
             elif present.get(name) == entry.inode():  # a link keeps its number from another file
