@@ -305,8 +305,7 @@ def excluded_of(settings: Mapping[str, str]) -> tuple[str, ...]:
         parts = path.split("/")
         if parts[0] in ("", MIGRATED) or not {".", ".."}.isdisjoint(parts):
             raise Failure(f"BACKUP_EXCLUDE names {printable(path) or 'an empty path'}; give it "
-                          f"relative paths below STORAGE_ROOT, none of {MIGRATED}, without . and "
-                          "..", 2)
+                          f"paths relative to STORAGE_ROOT, without . or .. and not {MIGRATED}", 2)
     return tuple(map(os.path.normpath, paths))
 
 
