@@ -28,6 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from conftest import CopiedTime
+
 import pytest
 
 BACKUP_PROGRAM = Path(__file__).resolve().parent.parent / "backup.py"
@@ -405,7 +407,7 @@ def describe_tree(root: Path) -> dict[str, tuple[object, ...]]:
             tree[str(name)] = (*kept, os.readlink(path))
         else:
             content = path.read_bytes() if path.is_file() else None
-            tree[str(name)] = (*kept, content, int(status.st_mtime))
+            tree[str(name)] = (*kept, content, CopiedTime(status.st_mtime))
     return tree
 
 
