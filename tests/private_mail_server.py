@@ -28,9 +28,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from conftest import CopiedTime
-
 import pytest
+
+from conftest import CopiedTime
 
 BACKUP_PROGRAM = Path(__file__).resolve().parent.parent / "backup.py"
 # Readable by dovecot's users, which pytest's own temporary directories are not.
