@@ -280,11 +280,8 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     with owned_directory(path) as directory:
-        status = os.fstat(directory)
-        if status.st_gid != group:
-            os.fchown(directory, -1, group)
-        if stat.S_IMODE(status.st_mode) != mode:
-            os.fchmod(directory, mode)
+        os.fchown(directory, -1, group)
+        os.fchmod(directory, mode)
 
 
 def sync_directory(path: Path) -> None:
