@@ -713,27 +713,14 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        if status.st_size and not _clone(source, target):
-            room = free_bytes(target) - mirror.spare_bytes
+        try:
+            fcntl.ioctl(target, FICLONE, source)  # see ioctl_ficlone(2)
+        except OSError:  # should it not be for want of clones the same befalls a copy
+            room = max(0, free_bytes(target) - mirror.spare_bytes)
             if mirror.spare_bytes and room < status.st_blocks * 512:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name) from None
             _copy_data(source, target, status.st_size)
     return status
-
-
-def _clone(source: int, target: int) -> bool:
-    """Have a new file share the blocks of another (ioctl_ficlone(2)).
-
-    Returns whether it can.
-    """
-    cannot = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
-    try:
-        fcntl.ioctl(target, FICLONE, source)
-    except OSError as error:
-        if error.errno not in cannot:
-            raise
-        return False
-    return True
 
 
 def _copy_data(source: int, target: int, size: int) -> None:
