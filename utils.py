@@ -47,6 +47,7 @@ OPEN_FILES = 8192
 NESTED_CALLS = 10_000
 LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
 ONLY_LINKS_NS = 1_000_000_000
+CLOCK_TICK_SECONDS = 0.02  # the clocks of file systems are up to 10 ms behind
 BLOCK_BYTES = 1 << 24
 FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
@@ -219,10 +220,10 @@ def path_of(directory: int) -> Path:
 def remove_abandoned(directory: Path, pattern: str) -> None:
     """Remove what own_directory made for processes that were killed: nobody holds its lock."""
     for path in directory.glob(pattern):
-        if path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as locked:
-                fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(path)
+        with (contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError),
+              opened(path) as locked):
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)
 
 
 @contextlib.contextmanager
@@ -279,11 +280,8 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     with owned_directory(path) as directory:
-        status = os.fstat(directory)
-        if status.st_gid != group:
-            os.fchown(directory, -1, group)
-        if stat.S_IMODE(status.st_mode) != mode:
-            os.fchmod(directory, mode)
+        os.fchown(directory, -1, group)
+        os.fchmod(directory, mode)
 
 
 def sync_directory(path: Path) -> None:
@@ -422,7 +420,8 @@ class Mirror:
     """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
 
     source, target: the tree and the copy. live, copy: their descriptors, so that no
-    renaming leads elsewhere. excluded: names at the top of source that are left out.
+    renaming leads elsewhere. excluded: what is left out, each the relative path of a
+    directory and a name in it.
     may_link: tells, of a directory's relative path and the names of all directories
     beside it, itself among them, whether the regular files in it are never rewritten in
     place: those become hard links, at no cost. spare_bytes: the room to leave when
@@ -436,7 +435,7 @@ class Mirror:
     target: Path
     live: int
     copy: int
-    excluded: frozenset[str]
+    excluded: frozenset[tuple[str, str]]
     may_link: MayLink
     spare_bytes: int
     working: os.stat_result
@@ -457,13 +456,14 @@ def allow_any_depth() -> None:
 
 @contextlib.contextmanager
 def mirror_of(
-    source: Path, place: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int
+    source: Path, place: Path, excluded: Collection[str], may_link: MayLink, spare_bytes: int
 ) -> Iterator[Mirror]:
     """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
 
-    It takes no sockets, and follows no links and no mounts. source, excluded, may_link:
-    see Mirror. place: the directory to make for it; the mirror is `tree` in that. Is it
-    relative, then to a directory that nobody can rename. spare_bytes: the room to leave.
+    It takes no sockets, and follows no links and no mounts. source, may_link: see Mirror.
+    excluded: relative paths that are left out. place: the directory to make for it; the
+    mirror is `tree` in that. Is it relative, then to a directory that nobody can rename.
+    spare_bytes: the room to leave.
     Raises Failure or OSError, and leaves what it has made to the caller to remove.
     """
     make_owned_directory(place, 0o700, 0)
@@ -471,7 +471,8 @@ def mirror_of(
         os.mkdir("tree", 0o700, dir_fd=directory)
         with opened("tree", parent=directory) as copy:
             target = (path_of(directory) if place.is_absolute() else place) / "tree"
-            mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes,
+            left_out = frozenset(os.path.split(name) for name in excluded)
+            mirror = Mirror(source, target, live, copy, left_out, may_link, spare_bytes,
                             os.stat("."))
             _catch_up(mirror)
             mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
@@ -506,7 +507,8 @@ def update_mirror(mirror: Mirror) -> None:
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
     own ctime, and that of every directory on the way to it below the top, which is held
     open, is settled (a rename changes the ctime of what is renamed on ext4, XFS and
-    btrfs), and what stands in the copy is of its kind, size and mtime. Raises Failure.
+    btrfs), and what stands in the copy is of its kind, size and mtime. In one thing the
+    mirror differs, see _replace. Raises Failure.
     """
     mirror.unread.clear()
     try:
@@ -552,13 +554,16 @@ def _mirror_directory(
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
     with os.scandir(copy) as entries:
         present = {entry.name: entry.inode() for entry in entries}
+    excluded = {name for parent, name in mirror.excluded if parent == path}
     others = _link_files(live, copy, present) if linked else os.listdir(live)
     found = {}
     for name in others:
-        if path or name not in mirror.excluded:
+        if name not in excluded:
             with contextlib.suppress(FileNotFoundError):
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
-    directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
+    # A Maildir of which one directory is left out is a Maildir still.
+    directories = excluded.union(
+        name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode))
     longest_name = LONGEST_PATH - 1 - len(os.fsencode(mirror.target / path))
     for name, entry in found.items():
         below = os.path.join(path, name)
@@ -576,7 +581,7 @@ def _mirror_directory(
                 _mirror_child(mirror, below, may_link, settled, live, copy)
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
-    for name in present:
+    for name in excluded.union(present):  # one that is excluded may have become a link
         remove(name, copy)
     _set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
@@ -665,12 +670,15 @@ def _replace(
 ) -> None:
     """Put in place of what is at path, if anything, a link to the entry of the tree, or a copy.
 
-    It is never written to what is there: that may be a link to the user's own file.
+    It is never written to what is there: that may be a link to the user's own file. A copy
+    of what was written to in the very second in which it is copied gets an mtime one second
+    earlier.
     """
     name = os.path.basename(path)
     remove(name, copy)
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
+    began = int(time.time() - CLOCK_TICK_SECONDS)
     try:
         if stat.S_ISREG(status.st_mode):
             status = _copy_file(mirror, name, live, copy)
@@ -687,6 +695,10 @@ def _replace(
         remove(name, copy)
         return
     _set_metadata(name, status, copy)
+    # Who compares whole seconds would take what is written later in this one for unchanged.
+    if stat.S_ISREG(status.st_mode) and began <= status.st_mtime <= time.time():
+        times = (status.st_atime_ns, status.st_mtime_ns - 1_000_000_000)
+        os.utime(name, ns=times, dir_fd=copy)
 
 
 def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
@@ -701,27 +713,14 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        if status.st_size and not _clone(source, target):
-            room = free_bytes(target) - mirror.spare_bytes
+        try:
+            fcntl.ioctl(target, FICLONE, source)  # see ioctl_ficlone(2)
+        except OSError:  # should it not be for want of clones the same befalls a copy
+            room = max(0, free_bytes(target) - mirror.spare_bytes)
             if mirror.spare_bytes and room < status.st_blocks * 512:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name) from None
             _copy_data(source, target, status.st_size)
     return status
-
-
-def _clone(source: int, target: int) -> bool:
-    """Have a new file share the blocks of another (ioctl_ficlone(2)).
-
-    Returns whether it can.
-    """
-    cannot = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
-    try:
-        fcntl.ioctl(target, FICLONE, source)
-    except OSError as error:
-        if error.errno not in cannot:
-            raise
-        return False
-    return True
 
 
 def _copy_data(source: int, target: int, size: int) -> None:
