@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import PYTHON, USER, Store
+from conftest import PYTHON, USER, FirstNight, Store
 from test_services import processes_of, wait_for
 
 HOOKS = ["before-backup", "after-backup"]
@@ -32,32 +32,29 @@ def output_of(store: Store) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", HOOKS)
-def test_identity_and_environment(keyed: Store, name: str) -> None:
+def test_identity_and_environment(keyed: Store) -> None:
     """uid, gid and supplementary groups are the user's, whose shell is nologin.
 
     The environment is the settings, PATH, HOME and USER.
     """
-    assert pwd.getpwnam(USER).pw_shell.endswith("nologin")
-    output = output_of(keyed)
+    output, user = output_of(keyed), pwd.getpwnam(USER)
+    assert user.pw_shell.endswith("nologin")
     keyed.settings.write_text(keyed.settings.read_text() + "PRIMARY_HOSTNAME=box.example.com\n")
-    put_hook(keyed, name, f"""#!/bin/sh
+    put_hook(keyed, "before-backup", f"""#!/bin/sh
 exec > {output}
 id -u; id -g; id -G; umask; pwd; env -0 | tr '\\0' '\\n'
 """)
-    result = keyed.backup(environment={"SECRET_OF_ROOT": "1"})
-    assert result.stderr == ""
+    assert keyed.backup(environment={"SECRET_OF_ROOT": "1"}).stderr == ""
     uid, gid, groups, umask, directory, *environment = output.read_text().splitlines()
-    user = pwd.getpwnam(USER)
     assert (int(uid), int(gid)) == (user.pw_uid, user.pw_gid)
     assert {int(group) for group in groups.split()} == set(os.getgrouplist(USER, user.pw_gid))
     assert umask == "0022" and directory == "/"
     values = dict(line.split("=", 1) for line in environment)
-    assert {key for key in values if key not in ("PWD", "OLDPWD", "SHLVL", "_")} == {
-        "STORAGE_ROOT", "STORAGE_USER", "PRIMARY_HOSTNAME", "PATH", "HOME", "USER"}
-    assert (values["HOME"], values["USER"]) == (user.pw_dir, USER)
-    assert values["PRIMARY_HOSTNAME"] == "box.example.com"
-    assert values["STORAGE_ROOT"] == str(keyed.root) and "/usr/sbin" in values["PATH"]
+    assert "/usr/sbin" in values.pop("PATH")
+    assert {key: value for key, value in values.items()
+            if key not in ("PWD", "OLDPWD", "SHLVL", "_")} == {
+        "STORAGE_ROOT": str(keyed.root), "STORAGE_USER": USER, "HOME": user.pw_dir,
+        "PRIMARY_HOSTNAME": "box.example.com", "USER": USER}
 
 
 def test_supplementary_groups(keyed: Store) -> None:
@@ -83,51 +80,41 @@ def test_supplementary_groups(keyed: Store) -> None:
     assert "games" in output.read_text().split()
 
 
-@pytest.mark.parametrize("name", HOOKS)
-@pytest.mark.parametrize("wrong, told", [
-    ("#!/bin/sh\nfor number in $(seq 40); do echo line $number; done; exit 42\n", "exit code 42"),
-    ("#!/bin/sh\nkill -9 $$\n", "signal 9"),
-    ("#!/no/such/interpreter\n", "not found"),
-    ("\x7fELF broken", "exit code 126"),
-])
-def test_failing_hook(keyed: Store, name: str, wrong: str, told: str) -> None:
-    """It is told with its last lines and exit code, exit 3; the backup is made all the same."""
-    put_hook(keyed, name, wrong)
-    result = keyed.backup(exit_code=3)
-    assert f"the hook {keyed.backups / name} failed" in result.stderr and told in result.stderr
-    if "seq" in wrong:
-        assert "line 40" in result.stderr
-        assert "line 16\n" in result.stderr and "line 15\n" not in result.stderr
+TALKATIVE = "#!/bin/sh\nfor number in $(seq 40); do echo line $number; done; exit 42\n"
+
+
+def put_wrong_hook(store: Store, name: str, wrong: str) -> None:
+    """Put a hook in backup/ that fails, or that cannot be run."""
+    if wrong == "directory":
+        (store.backups / name).mkdir()
+    elif wrong == "dangling link":
+        (store.backups / name).symlink_to("/nowhere")
+    else:
+        put_hook(store, name, wrong if wrong.startswith(("#!", "\x7f")) else "#!/bin/sh\n",
+                 {"not executable": 0o644, "root only": 0o700}.get(wrong, 0o755))
+
+
+@pytest.mark.parametrize("wrong", [  # the one before and the one after the backup
+    {TALKATIVE: "exit code 42", "#!/bin/sh\nkill -9 $$\n": "signal 9"},
+    {"#!/no/such/interpreter\n": "not found", "\x7fELF broken": "exit code 126"},
+    {"directory": "Permission denied", "not executable": "Permission denied"},
+    {"root only": "Permission denied", "dangling link": "not found"},
+], ids=["fail", "broken", "no-files", "not-theirs"])
+def test_failing_hooks(keyed: Store, wrong: dict[str, str]) -> None:
+    """Each is told with its last lines and its end, exit 3; the backup is made all the same."""
+    for name, hook in zip(HOOKS, wrong):
+        put_wrong_hook(keyed, name, hook)
+    errors = keyed.backup(exit_code=3).stderr
+    parts = errors.partition(f"the hook {keyed.backups / 'after-backup'} failed")
+    assert f"the hook {keyed.backups / 'before-backup'} failed" in parts[0] and parts[1]
+    for part, told in zip(parts[::2], wrong.values()):
+        assert told in part, errors
+    if TALKATIVE in wrong:
+        assert "line 40" in errors and "line 16\n" in errors and "line 15\n" not in errors
     assert len(keyed.manifests()) == 1 and keyed.running() == ["dovecot", "postfix"]
     content = keyed.last_run()
-    assert content["exit_code"] == 3 and f"{name} failed" in content["message"]
-
-
-@pytest.mark.parametrize("kind, told", [
-    ("not executable", "chmod +x"), ("directory", "Is a directory"),
-    ("dangling link", "No such file"), ("root only", "Permission denied"),
-])
-def test_hook_that_cannot_be_run(keyed: Store, kind: str, told: str) -> None:
-    """It is said why, exit 3."""
-    path = keyed.backups / "after-backup"
-    if kind == "not executable":
-        put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o644)
-    elif kind == "directory":
-        path.mkdir()
-    elif kind == "dangling link":
-        path.symlink_to("/nowhere")
-    else:
-        put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o700)
-    told = "not found" if kind == "dangling link" else "Permission denied"
-    assert told in keyed.backup(exit_code=3).stderr
-
-
-def test_hook_without_interpreter_line(keyed: Store) -> None:
-    """/bin/sh runs it, as it always was."""
-    output = output_of(keyed)
-    put_hook(keyed, "after-backup", f"echo $0 of $USER > {output}\n")
-    keyed.backup()
-    assert output.read_text() == f"{keyed.backups}/after-backup of {USER}\n"
+    assert content["exit_code"] == 3
+    assert all(f"{name} failed" in content["message"] for name in HOOKS)
 
 
 def test_no_shell_reads_the_path(store: Store) -> None:
@@ -169,13 +156,20 @@ def test_after_backup_runs_only_after_a_backup(keyed: Store) -> None:
     assert output.read_text() == "before-backup\n"
 
 
-def test_what_a_good_hook_prints_is_silent_unless_verbose(keyed: Store) -> None:
-    """cron mails whatever is printed."""
-    script = "#!/bin/sh\necho all sent\nprintf 'caf\\303\\251 \\377 \\033[31m'\n"
-    put_hook(keyed, "after-backup", script)
+def test_what_a_good_hook_prints_is_silent_unless_verbose(
+    keyed: Store, first_night: FirstNight
+) -> None:
+    """cron mails whatever is printed. Without a `#!` line /bin/sh runs it, as it always was."""
+    first_night(keyed)
+    script = "echo $0 of $USER\nprintf 'caf\\303\\251 \\377 \\033[31m'\n"
+    path = put_hook(keyed, "before-backup", script, 0o750)
+    os.chown(path, 0, keyed.root.stat().st_gid)
+    put_hook(keyed, "after-backup", "#!/bin/sh\necho all sent\n")
     assert keyed.backup().stderr == ""
     verbose = keyed.backup("-v").stderr
-    assert "backup: all sent\n" in verbose and "backup: café \\xff \\x1b[31m\n" in verbose
+    for told in (f"{path} of {USER}", "café \\xff \\x1b[31m", "all sent"):
+        assert f"backup: {told}\n" in verbose
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
 
 
 def test_hook_that_leaves_something_running(keyed: Store) -> None:
@@ -187,11 +181,3 @@ def test_hook_that_leaves_something_running(keyed: Store) -> None:
     assert "sleep" in Path(f"/proc/{left}/cmdline").read_text()
     os.kill(left, 15)
     wait_for(lambda: processes_of(keyed) == [])
-
-
-def test_modes_survive(keyed: Store) -> None:
-    """Hooks stay as they are."""
-    path = put_hook(keyed, "after-backup", "#!/bin/sh\n", 0o750)
-    os.chown(path, 0, keyed.root.stat().st_gid)
-    keyed.backup()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o750

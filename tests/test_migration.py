@@ -1,7 +1,9 @@
 """The layout of old is migrated: at whatever instant a run ends, no old backup is lost."""
 
 import contextlib
+import io
 import itertools
+import logging
 import os
 import shutil
 import stat
@@ -144,14 +146,35 @@ def state_of(root: Path) -> tuple[object, ...]:
 
 
 def migrate(root: Path, *before: object, code: Optional[int] = 0) -> Result:
-    """Migrate a layout in a process of its own, after a command, and check its exit code."""
-    command = [*map(str, before), PYTHON, "-B", "-c", MIGRATE, str(PROJECT), str(root)]
-    inherited = {name: value for name, value in os.environ.items()
-                 if not (before and name.startswith("COV_"))}  # measuring changes files, too
+    """Migrate a layout, after a command in a process of its own, and check its exit code."""
     place = root / "backup" if (root / "backup").exists() else root / PART
-    result = subprocess.run(command, cwd=place, env=inherited, capture_output=True, text=True)
+    command = [*map(str, before), PYTHON, "-B", "-c", MIGRATE, str(PROJECT), str(root)]
+    if before:
+        inherited = {name: value for name, value in os.environ.items()
+                     if not name.startswith("COV_")}  # measuring changes files, too
+        result = subprocess.run(command, cwd=place, env=inherited, capture_output=True, text=True)
+    else:  # some hundred times: here
+        result = migrate_here(root, place)
     assert code in (None, result.returncode), result.stderr
     return result
+
+
+def migrate_here(root: Path, place: Path) -> Result:
+    """Migrate a layout in this process, working in a directory."""
+    told, exit_code = io.StringIO(), 0
+    handler = logging.StreamHandler(told)
+    backup.log.addHandler(handler)
+    with utils.opened(".") as working:
+        os.chdir(place)
+        try:
+            backup.migrate_legacy_layout(backup.work_of({"STORAGE_ROOT": str(root)}))
+        except (utils.Failure, OSError) as error:
+            exit_code = 1
+            told.write(f"{error}\n")
+        finally:
+            os.fchdir(working)
+            backup.log.removeHandler(handler)
+    return Result([], exit_code, "", told.getvalue())
 
 
 def changes_of(root: Path) -> tuple[Result, list[tuple[str, int]]]:
@@ -196,9 +219,6 @@ def test_old_backups_outlast_a_backup_that_fails(old: Store, legacy: Legacy) -> 
     old.backup(exit_code=1)
     assert stat.S_IMODE((old.root / MIGRATED).stat().st_mode) == 0o700
     assert files_in(old.root / MIGRATED) == legacy.plain
-    (old.bin / "duplicity").unlink()
-    old.backup()
-    assert_proved(old, legacy)
 
 
 def test_old_backup_that_was_not_read_is_kept(old: Store, legacy: Legacy) -> None:
@@ -224,10 +244,6 @@ def test_old_backups_hidden_from_the_copy_are_kept(old: Store, legacy: Legacy) -
     (old.backups / "before-backup").chmod(0o755)
     assert f"{migrated} is kept because it was changed" in old.backup(exit_code=3).stderr
     assert files_in(migrated) == legacy.plain
-    (old.backups / "before-backup").unlink()
-    (old.bin / "nice").unlink()
-    old.backup()
-    assert_proved(old, legacy)
 
 
 def test_other_directory_by_the_name_of_old_backups_is_kept(old: Store, legacy: Legacy) -> None:
@@ -238,7 +254,7 @@ def test_other_directory_by_the_name_of_old_backups_is_kept(old: Store, legacy: 
     assert contents_of(old.root / MIGRATED) == {b"secret", *legacy.plain.values()}
 
 
-@pytest.mark.parametrize("call", ["unlinkat:when=2", "unlinkat:when=4", "rmdir:when=1"])
+@pytest.mark.parametrize("call", ["unlinkat:when=2", "rmdir:when=1"])
 def test_deletion_that_was_killed_is_ended_by_the_next_night(old: Store, call: str) -> None:
     """What is left of the old backups is plain mail, and does not stay for ever."""
     migrated = old.root / MIGRATED
@@ -268,15 +284,15 @@ def test_new_backups_are_left_alone(
 
 
 def test_deleted_copies_make_room_for_the_backup(old: Store, legacy: Legacy) -> None:
-    """Where there is room for a backup only once the openssl copies are gone, it is made."""
+    """Where there is room for a backup only once the openssl copies are gone, it is begun."""
     shutil.rmtree(old.backups)
     with mounted(old.backups, "700m"):
         legacy.put(old.root)  # 5 % are mail's, 575 MB must be free, and the large copy has 135
         large = old.backups / "duplicity/large"
         large.write_bytes(bytes(100_000_000))
         encrypt(large, old.encrypted / "large.enc", old.backups / "secret_key.txt")
-        old.backup()
-        assert len(old.manifests()) == 1
+        old.stand_in("duplicity", "#!/bin/sh\n[ $1 = full ] || exec REAL \"$@\"\nexit 99\n")
+        assert "duplicity full failed" in old.backup(exit_code=1).stderr
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -382,21 +398,30 @@ def test_power_fails_at_any_deletion(root: Path, legacy: Legacy, killed_before: 
         with mounted(root, disk=mail), mounted(root / "backup", disk=backups):
             yield
 
+    def images(*synced: Path) -> list[bytes]:
+        subprocess.run(["sync", "--file-system", *(synced or (root, root / "backup"))], check=True)
+        return [disk.read_bytes() for disk in disks]
+
+    def put_back(contents: list[bytes]) -> None:
+        for disk, content in zip(disks, contents):
+            disk.unlink()  # the kernel may still know what was on the old one
+            disk.write_bytes(content)
+
+    for disk in disks:
+        make_disk(disk, 8)
+    with power():
+        put_with_strays(root, legacy)
+        saved = legacy.not_to_be_lost(root)
+        before = images()
     for when in itertools.count(1):
-        for disk in disks:
-            make_disk(disk, 8)
-        with power():
-            put_with_strays(root, legacy)
-            saved = legacy.not_to_be_lost(root)
+        put_back(before)
         with power():
             if killed_before:
                 migrate(root, "strace", "-qqq", "-o", "/dev/null", "-P", root,
                         "-e", "inject=fsync:signal=SIGKILL", code=-9)
             ended = migrate(root, *struck("unlink", when, "signal=SIGKILL"), code=None)
-            subprocess.run(["sync", "--file-system", str(root / "backup")], check=True)
-            left = [disk.read_bytes() for disk in disks]
-        for disk, content in zip(disks, left):
-            disk.write_bytes(content)
+            left = images(root / "backup")
+        put_back(left)
         with power():
             assert saved <= contents_of(root), when
             migrate(root)
@@ -483,8 +508,7 @@ def test_copy_that_is_taken_away_is_not_believed(
     monkeypatch.setattr(os, "rename", rename)
     with mounted(root / "backup"):
         legacy.put(root)
-        monkeypatch.chdir(root / "backup")
-        backup.migrate_legacy_layout(backup.work_of({"STORAGE_ROOT": str(root)}))
+        migrate(root)
         assert files_in(root / MIGRATED) == legacy.plain
 
 
@@ -530,19 +554,21 @@ def test_encrypted_is_missing(root: Path, legacy: Legacy) -> None:
     assert files_in(root / MIGRATED) == legacy.plain
 
 
-def test_copy_without_original_is_kept_and_told_of_once(old: Store, legacy: Legacy) -> None:
+def test_copy_without_original_is_kept_and_told_of_once(root: Path, legacy: Legacy) -> None:
     """It goes to legacy/, where openssl still opens it; the admin is told in one night only."""
-    (old.backups / "duplicity" / legacy.manifest).unlink()
-    assert str(old.backups / "legacy") in old.backup().stderr
-    kept = old.backups / "legacy" / f"{legacy.manifest}.enc"
-    opened = old.run("openssl", "enc", "-d", "-aes-256-cbc", "-a", "-md", "md5", "-in", kept,
-                     "-pass", f"file:{old.backups}/secret_key.txt")
-    assert os.fsencode(opened.stdout) == legacy.plain[legacy.manifest]
+    legacy.put(root)
+    (root / "backup/duplicity" / legacy.manifest).unlink()
+    kept = root / "backup/legacy" / f"{legacy.manifest}.enc"
+    assert str(kept.parent) in migrate(root).stderr
+    opened = subprocess.run(
+        ["openssl", "enc", "-d", "-aes-256-cbc", "-a", "-md", "md5", "-in", kept,
+         "-pass", f"file:{root}/backup/secret_key.txt"], stdout=subprocess.PIPE, check=True)
+    assert opened.stdout == legacy.plain[legacy.manifest]
     assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
-    assert old.backup().stderr == "" and names_in(kept.parent) == [kept.name]
+    assert migrate(root).stderr == "" and names_in(kept.parent) == [kept.name]
 
 
-@pytest.mark.parametrize("size", [0, 15, 16, 17, 32, 47, 48, 49, 100_000])
+@pytest.mark.parametrize("size", [0, 15, 16, 49, 100_000])
 def test_copy_of_another_size_is_kept(root: Path, legacy: Legacy, size: int) -> None:
     """One of a cipher block more or less than its original has, or one that was cut short."""
     plain, encrypted = root / "backup/duplicity", root / "backup/encrypted"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import PYTHON, FirstNight, Store
+from conftest import FirstNight, Store
 from test_services import STARTS, STOPS
 
 # Records its arguments and runs the real one.
@@ -28,11 +28,35 @@ def test_full_then_incremental_restore_equal(keyed: Store) -> None:
     (mailbox / "new/170010.M1P1.host").rename(mailbox / "cur/170010.M1P1.host:2,S")
     next((mailbox / "cur").glob("170001*")).unlink()
     (mailbox / "new/170020.M1P1.host").write_text("Subject: later\n")
+    began = datetime.now(timezone.utc).replace(microsecond=0)
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full", "duplicity-inc"]
     keyed.assert_restores("second")
     assert keyed.running() == ["dovecot", "postfix"]
+    assert_told(keyed, began)
+    for name in keyed.manifests():  # a random key needs no more, and each file took gpg 0.3 s
+        packets = keyed.run(
+            "gpg", "--batch", "--pinentry-mode", "cancel", "--list-packets",
+            keyed.encrypted / name, exit_code=None,
+            environment={"GNUPGHOME": str(keyed.gnupg())}).stdout
+        assert re.findall(r"\tsalt \w+, count (\d+)", packets) == ["1048576"]
+
+
+def assert_told(store: Store, began: datetime) -> None:
+    """Check that last-run.json tells STORAGE_USER's group of an increment made since then."""
+    content = store.last_run()
+    assert (content["kind"], content["source"]) == ("incremental", "copy")
+    assert (content["exit_code"], content["message"]) == (0, "")
+    assert content["duplicity_version"].count(".") == 2
+    start, end = (datetime.fromisoformat(content[key]) for key in ("start", "end"))
+    assert start.utcoffset() == timedelta(0)
+    assert began <= start <= end <= datetime.now(timezone.utc)
+    assert isinstance(content["downtime_seconds"], float) and 0 < content["downtime_seconds"] < 60
+    status = (store.backups / "last-run.json").stat()
+    owner = (status.st_uid, status.st_gid)
+    assert (stat.S_IMODE(status.st_mode), *owner) == (0o640, 0, store.root.stat().st_gid)
+    assert [path.name for path in store.backups.iterdir() if path.name.startswith(".")] == []
 
 
 def test_every_byte_in_names(keyed: Store) -> None:
@@ -47,7 +71,10 @@ def test_every_byte_in_names(keyed: Store) -> None:
 
 
 def test_order_of_the_night(keyed: Store) -> None:
-    """Mail is stopped only for the copy, dovecot first, and started likewise; then duplicity."""
+    """Mail is stopped only for the copy, dovecot first, and started likewise; then duplicity.
+
+    That has the options that the design says, and the target last.
+    """
     keyed.stand_in("duplicity", RECORDING)
     for name in ("before-backup", "after-backup"):
         hook = keyed.backups / name
@@ -56,36 +83,19 @@ def test_order_of_the_night(keyed: Store) -> None:
     (keyed.bin / "calls").touch()
     (keyed.bin / "calls").chmod(0o666)
     keyed.backup()
-    calls = [" ".join(call.split()[:2]) for call in keyed.calls()]
-    assert calls == [
+    assert [" ".join(call.split()[:2]) for call in keyed.calls()] == [
         "duplicity --version", "hook before-backup", "dovecot status", "postfix status",
         "dovecot stop", "postfix stop", "dovecot start", "postfix start",
         "dovecot status", "postfix status",
         "duplicity full", "duplicity remove-older-than", "duplicity cleanup", "hook after-backup"]
-
-
-def test_duplicity_is_called_as_the_design_says(keyed: Store) -> None:
-    """The options of each action, and the target last."""
-    keyed.stand_in("duplicity", RECORDING)
-    keyed.backup()
-    keyed.backup()
-    calls = [call for call in keyed.calls() if re.match("duplicity (?!--version)", call)]
+    full, *pruning = [call for call in keyed.calls() if re.match("duplicity (?!--version)", call)]
     target, archive = "file://encrypted", "--archive-dir cache --name backup"
-    options = (f"{archive} --volsize 250 --gpg-options=--cipher-algo=AES256"
-               " --allow-source-mismatch --log-fd=")
+    assert full.startswith(f"duplicity full {archive} --volsize 250 --gpg-options="
+                           "--cipher-algo=AES256 --allow-source-mismatch --log-fd=")
+    assert full.endswith(f" snapshot/tree {target}")
     quiet = f"{archive} --force --verbosity error"
-    assert calls[0].startswith(f"duplicity full {options}")
-    assert calls[0].endswith(f" snapshot/tree {target}")
-    assert calls[1] == f"duplicity remove-older-than {quiet} 3D {target}"
-    assert calls[2] == f"duplicity cleanup {quiet} {target}"
-    assert calls[3].startswith(f"duplicity incremental {options}")
-
-
-def test_full_is_forced(keyed: Store, first_night: FirstNight) -> None:
-    """--full makes a full backup although an incremental would do."""
-    first_night(keyed)
-    keyed.backup("--full")
-    assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full"] * 2
+    assert pruning == [
+        f"duplicity remove-older-than {quiet} 3D {target}", f"duplicity cleanup {quiet} {target}"]
 
 
 def test_first_run_makes_a_key_and_says_so_once(store: Store) -> None:
@@ -110,37 +120,16 @@ def test_first_run_makes_a_key_and_says_so_once(store: Store) -> None:
     assert not (store.backups / "tmp").exists()
 
 
-@pytest.mark.parametrize(
-    "mode, owned, expected", [(0o700, True, 0o710), (0o755, False, 0o755), (0o700, False, 0o710)])
+@pytest.mark.parametrize("mode, expected", [(0o700, 0o710), (0o755, 0o755)])
 def test_existing_backup_directory_gets_group_search(
-    keyed: Store, mode: int, owned: bool, expected: int
+    keyed: Store, mode: int, expected: int
 ) -> None:
     """A backup/ lets STORAGE_USER's group pass through, and keeps its mode otherwise."""
-    os.chown(keyed.backups, 0, keyed.root.stat().st_gid if owned else 0)
+    os.chown(keyed.backups, 0, 0)
     keyed.backups.chmod(mode)
-    keyed.backup()
+    keyed.stand_in("duplicity", "#!/bin/sh\nexit 1\n")
+    keyed.backup(exit_code=2)
     assert stat.S_IMODE(keyed.backups.stat().st_mode) == expected
-
-
-def test_key_is_hardly_stretched(keyed: Store) -> None:
-    """The key is stretched 1,048,576 times for each file.
-
-    A set of before, stretched 65 million times, is built on and opens as it did.
-    """
-    old = keyed.changed_program("KEY_ITERATIONS = 1_048_576", "KEY_ITERATIONS = 65_011_712")
-    keyed.run("faketime", "1 hour ago", PYTHON, old, "--config", keyed.settings)
-    (keyed.root / "later").write_text("later")
-    keyed.backup()
-    counts = []
-    for name in keyed.manifests():
-        packets = keyed.run(
-            "gpg", "--batch", "--pinentry-mode", "cancel", "--list-packets",
-            keyed.encrypted / name, exit_code=None,
-            environment={"GNUPGHOME": str(keyed.gnupg())}).stdout
-        counts += re.findall(r"\tsalt \w+, count (\d+)", packets)
-    assert counts == ["65011712", "1048576"]
-    keyed.assert_restores()
-    assert keyed.backup("--verify").stdout.startswith("checked 2 backup sets")
 
 
 def test_passphrase_is_nowhere_but_in_duplicitys_environment(keyed: Store) -> None:
@@ -179,24 +168,6 @@ exec REAL "$@"
     assert kept == [keyed.backups / "secret_key.txt"]
 
 
-def test_last_run_tells_how_it_went(keyed: Store) -> None:
-    """last-run.json holds what the design says, readable for STORAGE_USER's group."""
-    began = datetime.now(timezone.utc).replace(microsecond=0)
-    keyed.backup()
-    content = keyed.last_run()
-    assert (content["kind"], content["source"]) == ("full", "copy")
-    assert (content["exit_code"], content["message"]) == (0, "")
-    assert content["duplicity_version"].count(".") == 2
-    start, end = (datetime.fromisoformat(content[key]) for key in ("start", "end"))
-    assert start.utcoffset() == timedelta(0)
-    assert began <= start <= end <= datetime.now(timezone.utc)
-    assert isinstance(content["downtime_seconds"], float) and 0 < content["downtime_seconds"] < 60
-    status = (keyed.backups / "last-run.json").stat()
-    owner = (status.st_uid, status.st_gid)
-    assert (stat.S_IMODE(status.st_mode), *owner) == (0o640, 0, keyed.root.stat().st_gid)
-    assert [path.name for path in keyed.backups.iterdir() if path.name.startswith(".")] == []
-
-
 # What duplicity may do wrong
 
 FAILING = """#!/bin/sh
@@ -211,16 +182,15 @@ def fail_with(store: Store, wrong: str) -> None:
     store.stand_in("duplicity", FAILING.replace("WRONG", wrong))
 
 
-@pytest.mark.parametrize("code", [1, 23, 30, 50, 53, 99])
+@pytest.mark.parametrize("code", [53, 99])
 def test_failing_duplicity(keyed: Store, first_night: FirstNight, code: int) -> None:
     """Exit 1, services up, nothing left of the set; and it is told what duplicity said last.
 
-    That is the sentence on its exit code, and its last 25 lines.
+    That is the sentence on its exit code, if there is one, and its last 25 lines.
     """
     first_night(keyed)
     before = sorted(path.name for path in keyed.encrypted.iterdir())
     fail_with(keyed, f"for number in $(seq 30); do echo line $number; done; exit {code}")
-    keyed.forget_calls()
     result = keyed.backup(exit_code=1)
     assert "line 30" in result.stderr
     assert "line 6" in result.stderr and "line 5\n" not in result.stderr
@@ -231,9 +201,6 @@ def test_failing_duplicity(keyed: Store, first_night: FirstNight, code: int) -> 
     assert keyed.calls("stop", "start") == STOPS + STARTS
     content = keyed.last_run()
     assert content["exit_code"] == 1 and "duplicity incremental failed" in content["message"]
-    (keyed.bin / "duplicity").unlink()
-    keyed.backup()
-    keyed.assert_restores()
 
 
 def test_set_without_manifest_is_not_believed(keyed: Store) -> None:
@@ -258,43 +225,56 @@ exec REAL "$@"
     assert list(keyed.encrypted.iterdir()) == []
 
 
-@pytest.mark.parametrize("name, shown", [
-    ("ssl/private.pem", "ssl/private.pem"),
-    ("ssl/\udcff\n\x1b.pem", r"ssl/\udcff\n\x1b.pem"),
-])
 @pytest.mark.parametrize("call", ["openat", "read", "newfstatat"])
-def test_unread_file_is_named(keyed: Store, name: str, shown: str, call: str) -> None:
+def test_unread_file_is_named(keyed: Store, call: str) -> None:
     """A file that cannot be opened, read or looked at is named safely, and the backup kept.
 
-    The exit code is 3; a good disk mends it.
+    The exit code is 3.
     """
-    (keyed.root / name).write_text("bad sector")
-    strace = f"strace -qq -o /dev/null -P 'snapshot/tree/{name}'"
+    bad = {"ssl/private.pem": "ssl/private.pem", "ssl/\udcff\n\x1b.pem": r"ssl/\udcff\n\x1b.pem"}
+    for name in bad:
+        (keyed.root / name).write_text("bad sector")
+    paths = " ".join(f"-P 'snapshot/tree/{name}'" for name in bad)
     keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) exec {strace} -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
+case $1 in full) exec strace -qq -o /dev/null {paths} -e trace={call} \\
+    -e inject={call}:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
     result = keyed.backup(exit_code=3)
-    assert len(keyed.manifests()) == 1
+    assert len(keyed.manifests()) == 1 and keyed.last_run()["exit_code"] == 3
     for text in (result.stderr, keyed.last_run()["message"]):
-        assert "could be read" in text and shown in text and "snapshot" not in text
-    assert keyed.last_run()["exit_code"] == 3
-    (keyed.bin / "duplicity").unlink()
-    keyed.backup("--full")
-    keyed.assert_restores()
+        assert "could be read" in text and "snapshot" not in text
+        assert all(shown in text for shown in bad.values())
 
 
-@pytest.mark.parametrize("action", ["remove-older-than", "cleanup"])
-def test_failing_pruning_needs_attention(keyed: Store, action: str) -> None:
-    """The backup is made, the rest of the night goes on, exit 3 says what failed."""
-    keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in {action}) echo pruned no more; exit 50;; esac
+def test_unread_file_is_in_the_backup_of_a_good_disk(keyed: Store) -> None:
+    """An increment takes in what the night before could not open."""
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in full) exec strace -qq -o /dev/null -P snapshot/tree/ssl/private.pem \\
+    -e trace=openat -e inject=openat:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
-    result = keyed.backup(exit_code=3)
-    assert f"duplicity {action} failed" in result.stderr and "pruned no more" in result.stderr
-    assert {stat.S_IMODE(path.stat().st_mode) for path in keyed.encrypted.iterdir()} == {0o640}
+    keyed.backup(exit_code=3)
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup()
     keyed.assert_restores()
+
+
+def test_failing_pruning_needs_attention(keyed: Store, first_night: FirstNight) -> None:
+    """The backup is made, the rest of the night goes on, exit 3 says what failed.
+
+    It is a full one with --full, although an incremental would do.
+    """
+    first_night(keyed)
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in remove-older-than|cleanup) echo $1 no more; exit 50;; esac
+exec REAL "$@"
+""")
+    errors = keyed.backup("--full", exit_code=3).stderr
+    for action in ("remove-older-than", "cleanup"):
+        assert f"duplicity {action} failed" in errors and f"{action} no more" in errors
+    assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full"] * 2
+    assert {stat.S_IMODE(path.stat().st_mode) for path in keyed.encrypted.iterdir()} == {0o640}
 
 
 def test_last_room_is_left_to_mail(keyed: Store) -> None:

@@ -25,12 +25,12 @@ FIRST_DAY = datetime(2026, 1, 1, 3, tzinfo=timezone.utc)
 BUSY, QUIET = 14_000, 20  # bytes of the message that comes before a night
 # Increments are more than half of a full after three busy days, and less after 31 quiet ones.
 ARCHIVE_BYTES = 60_000
-# The machine is off: first when a full is due, then amid a chain.
-OFF_DAYS = frozenset([*range(11, 16), 18, 19])
+# The machine is off: first when a full is due, then amid chains, the last time for half a month.
+OFF_DAYS = frozenset([*range(11, 16), 18, 19, *range(31, 47)])
 QUIET_DAYS = range(22, 58)
 LAST_DAY = 68
 NOON_DAYS = frozenset([4, 17, 63])  # an admin makes another backup at noon
-RESTORED_RUNS = frozenset([15, 30, 45, 60])
+RESTORED_RUNS = frozenset([15, 30, 45])
 SOON = "on next daily backup"
 
 # Real gpg, but it does not take a second or two each night to measure how often it can afford to
@@ -205,7 +205,7 @@ def test_every_run_makes_one_set_and_prints_nothing(history: History) -> None:
 
     No file belongs to no set.
     """
-    assert len(history.runs) >= 60
+    assert len(history.runs) >= 45
     for run in history.runs:
         assert (run.exit_code, run.printed) == (0, ""), run.start
         assert run.running == ["dovecot", "postfix"], run.start
@@ -314,7 +314,7 @@ def test_estimates_are_never_negative_and_not_far_off(history: History) -> None:
         print(f"{kind} nights: {len(values)} estimates,",
               f"off by {values[0]:+.1f} to {values[-1]:+.1f} days,",
               f"half of them by {values[len(values) // 2]:+.1f} or less")
-    assert len(quiet_errors) >= 30 and max(abs(error) for error in quiet_errors) <= 2
+    assert len(quiet_errors) >= 15 and max(abs(error) for error in quiet_errors) <= 2
     assert min(errors) > -5
 
 
@@ -372,34 +372,22 @@ def make_orphans(store: Store, three_nights: Store, lost: int) -> set[str]:
 def test_orphans_go_with_the_next_run(keyed: Store, three_nights: Store, lost: int) -> None:
     """Increments whose full, or a set between, was deleted by hand go with the next run, as told.
 
-    That run makes a full, which restores.
+    That run makes a full, which restores. What duplicity says of orphans is not told as mail that
+    could not be read.
     """
     orphans = make_orphans(keyed, three_nights, lost)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3, hours=-1))
     due = {row["date"] for row in run.before["backups"] if row["deleted_in"] == SOON}
     assert due == orphans == run.gone
-    assert run.full_forecast and run.made[0]["full"]
+    assert run.full_forecast and run.made[0]["full"] and "could not read" not in run.printed
     assert run.after["unmatched_file_size"] == 0
     assert run.running == ["dovecot", "postfix"]
     keyed.assert_restores()
 
 
-def test_orphans_are_not_taken_for_files_that_cannot_be_read(
-    keyed: Store, three_nights: Store
-) -> None:
-    """A warning of duplicity's about orphans is not told as mail that could not be read."""
-    make_orphans(keyed, three_nights, 0)
-    run = back_up(keyed, FIRST_DAY + timedelta(days=3))
-    assert "could not read" not in run.printed, run.printed
-
-
-@pytest.mark.parametrize("with_orphans", [False, True])
-def test_missing_entries_are_seen(keyed: Store, three_nights: Store, with_orphans: bool) -> None:
+def test_missing_entries_are_seen(keyed: Store, three_nights: Store) -> None:
     """A full that lacks a file which vanished is thrown away, whatever else duplicity warns of."""
-    if with_orphans:
-        make_orphans(keyed, three_nights, 0)
-    else:
-        prepare(keyed)
+    make_orphans(keyed, three_nights, 0)
     keyed.stand_in("duplicity", DUPLICITY_WITH_VANISHING_FILE)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3))
     assert (run.exit_code, run.made) == (1, []), run.printed

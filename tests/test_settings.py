@@ -41,13 +41,11 @@ WHOLE = f"{IN_ROOT}STORAGE_USER=nobody\n"
 
 @pytest.mark.parametrize("text, told", [
     ("STORAGE_USER=nobody\n", "STORAGE_ROOT is missing"),
-    ("STORAGE_ROOT=\nSTORAGE_USER=nobody\n", "STORAGE_ROOT is missing"),
     ("STORAGE_ROOT=relative/path\nSTORAGE_USER=nobody\n", "absolute path"),
     ("STORAGE_ROOT=/no/such/place\nSTORAGE_USER=nobody\n", "/no/such/place is not a directory"),
     ("STORAGE_ROOT=/etc/passwd\nSTORAGE_USER=nobody\n", "/etc/passwd is not a directory"),
     ("STORAGE_ROOT=//\nSTORAGE_USER=nobody\n", "STORAGE_ROOT is /, the whole system"),
     (IN_ROOT, "STORAGE_USER is missing"),
-    (f"{IN_ROOT}STORAGE_USER=\n", "STORAGE_USER is missing"),
     (f"{IN_ROOT}STORAGE_USER=no-such-user\n", "there is no user no-such-user"),
     (f"{WHOLE}BACKUP_KEEP_DAYS=0\n", "BACKUP_KEEP_DAYS is 0"),
     (f"{WHOLE}BACKUP_KEEP_DAYS=three\n", "BACKUP_KEEP_DAYS is three"),
@@ -61,8 +59,8 @@ WHOLE = f"{IN_ROOT}STORAGE_USER=nobody\n"
     (f"{WHOLE}BACKUP_EXCLUDE='.Sent Items\n", "BACKUP_EXCLUDE cannot be read: No closing"),
     (f"{WHOLE}BACKUP_SERVICES=dovecot --full\n", "--full is not the name of a service"),
     (f"{IN_ROOT}STORAGE_USER nobody\n", "line 2"),
-    (f"{IN_ROOT}=nobody\n", "line 2"),
     (f"{WHOLE}STORAGE_USER=root\n", "line 3"),
+    (f"{WHOLE}A=\0\n", "line 3"),  # no environment can hold it
 ])
 def test_wrong_settings(store: Store, text: str, told: str) -> None:
     """One sentence for each thing that can be wrong in the file."""
@@ -86,27 +84,27 @@ def test_settings_file_with_all_that_is_allowed(store: Store) -> None:
     assert utils.load_environment(store.settings) == {
         "STORAGE_ROOT": str(store.root), "STORAGE_USER": USER,
         "A": "b=c", "EMPTY": "", "NAME": "\udcff"}
-    store.put_key()
-    assert store.backup().stderr == ""
-
-
-def test_nul_in_the_settings(store: Store) -> None:
-    """No environment can hold it."""
-    store.settings.write_bytes(store.settings.read_bytes() + b"A=\0\n")
-    refused(store, "line 3")
+    store.backup("--dry-run")
 
 
 def test_storage_root_needs_no_settings_file(store: Store) -> None:
     """With --storage-root the owner of the directory is STORAGE_USER.
 
-    A relative path and a symbolic link will do.
+    A relative path and a symbolic link will do: what that leads to is backed up. No file is open
+    to others, whatever the umask, and a note in encrypted/ does not keep the first key from being
+    made.
     """
+    store.encrypted.mkdir(parents=True)
+    (store.encrypted / "README").touch(mode=0o600)
     link = store.scratch / "link"
     link.symlink_to(store.root)
     program = shlex.join([PYTHON, str(SCRIPT)])
-    result = store.run("sh", "-c", f"cd {store.scratch} && exec {program} --storage-root link")
+    result = store.run("sh", "-c",
+                       f"umask 000; cd {store.scratch} && exec {program} --storage-root link")
     assert "keep a copy" in result.stderr
     assert store.encrypted.stat().st_gid == store.root.stat().st_gid
+    for path in store.backups.rglob("*"):
+        assert not stat.S_IMODE(path.lstat().st_mode) & 0o027, path
     store.assert_restores()
 
 
@@ -191,11 +189,9 @@ def test_newer_duplicity_is_never_refused(keyed: Store) -> None:
 
 @pytest.mark.parametrize("content, mode, told", [
     (b"", 0o600, "is no passphrase"),
-    (b"too short\n", 0o600, "less than 43 characters"),
     (b"\n" + b"x" * 64 + b"\n", 0o600, "is no passphrase"),
     (b"x" * 42 + b"\n", 0o600, "less than 43 characters"),
     (b"\xff" * 64 + b"\n", 0o600, "is no passphrase"),
-    (b"\0" * 64 + b"\n", 0o600, "is no passphrase"),
     (b"x" * 64 + b"\n", 0o644, "chmod 600"),
     (b"x" * 64 + b"\n", 0o640, "chmod 600"),
     (None, 0o600, "Is a directory"),
@@ -217,10 +213,7 @@ def test_key_is_its_first_line_stripped(keyed: Store) -> None:
 
 
 @pytest.mark.parametrize("present", [
-    "encrypted/duplicity-full.20260101T030000Z.manifest.gpg",
-    "encrypted/duplicity-full.x.enc",
-    "duplicity/x",
-])
+    "encrypted/duplicity-full.20260101T030000Z.manifest.gpg", "duplicity/x"])
 def test_missing_key_with_backups_present(store: Store, present: str) -> None:
     """No new key where backups need the old one."""
     (store.backups / present).parent.mkdir(parents=True)
@@ -228,18 +221,11 @@ def test_missing_key_with_backups_present(store: Store, present: str) -> None:
     refused(store, "is missing although there are backups")
 
 
-def test_stray_file_is_no_backup(store: Store) -> None:
-    """A note in encrypted/ does not keep the first key from being made."""
-    store.encrypted.mkdir(parents=True)
-    (store.encrypted / "README").touch()
-    assert "keep a copy" in store.backup().stderr
-
-
-@pytest.mark.parametrize("name", ["", "encrypted", "cache", "tmp", "legacy", "duplicity"])
-@pytest.mark.parametrize("wrong, told", [
-    ("link", "is a symbolic link"), ("file", "is not a directory"),
-    ("owner", "is not owned by root"), ("writable", "chmod go-w"),
-])
+@pytest.mark.parametrize("name, wrong, told", [
+    *[(name, *wrong) for name in ("", "encrypted") for wrong in (
+        ("link", "is a symbolic link"), ("file", "is not a directory"),
+        ("owner", "is not owned by root"), ("writable", "chmod go-w"))],
+    *[(name, "link", "is a symbolic link") for name in ("cache", "tmp", "legacy", "duplicity")]])
 def test_hostile_directories(keyed: Store, name: str, wrong: str, told: str) -> None:
     """A backup/ or part of it that STORAGE_USER replaced, owns or can write to: refused."""
     elsewhere = keyed.scratch / "elsewhere"
@@ -279,35 +265,19 @@ def test_last_run_that_cannot_be_written(keyed: Store) -> None:
     assert len(keyed.manifests()) == 1
 
 
-def test_link_to_the_storage_root(store: Store) -> None:
-    """STORAGE_ROOT may be a symbolic link: what it leads to is backed up, not the link."""
-    link = store.scratch / "link"
-    link.symlink_to(store.root)
-    store.settings.write_text(f"STORAGE_ROOT={link}\nSTORAGE_USER={USER}\n")
-    store.put_key()
-    store.backup()
-    store.assert_restores()
-
-
 def test_another_key_than_the_backups(keyed: Store, first_night: FirstNight) -> None:
     """With a key that does not open the newest set nothing is stopped or written, exit 1.
 
-    The ways out are told; the old key mends it.
+    The ways out are told.
     """
     first_night(keyed)
-    key = keyed.backups / "secret_key.txt"
-    old = key.read_text()
-    key.write_text("another" * 10 + "\n")
-    keyed.forget_calls()
+    (keyed.backups / "secret_key.txt").write_text("another" * 10 + "\n")
     before = tree_of(keyed.encrypted)
     result = keyed.backup(exit_code=1)
     assert "made with another key" in result.stderr
     assert "put the old key back" in result.stderr
     assert keyed.calls() == []
     assert tree_of(keyed.encrypted) == before
-    key.write_text(old)
-    keyed.backup()
-    keyed.assert_restores()
 
 
 def test_damaged_manifest(keyed: Store, first_night: FirstNight) -> None:
@@ -322,24 +292,16 @@ def test_damaged_manifest(keyed: Store, first_night: FirstNight) -> None:
     assert keyed.calls() == []
 
 
-@pytest.mark.parametrize(
-    "then, now", [("+2 hours", "+0 hours"), ("+0 hours", "-1 day"), ("+1 year", "+0 hours")])
-def test_set_of_the_future(keyed: Store, then: str, now: str) -> None:
-    """A set dated ahead of the clock stops the run: the next increment would be an orphan."""
-    keyed.run("faketime", then, *keyed.command(), exit_code=0)
+def test_set_of_the_future(keyed: Store) -> None:
+    """A set dated ahead of the clock stops the run: the next increment would be an orphan.
+
+    So it does the dry run.
+    """
+    keyed.run("faketime", "+2 hours", *keyed.command())
     keyed.forget_calls()
-    result = keyed.run("faketime", now, *keyed.command(), exit_code=1)
-    assert "the clock is wrong, or was" in result.stderr
+    for option in ("--full", "--dry-run"):
+        assert "the clock is wrong, or was" in keyed.backup(option, exit_code=1).stderr
     assert keyed.calls() == [] and len(keyed.manifests()) == 1
-
-
-def test_clock_that_jumps_a_year_ahead(keyed: Store, first_night: FirstNight) -> None:
-    """The first run after over 31 days prunes nothing, and exit 3 says so; the next prunes."""
-    first_night(keyed)
-    result = keyed.run("faketime", "+1 year", *keyed.command(), exit_code=3)
-    assert "no old backups were deleted" in result.stderr and len(keyed.manifests()) == 2
-    assert keyed.run("faketime", "+366 days", *keyed.command()).stderr == ""
-    assert len([name for name in keyed.manifests() if name.startswith("duplicity-full")]) == 1
 
 
 def test_what_a_killed_run_leaves(keyed: Store, first_night: FirstNight) -> None:
@@ -369,14 +331,6 @@ def test_what_a_killed_run_leaves(keyed: Store, first_night: FirstNight) -> None
     left = [path for path in keyed.backups.rglob("*")
             if "2099" in path.name or "tempdir" in path.name or path.suffix == ".part"]
     assert left == [] and not paths.gnupg.exists()
-    keyed.assert_restores()
-
-
-def test_modes_of_what_is_made(store: Store) -> None:
-    """No file of backup/ is open to others, whatever the umask."""
-    store.run("sh", "-c", f"umask 000; exec {shlex.join(store.command())}")
-    for path in store.backups.rglob("*"):
-        assert not stat.S_IMODE(path.lstat().st_mode) & 0o027, path
 
 
 def test_directory_that_is_replaced_during_the_run(keyed: Store) -> None:
@@ -404,15 +358,6 @@ def test_encrypted_that_was_moved_aside(keyed: Store, first_night: FirstNight) -
     keyed.encrypted.rename(keyed.scratch / "aside")
     pass_the_second_of(keyed.scratch / "aside")
     keyed.backup("--full")
-    keyed.assert_restores()
-
-
-def test_missing_signatures_force_a_full(keyed: Store, first_night: FirstNight) -> None:
-    """duplicity would exit 17 night after night."""
-    first_night(keyed)
-    next(keyed.encrypted.glob("*signatures*")).unlink()
-    keyed.backup()
-    assert len([name for name in keyed.manifests() if "full" in name]) == 2
     keyed.assert_restores()
 
 
@@ -475,19 +420,3 @@ def test_rescue_system_that_does_not_know_the_owner(keyed: Store, first_night: F
     os.chown(keyed.root, 54321, -1)
     result = keyed.run(PYTHON, keyed.command()[1], "--storage-root", keyed.root, "--list")
     assert "ssl/private.pem" in result.stdout
-
-
-def test_dry_run_tells_of_a_wrong_clock(keyed: Store) -> None:
-    """As the run that it shows would."""
-    keyed.run("faketime", "+3 hours", *keyed.command())
-    assert "the clock is wrong, or was" in keyed.backup("--dry-run", exit_code=1).stderr
-
-
-def test_name_that_the_terminal_cannot_show(store: Store) -> None:
-    """It is shown with escapes."""
-    root = store.root.with_name("\u5a18")
-    store.root.rename(root)
-    result = store.run(
-        PYTHON, store.command()[1], "--storage-root", root, "--status", exit_code=3,
-        environment={"PYTHONIOENCODING": "latin-1:strict"})
-    assert "\\u5a18/backup" in result.stdout and "Traceback" not in result.stderr

@@ -10,11 +10,10 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Optional, Union
 
 import pytest
@@ -23,7 +22,6 @@ from hypothesis import strategies as some
 
 import backup
 from conftest import PYTHON, SCRIPT, FirstNight, Store
-from test_nights import QUICK_GPG
 from utils import Failure
 
 Status = dict[str, Any]
@@ -178,22 +176,6 @@ def test_keys(by_hand: ByHand) -> None:
                      "full": True, "previous": None, "size": 2000}
 
 
-def test_newest_first(by_hand: ByHand) -> None:
-    """The newest set comes first, across chains, years and kinds."""
-    for begin in (datetime(2024, 12, 30, tzinfo=timezone.utc), NOW - 20 * DAY, NOW - 5 * DAY):
-        by_hand.put_chain(begin, increments=4)
-    dates = [row["date"] for row in by_hand.rows()]
-    assert len(dates) == 15 and dates == sorted(dates, reverse=True)
-
-
-def test_default_time_is_the_clocks(by_hand: ByHand) -> None:
-    """Without a time of its own both functions take the clock's."""
-    by_hand.put_set(datetime.now(timezone.utc) - timedelta(hours=2, seconds=30))
-    env = by_hand.env()
-    assert backup.backup_status(env)["backups"][0]["date_delta"] == "2 hours, 0 minutes"
-    assert not backup.should_force_full(env)
-
-
 @pytest.mark.parametrize("env", [
     {}, {"STORAGE_ROOT": "relative"}, {"STORAGE_ROOT": "/", "BACKUP_KEEP_DAYS": "three"}])
 def test_wrong_settings(env: dict[str, str]) -> None:
@@ -201,17 +183,6 @@ def test_wrong_settings(env: dict[str, str]) -> None:
     with pytest.raises(Failure) as caught:
         backup.backup_status(env, NOW)
     assert caught.value.exit_code == 2
-
-
-def test_storage_root_that_is_a_link(by_hand: ByHand, tmp_path: Path) -> None:
-    """A STORAGE_ROOT that is a symbolic link is followed."""
-    by_hand.put_set(NOW - DAY)
-    (tmp_path / "link").symlink_to(by_hand.root)
-    by_link = backup.backup_status({"STORAGE_ROOT": str(tmp_path / "link")}, NOW)
-    by_itself = by_hand.status()
-    for status in (by_link, by_itself):
-        assert status.pop("free_size") > 0  # others write to that disk
-    assert by_link == by_itself
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -226,14 +197,6 @@ def test_no_backups(by_hand: ByHand, missing: bool) -> None:
 
 
 # Local time
-
-
-def test_rows_bear_local_time(by_hand: ByHand, zone: Callable[[str], None]) -> None:
-    """Dates are told in local time, with its offset from UTC."""
-    zone("Europe/Berlin")
-    by_hand.put_set(NOW - DAY)
-    status = by_hand.status()
-    assert (status["tz"], status["backups"][0]["date_str"]) == ("CEST", "2026-06-14T05:00:00+02:00")
 
 
 @pytest.mark.parametrize("now, tz, told", [
@@ -251,25 +214,11 @@ def test_rows_bear_the_local_time_of_their_own_day(
     assert (status["tz"], status["backups"][0]["date_str"]) == (tz, told)
 
 
-def test_ages_and_promises_are_in_real_hours(by_hand: ByHand, zone: Callable[[str], None]) -> None:
-    """Across a change of the clocks ages and promises count real hours, as duplicity does."""
-    zone("Europe/Berlin")
-    date = datetime(2026, 3, 28, 2, 30, tzinfo=timezone.utc)
-    by_hand.put_set(date)
-    by_hand.put_set(date + timedelta(hours=12))
-    newer, older = by_hand.rows(date + timedelta(hours=47))
-    assert (older["date_delta"], older["deleted_in"]) == ("1 day, 23 hours", "1 day, 1 hour")
-    assert newer["date_delta"] == "1 day, 11 hours"
-
-
 @pytest.mark.parametrize("seconds, told", [
-    (0, "0 minutes"), (59, "0 minutes"), (60, "1 minute"), (119, "1 minute"), (120, "2 minutes"),
-    (3599, "59 minutes"), (3600, "1 hour, 0 minutes"), (3660, "1 hour, 1 minute"),
-    (2 * 3600 + 5 * 60, "2 hours, 5 minutes"), (86399, "23 hours, 59 minutes"),
-    (86400, "1 day, 0 hours"), (86400 + 3600, "1 day, 1 hour"),
-    (2 * 86400 + 3 * 3600 + 59 * 60, "2 days, 3 hours"), (31 * 86400, "1 month, 0 days"),
-    (32 * 86400, "1 month, 1 day"), (365 * 86400, "1 year, 0 months"),
-    (-1, "0 minutes"), (-400 * 86400, "0 minutes"),
+    (0, "0 minutes"), (60, "1 minute"), (119, "1 minute"), (3599, "59 minutes"),
+    (3600, "1 hour, 0 minutes"), (2 * 3600 + 5 * 60, "2 hours, 5 minutes"),
+    (86400 + 3600, "1 day, 1 hour"), (2 * 86400 + 3 * 3600 + 59 * 60, "2 days, 3 hours"),
+    (32 * 86400, "1 month, 1 day"), (365 * 86400, "1 year, 0 months"), (-400 * 86400, "0 minutes"),
 ])
 def test_span(seconds: int, told: str) -> None:
     """A span is told in its two largest units, each in the singular if it is one.
@@ -283,66 +232,25 @@ def test_span(seconds: int, told: str) -> None:
 # What counts as a set
 
 
-def test_half_sets(by_hand: ByHand) -> None:
-    """Volumes and signatures without a manifest are no set; a manifest alone is one.
-
-    Those of an archive directory are none.
-    """
-    volume, signatures, _ = set_names(NOW - 3 * DAY)
-    by_hand.put(volume, 1000)
-    by_hand.put(signatures, 200)
-    _, _, manifest = set_names(NOW - 2 * DAY)
-    by_hand.put(manifest, 30)
-    _, _, bare = set_names(NOW - DAY)
-    for suffix in ("", ".part", ".gz"):
-        by_hand.put(bare.removesuffix(".gpg") + suffix, 4)
-    status = by_hand.status()
-    assert [(row["date"], row["size"]) for row in status["backups"]] == [(stamp(NOW - 2 * DAY), 30)]
-    assert status["unmatched_file_size"] == 1212
-
-
-def test_openssl_copies(by_hand: ByHand) -> None:
-    """The copies of the layout of old are no sets, and count as unmatched."""
-    for name in set_names(NOW - DAY):
-        by_hand.put(name.replace(".gpg", ".enc"), 100)
-        by_hand.put(f"{name}.enc", 1000)
-        by_hand.put(name.replace(".gpg", ".gz.enc"), 10_000)
-    status = by_hand.status()
-    assert (status["backups"], status["unmatched_file_size"]) == ([], 33_300)
-
-
-def test_many_volumes(by_hand: ByHand) -> None:
-    """All volumes of a set add to its size."""
-    by_hand.put_set(NOW - DAY, size_bytes=100)
-    for number in range(2, 1502):
-        by_hand.put(set_names(NOW - DAY)[0].replace("vol1", f"vol{number}"), 1)
-    assert [row["size"] for row in by_hand.rows()] == [1600]
-    assert by_hand.status()["unmatched_file_size"] == 0
-
-
-@pytest.mark.parametrize("kind", ["full", "increment"])
-@pytest.mark.parametrize("seconds, belongs", [
-    (0, True), (1, True), (-5, True), (60, True), (-60, True), (61, False), (-61, False)])
+@pytest.mark.parametrize("previous", [None, NOW - 2 * DAY])
+@pytest.mark.parametrize("seconds, belongs", [(60, True), (-60, True), (61, False), (-61, False)])
 def test_signatures_dated_off_their_set(
-    by_hand: ByHand, kind: str, seconds: int, belongs: bool
+    by_hand: ByHand, previous: Optional[datetime], seconds: int, belongs: bool
 ) -> None:
     """A signature file dated up to 60 seconds off a complete set without one belongs to it.
 
-    One dated further off is unmatched.
+    One dated further off is unmatched, and duplicity cannot build on such a set: a full comes next.
     """
-    previous = None
-    if kind == "increment":
-        previous = NOW - 2 * DAY
+    if previous:
         by_hand.put_set(previous, size_bytes=5000)
     volume, _, manifest = set_names(NOW - DAY, previous)
     _, signatures, _ = set_names(NOW - DAY + SECOND * seconds, previous)
     for name, size_bytes in ((volume, 1000), (manifest, 30), (signatures, 200)):
         by_hand.put(name, size_bytes)
     status = by_hand.status()
-    size, unmatched = (1230, 0) if belongs else (1030, 200)
-    assert status["backups"][0]["size"] == size
-    assert status["unmatched_file_size"] == unmatched
-    assert len(status["backups"]) == (1 if previous is None else 2)
+    assert (status["backups"][0]["size"], status["unmatched_file_size"]) == (
+        (1230, 0) if belongs else (1030, 200))
+    assert by_hand.full_is_next() != belongs
 
 
 def test_signatures_beside_a_set_that_has_its_own(by_hand: ByHand) -> None:
@@ -361,66 +269,15 @@ def test_signatures_beside_a_set_that_has_its_own(by_hand: ByHand) -> None:
     assert status["unmatched_file_size"] == 7020
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_the_nearest_signatures_belong_to_a_set(
-    by_hand: ByHand, monkeypatch: pytest.MonkeyPatch, backwards: bool
-) -> None:
-    """Of two signature files near a set the nearer belongs to it, whatever is listed first."""
-    by_hand.put(set_names(NOW - DAY)[2], 5)
-    begin = NOW - DAY
-    sizes = {set_names(begin + 3 * SECOND)[1]: 100, set_names(begin + 50 * SECOND)[1]: 1000,
-             set_names(begin)[2]: 5}
-    listed = dict(sorted(sizes.items(), reverse=backwards))
-    monkeypatch.setattr("utils.regular_files", lambda directory: listed)
-    status = by_hand.status()
-    assert [row["size"] for row in status["backups"]] == [105]
-    assert status["unmatched_file_size"] == 1000
-
-
-def test_two_sets_within_a_minute(by_hand: ByHand) -> None:
-    """Two sets within a minute, both with signatures dated off, have one signature file each."""
-    for seconds, size_bytes in ((0, 100), (30, 1000)):
-        by_hand.put(set_names(NOW - DAY + SECOND * seconds)[2], size_bytes)
-        by_hand.put(set_names(NOW - DAY + SECOND * (seconds + 2))[1], size_bytes * 2)
-    status = by_hand.status()
-    assert [row["size"] for row in status["backups"]] == [3000, 300]
-    assert status["unmatched_file_size"] == 0
-
-
-def test_only_regular_files_count(by_hand: ByHand) -> None:
-    """Directories, links, fifos and what lies in subdirectories count as nothing, however named."""
-    by_hand.put_set(NOW - DAY, size_bytes=100)
-    by_hand.put("stray", 11)
-    directory, link, fifo = (
-        by_hand.encrypted / set_names(NOW - number * DAY)[2] for number in (2, 3, 4))
-    directory.mkdir()
-    for name in set_names(NOW - 5 * DAY):
-        (directory / name).write_text("deep")
-    link.symlink_to(by_hand.encrypted / "stray")
-    (by_hand.encrypted / "dangling").symlink_to("nowhere")
-    os.mkfifo(fifo)
-    status = by_hand.status()
-    assert [(row["date"], row["size"]) for row in status["backups"]] == [(stamp(NOW - DAY), 100)]
-    assert status["unmatched_file_size"] == 11
-
-
 @pytest.mark.parametrize("name", [
     *[f"duplicity-full.{date}.manifest.gpg" for date in (
-        "20261301T030000Z", "20260230T030000Z", "20260101T250000Z", "20260101T036100Z",
-        "20260101T030061Z", "00000101T030000Z", "20260101T030000", "2026010१T030000Z",
-        "２０２６0101T030000Z", "20260101T030000Z.to.20260102T030000Z")],
-    *[f"duplicity-inc.{dates}.manifest.gpg" for dates in (
-        "20261301T030000Z.to.20260102T030000Z", "20260101T030000Z.to.20260100T030000Z",
-        "20260102T030000Z")],
+        "20260230T030000Z", "20260101T250000Z", "20260101T030061Z", "00000101T030000Z",
+        "2026010१T030000Z", "20260101T030000Z.to.20260102T030000Z")],
+    "duplicity-inc.20260101T030000Z.to.20260100T030000Z.manifest.gpg",
+    "duplicity-inc.20260102T030000Z.manifest.gpg",
     *[f"duplicity-full.20260101T030000Z{end}" for end in (
-        ".manifest.gpg\n", ".manifest.gpg ", ".manifestxgpg", ".manifest", ".MANIFEST.gpg",
-        ".manifest.gpg.gpg", ".vol.difftar.gpg")],
-    "\nduplicity-full.20260101T030000Z.manifest.gpg",
-    "xduplicity-full.20260101T030000Z.manifest.gpg",
-    "duplicity-new-signatures.20260101T030000Z.sigtar.gpg",
-    "duplicity-full-signatures.20260101T030000Z.to.20260102T030000Z.sigtar.gpg",
-    "duplicity-full-signatures.20261301T030000Z.sigtar.gpg",
-    "-", "\x1b[2J", b"\xff\xfe\n",
+        ".manifest.gpg\n", ".manifestxgpg", ".manifest", ".vol.difftar.gpg", ".manifest.gpg.enc")],
+    "\nduplicity-full.20260101T030000Z.manifest.gpg", "\x1b[2J", b"\xff\xfe\n",
     b"duplicity-full.20260101T030000Z.manifest.gpg\xff",
 ])
 def test_names_that_are_no_sets(by_hand: ByHand, name: Union[str, bytes]) -> None:
@@ -434,71 +291,38 @@ def test_names_that_are_no_sets(by_hand: ByHand, name: Union[str, bytes]) -> Non
     assert not by_hand.full_is_next()
 
 
-@pytest.mark.parametrize("year", ["0001", "1969", "2500", "9999"])
-@pytest.mark.parametrize("zone_name", ["UTC", "America/Los_Angeles", "Pacific/Auckland"])
-def test_dates_far_off(
-    by_hand: ByHand, zone: Callable[[str], None], year: str, zone_name: str
-) -> None:
+def test_dates_far_off(by_hand: ByHand, zone: Callable[[str], None]) -> None:
     """A set dated in a far year is no crash, wherever the server stands.
 
     A clock without battery makes such dates, or a hand.
     """
-    zone(zone_name)
     by_hand.put_set(NOW - DAY)
-    for month_and_day in ("0101T000000Z", "1231T235959Z"):
-        by_hand.put(f"duplicity-full.{year}{month_and_day}.manifest.gpg")
-    status = by_hand.status()
-    assert stamp(NOW - DAY) in [row["date"] for row in status["backups"]]
-    backup.status_text(status)
-    by_hand.full_is_next()
-
-
-class VanishingFile(AbstractContextManager["VanishingFile"]):
-    """What os.scandir returns, but at the end of the list a file named "vanishing" is deleted.
-
-    Somebody else does it, as it were. With the variable VANISHES_AT that happens only the so
-    manieth time that such a file is listed.
-    """
-
-    scandir = staticmethod(os.scandir)
-    times = 0
-
-    def __init__(self, directory: Union[str, Path, int]) -> None:
-        self.directory = directory
-        self.entries = list(self.scandir(directory))
-        self.victims = [entry.path for entry in self.entries if entry.name == "vanishing"]
-        VanishingFile.times += len(self.victims)
-        if VanishingFile.times != int(os.environ.get("VANISHES_AT", VanishingFile.times)):
-            self.victims = []
-
-    def __iter__(self) -> "VanishingFile":
-        return self
-
-    def __next__(self) -> "os.DirEntry[str]":
-        if self.entries:
-            return self.entries.pop()
-        for path in self.victims:
-            directory = self.directory if isinstance(self.directory, int) else None
-            with suppress(FileNotFoundError):
-                os.unlink(path, dir_fd=directory)
-        raise StopIteration
-
-    def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-        traceback: Optional[TracebackType]
-    ) -> None:
-        """There is nothing to close."""
+    for date in ("00010101T000000Z", "19691231T235959Z", "99991231T235959Z"):
+        by_hand.put(f"duplicity-full.{date}.manifest.gpg")
+    for name in ("America/Los_Angeles", "Pacific/Auckland"):
+        zone(name)
+        status = by_hand.status()
+        assert stamp(NOW - DAY) in [row["date"] for row in status["backups"]]
+        backup.status_text(status)
+        by_hand.full_is_next()
 
 
 def test_file_that_vanishes_meanwhile(by_hand: ByHand, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is deleted while the directory is read is not there; the other sets are."""
+    @contextmanager
+    def list_and_delete(directory: Path) -> Iterator[list["os.DirEntry[str]"]]:
+        with real(directory) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name != "vanishing")
+        by_hand.put("vanishing").unlink(missing_ok=True)
+        yield listed
+
+    real = os.scandir
     by_hand.put_chain(NOW - DAY, increments=1)
-    by_hand.put("vanishing", 10)
-    monkeypatch.setattr("utils.os.scandir", VanishingFile)
+    by_hand.put("vanishing")
+    monkeypatch.setattr("utils.os.scandir", list_and_delete)
     status = by_hand.status()
     assert [row["date"] for row in status["backups"]] == [stamp(NOW), stamp(NOW - DAY)]
-    assert status["unmatched_file_size"] in (0, 10)
-    assert not by_hand.full_is_next()
+    assert status["unmatched_file_size"] == 0
 
 
 # Any set of names
@@ -549,44 +373,12 @@ def expected_key(name: bytes) -> Optional[tuple[bool, RowKey]]:
     return is_signature, (match[2].decode() if match[2] else None, match[3].decode())
 
 
-def is_near(signatures: RowKey, row: RowKey) -> bool:
-    """Return whether signatures are dated near enough to a set, and of its kind, to be its own."""
-    distance = abs(read(signatures[1]) - read(row[1]))
-    return (signatures[0] is None) == (row[0] is None) and distance <= 60 * SECOND
-
-
 def read(text: str) -> datetime:
     """Return the date of a stamp."""
     return datetime.strptime(text, "%Y%m%dT%H%M%S%z")
 
 
-def expected_full(sizes: dict[RowKey, int], signatures: set[RowKey]) -> Optional[bool]:
-    """Return whether a full must come next, None where that is left open.
-
-    It is where two sets of one date, or on one set, leave open which chain is meant. signatures:
-    the stamps of the signature files. Which set those belong to that are dated off all sets is left
-    open too.
-    """
-    dates, previous = [key[1] for key in sizes], [key[0] for key in sizes if key[0]]
-    if len(set(dates)) < len(dates) or len(set(previous)) < len(previous):
-        return None
-    unsigned = open_to_doubt = False
-    grown, goal = 0, max((key[1] for key in sizes), default="")
-    while goal:
-        key = next((key for key in sizes if key[1] == goal), None)
-        if key is None or (key[0] or "") >= key[1]:
-            return True
-        if key not in signatures:
-            near = any(is_near(other, key) for other in signatures - sizes.keys())
-            unsigned, open_to_doubt = unsigned or not near, open_to_doubt or near
-        if key[0] is None:
-            full = grown * 2 > sizes[key] or NOW - read(goal) > 31 * DAY or unsigned
-            return None if open_to_doubt and not full else full
-        grown, goal = grown + sizes[key], key[0]
-    return True
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(listing=LISTINGS)
 def test_any_names(
     tmp_path_factory: pytest.TempPathFactory, listing: dict[bytes, tuple[str, int]]
@@ -608,8 +400,6 @@ def test_any_names(
     keys = {name: key for name in sizes if (key := expected_key(name))}
     rows = {key for name, (_, key) in keys.items() if b".manifest." in name}
     own = {row: sum(sizes[name] for name, (_, key) in keys.items() if key == row) for row in rows}
-    perhaps = [sizes[name] for name, (is_signature, key) in keys.items()
-               if is_signature and key not in rows and any(is_near(key, row) for row in rows)]
 
     status = by_hand.status()
 
@@ -620,11 +410,9 @@ def test_any_names(
     assert all(row["full"] == (row["previous"] is None) for row in status["backups"])
     assert all(found[row] >= own[row] for row in rows)
     assert sum(found.values()) + status["unmatched_file_size"] == sum(sizes.values())
-    assert sum(found.values()) <= sum(own.values()) + sum(perhaps)
     told = re.compile(rf"{SOON}|approx\. \d+ days?|\d+ \w+(, \d+ \w+)?")
     assert all(told.fullmatch(row["deleted_in"]) for row in status["backups"])
-    signatures = {key for is_signature, key in keys.values() if is_signature}
-    assert expected_full(found, signatures) in (by_hand.full_is_next(), None)
+    by_hand.full_is_next()
     lines = backup.status_text(status).splitlines()
     shown = [line[:25].strip() for line in lines if re.match(r"[12]\d{3}-", line)]
     assert shown == [row["date_str"] for row in status["backups"]]
@@ -651,15 +439,6 @@ def test_chain_before_the_last_full_goes_when_its_newest_set_is_old(by_hand: ByH
         assert by_hand.deleted_in(now)[1:] == [told] * 5, now
 
 
-def test_only_the_last_chain_is_estimated(by_hand: ByHand) -> None:
-    """Of three chains, those before the last have exact times of their own."""
-    by_hand.put_chain(NOW - 5 * DAY, increments=1)
-    by_hand.put_chain(NOW - 3 * DAY, increments=1)
-    by_hand.put_chain(NOW - DAY, increments=0)
-    exact = "1 day, 0 hours"
-    assert by_hand.deleted_in() == ["approx. 33 days", exact, exact, SOON, SOON]
-
-
 def test_keep_days_of_the_settings(by_hand: ByHand) -> None:
     """BACKUP_KEEP_DAYS takes the place of the three days, exact and estimated."""
     by_hand.put_set(NOW - 8 * DAY)
@@ -672,12 +451,11 @@ def test_keep_days_of_the_settings(by_hand: ByHand) -> None:
 
 
 @pytest.mark.parametrize("increments, increment_bytes, age, told", [
-    (0, 0, timedelta(), "approx. 34 days"), (0, 0, DAY, "approx. 33 days"),
-    (0, 0, SECOND, "approx. 34 days"),
+    (0, 0, DAY, "approx. 33 days"), (0, 0, SECOND, "approx. 34 days"),
     (2, 100, 2 * DAY, "approx. 6 days"),  # half a full is five increments, three of them to come
     (4, 100, 4 * DAY, "approx. 4 days"), (4, 100, 4 * DAY + timedelta(hours=1), "approx. 4 days"),
-    (2, 50, 2 * DAY, "approx. 11 days"), (1, 15, DAY, "approx. 33 days"),
-    (3, 16, 3 * DAY, "approx. 31 days"),
+    (2, 50, 2 * DAY, "approx. 11 days"), (3, 16, 3 * DAY, "approx. 31 days"),
+    (2, 100, 4000 * DAY, "approx. 0 days"),
 ])
 def test_estimate(
     by_hand: ByHand, increments: int, increment_bytes: int, age: timedelta, told: str
@@ -685,42 +463,6 @@ def test_estimate(
     """The estimate: half the full's size by the mean increment in days, at most 31, and three."""
     by_hand.put_chain(NOW - age, increments, 1000, increment_bytes)
     assert by_hand.deleted_in() == [told] * (increments + 1)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(full_bytes=some.integers(0, 10**9),
-       increment_sizes=some.lists(some.integers(400, 10**9), max_size=40),
-       age_days=some.integers(0, 4000), keep_days=some.integers(1, 9999))
-def test_estimates_are_never_negative(
-    full_bytes: int, increment_sizes: list[int], age_days: int, keep_days: int
-) -> None:
-    """An estimate is a number of days, and no more than the limit.
-
-    That is so whatever the sizes, and however long ago the last backup was.
-    """
-    sizes = [full_bytes, *increment_sizes]
-    begin = NOW - DAY * (age_days + len(increment_sizes))
-    stamps = [stamp(begin + DAY * number) for number in range(len(sizes))]
-    sets = [backup.BackupSet(date, previous, True, frozenset(), size_bytes)
-            for date, previous, size_bytes in zip(stamps, [None, *stamps], sizes)]
-    told = set(backup.tell_deletions(sets, DAY * keep_days, NOW).values())
-    assert len(told) == 1
-    match = re.fullmatch(r"approx\. (?:(1) day|(0|[2-9]|[1-9][0-9]+) days)", told.pop())
-    assert match and 0 <= int(match[1] or match[2]) <= 31 + keep_days
-
-
-def test_large_full_with_tiny_increments(by_hand: ByHand) -> None:
-    """A full of 50 GB whose increments have a kilobyte each is no crash: the 31 days come first."""
-    by_hand.put_chain(NOW - 2 * DAY, 2, 50_000_000_000, 1000)
-    assert by_hand.deleted_in() == ["approx. 32 days"] * 3
-
-
-def test_full_of_no_bytes(by_hand: ByHand) -> None:
-    """Empty files, as a full disk leaves them, are no division by zero."""
-    for name in (*set_names(NOW - 2 * DAY), *set_names(NOW - DAY, NOW - 2 * DAY)):
-        by_hand.put(name, 0)
-    assert [row["size"] for row in by_hand.rows()] == [0, 0]
-    assert not by_hand.full_is_next()
 
 
 @pytest.mark.parametrize("lost, orphans", [
@@ -749,18 +491,13 @@ def test_older_orphan_does_not_force_a_full(by_hand: ByHand) -> None:
 
 
 def test_half_of_the_full(by_hand: ByHand) -> None:
-    """Increments of half of the full's size are followed by another, of a byte more by a full."""
-    full, *_, last = by_hand.put_chain(NOW - 3 * DAY, 2, 1000, 250)
+    """Increments of half of the full's size are followed by another, of a byte more by a full.
+
+    Half of 1001 bytes is 500.5: 500 are not more.
+    """
+    full, *_, last = by_hand.put_chain(NOW - 3 * DAY, 2, 1001, 250)
     assert not by_hand.full_is_next()
     by_hand.put(set_names(last, last - DAY)[0].replace("vol1", "vol2"), 1)
-    assert by_hand.full_is_next()
-
-
-def test_half_of_an_odd_full(by_hand: ByHand) -> None:
-    """Half of 1001 bytes is 500.5: 500 are not more, 501 are."""
-    by_hand.put_chain(NOW - 2 * DAY, 1, 1001, 500)
-    assert not by_hand.full_is_next()
-    by_hand.put_chain(NOW - 2 * DAY, 1, 1001, 501)
     assert by_hand.full_is_next()
 
 
@@ -781,19 +518,6 @@ def test_31_days(by_hand: ByHand) -> None:
     by_hand.put_chain(NOW - 31 * DAY, 30, 100_000, 100)
     assert not by_hand.full_is_next(NOW)
     assert by_hand.full_is_next(NOW + SECOND)
-
-
-def test_full_alone(by_hand: ByHand) -> None:
-    """A full without increments is built on."""
-    by_hand.put_set(NOW - DAY)
-    assert not by_hand.full_is_next()
-
-
-def test_newest_set_counts(by_hand: ByHand) -> None:
-    """After an orphan comes a full: an increment on it could not be restored."""
-    by_hand.put_chain(NOW - 3 * DAY, increments=1)
-    by_hand.put_set(NOW - DAY, NOW - 20 * DAY)
-    assert by_hand.full_is_next()
 
 
 # The command
@@ -830,7 +554,7 @@ def test_json_is_what_backup_status_returns(keyed: Store, kept: ByHand) -> None:
     assert {**json.loads(by_root.stdout), **status} == json.loads(by_root.stdout)
 
 
-@pytest.mark.parametrize("hours, exit_code", [(0.0, 0), (35.95, 0), (36.05, 3), (1000.0, 3)])
+@pytest.mark.parametrize("hours, exit_code", [(35.95, 0), (36.05, 3)])
 def test_overdue(keyed: Store, kept: ByHand, hours: float, exit_code: int) -> None:
     """A newest set that is over 36 hours old is exit code 3, and the reason is told."""
     kept.put_set(recent(hours))
@@ -839,18 +563,9 @@ def test_overdue(keyed: Store, kept: ByHand, hours: float, exit_code: int) -> No
     assert ("36 hours" in result.stderr) == bool(exit_code)
 
 
-def test_incomplete_set_is_no_backup(keyed: Store, kept: ByHand) -> None:
-    """Volumes of today do not make up for a missing manifest."""
-    kept.put(set_names(recent())[0])
-    result = keyed.backup("--status", exit_code=3)
-    assert NONE_YET in result.stdout
-
-
 @pytest.mark.parametrize("content, exit_code", [
-    ({"exit_code": 0}, 0), ({"exit_code": 3, "message": "a hook failed"}, 0),
-    ({"exit_code": 1, "message": "disk full"}, 3), ({"exit_code": 5}, 3),
-    ({"exit_code": 143}, 3), ({"exit_code": 4}, 3),
-])
+    ({"exit_code": 3, "message": "a hook failed"}, 0),
+    ({"exit_code": 1, "message": "disk full"}, 3), ({"exit_code": 143}, 3)])
 def test_last_run(keyed: Store, kept: ByHand, content: Status, exit_code: int) -> None:
     """A last run that failed is exit code 3, although the newest set is new.
 
@@ -867,21 +582,21 @@ def test_last_run(keyed: Store, kept: ByHand, content: Status, exit_code: int) -
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"[{}]", b"null", b"17", b'"text"', b"\xff", b"\0" * 1000,
-    b'{"exit_code": 0', b"{}", b'{"exit_code": "0"}', b'{"exit_code": [0]}',
+    b"", b"[{}]", b"null", b'"text"', b"\xff", b'{"exit_code": 0', b"{}", b'{"exit_code": "0"}',
     b'{"exit_code": null, "downtime_seconds": "x", "end": [1], "message": {"a": 1}, "source": 5}',
     b'{"exit_code": 1, "message": "\\u001b[2J\\ud800\\n"}',
     pytest.param(b"1" * 10_000, id="many digits"),
     pytest.param(b"[" * 100_000, id="deeply nested"),
 ])
-def test_broken_last_run(keyed: Store, kept: ByHand, content: bytes) -> None:
+def test_broken_last_run(by_hand: ByHand, content: bytes) -> None:
     """A last-run.json that tells of no run counts as one that failed, and the sets are shown."""
-    kept.put_set(recent())
-    kept.last_run.write_bytes(content)
-    result = keyed.backup("--status", exit_code=3)
-    assert stamp(recent())[:4] in result.stdout and "\x1b" not in result.stdout + result.stderr
-    assert "last run" in result.stderr
-    assert len(json.loads(keyed.backup("--status", "--json", exit_code=3).stdout)["backups"]) == 1
+    by_hand.put_set(NOW)
+    by_hand.last_run.write_bytes(content)
+    status = by_hand.status()
+    ok, headline = backup.headline_of(status, NOW)
+    assert not ok and "last run" in headline and len(status["backups"]) == 1
+    text = backup.status_text(status)
+    assert status["backups"][0]["date_str"] in text and "\x1b" not in text
 
 
 def test_last_run_that_is_a_directory(keyed: Store, kept: ByHand) -> None:
@@ -934,7 +649,7 @@ def test_text(keyed: Store, kept: ByHand) -> None:
 
 
 @pytest.mark.parametrize(
-    "variable, colour", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)])
+    "variable, colour", [({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)])
 def test_colour(
     keyed: Store, kept: ByHand, variable: dict[str, str], colour: bool
 ) -> None:
@@ -972,88 +687,42 @@ def test_headline(zone: Callable[[str], None]) -> None:
     assert headline((day[2], True)).startswith("OVERDUE: ") and headline().startswith("OVERDUE: ")
 
 
-def test_local_time_of_the_command(keyed: Store, kept: ByHand) -> None:
-    """The command tells dates in the local time of its caller."""
-    kept.put_set(recent())
-    for zone in ("Europe/Berlin", "America/St_Johns", "Asia/Kathmandu"):
-        answer = keyed.backup("--status", "--json", environment={"TZ": zone}).stdout
-        row = json.loads(answer)["backups"][0]
-        told = datetime.fromisoformat(row["date_str"])
-        assert stamp(told.astimezone(timezone.utc)) == row["date"]
-        assert told.utcoffset() != timedelta()
-
-
 def test_unusual_storage_root(keyed: Store, kept: ByHand) -> None:
-    """A STORAGE_ROOT with a line break and a byte that is not UTF-8 is shown escaped."""
-    odd = os.fsencode(keyed.scratch) + b"/odd\n\x1b\xff"
+    """A STORAGE_ROOT with what the terminal cannot show is shown escaped."""
+    odd = os.fsencode(keyed.scratch) + "/odd\n\x1b\u5a18".encode() + b"\xff"
     os.rename(keyed.root, odd)
-    result = keyed.run(PYTHON, SCRIPT, "--storage-root", os.fsdecode(odd), "--status", exit_code=3)
-    assert r"/odd\n\x1b\xff/backup" in result.stdout and NONE_YET in result.stdout
+    result = keyed.run(PYTHON, SCRIPT, "--storage-root", os.fsdecode(odd), "--status", exit_code=3,
+                       environment={"PYTHONIOENCODING": "latin-1:strict"})
+    assert r"/odd\n\x1b\u5a18\xff/backup" in result.stdout and NONE_YET in result.stdout
     assert "Traceback" not in result.stderr
 
 
 # Who can ask, and what it reads
 
 
-OPEN = re.compile(
-    r'\b(open|openat|openat2|creat)\((?:[A-Z_]+|\d+)?(?:<(.*?)>)?(?:, )?"(.*?)"(.*)')
-OPENS = "open,openat,openat2,creat"
-
-
-def opened_paths(trace: str) -> list[tuple[str, str]]:
-    """Return the absolute path and the flags of each open in the output of `strace -y`."""
-    found = []
-    for line in trace.splitlines():
-        match = OPEN.search(line)
-        if match:
-            found.append((os.path.join(match[2] or "/", match[3]), match[4]))
-    return found
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--status"], ["--status", "--json"], ["--status", "--html"]])
+@pytest.mark.parametrize("arguments", [
+    ["--status"], ["--status", "--json"], ["--status", "--html"]])
 def test_group_can_ask_and_no_backup_file_is_opened(
     keyed: Store, kept: ByHand, arguments: list[str]
 ) -> None:
-    """Somebody of STORAGE_USER's group can ask, and neither the key nor a backup file is opened.
+    """Somebody of STORAGE_USER's group can ask, who can open neither the key nor a backup file.
 
-    Of encrypted/ only the directory is.
+    Of encrypted/ they can open the directory.
     """
     dates = kept.put_chain(recent(hours=49), increments=1)
     kept.put("stray", 3)
     for path in kept.encrypted.iterdir():
-        path.chmod(0o640)
-        shutil.chown(path, group=GROUP)
+        path.chmod(0)
     kept.last_run.write_text(json.dumps({"exit_code": 0, "end": "of the last run"}))
     kept.last_run.chmod(0o640)
     shutil.chown(kept.last_run, group=GROUP)
-    trace = keyed.scratch / "trace"
-    trace.touch()
-    trace.chmod(0o666)
-    command = keyed.command_for_others(*arguments)
-    result = keyed.run("strace", "-f", "-y", "-s", "4096", "-o", trace,
-                       "-e", f"trace={OPENS},execve", *MEMBER, *command)
+    for program in ("duplicity", "gpg"):
+        keyed.stand_in(program, f"#!/bin/sh\ntouch {keyed.scratch}/started\n")
+    keyed.scratch.chmod(0o777)
+    result = keyed.run(*MEMBER, *keyed.command_for_others(*arguments))
     assert "of the last run" in result.stdout and result.stderr == ""
     assert all(date.strftime("%Y-%m-%dT%H:%M:%S") in result.stdout for date in dates)
-    traced = trace.read_text()
-    opened = opened_paths(traced)
-    below = [(path, flags) for path, flags in opened if path.startswith(str(keyed.backups))]
-    assert {path for path, _ in below} == {
-        str(kept.encrypted), str(kept.last_run), str(keyed.backups / "last-verify.json")}
-    assert all("O_DIRECTORY" in flags for path, flags in below if path == str(kept.encrypted))
-    started = [line for line in traced.splitlines() if "execve(" in line]
-    assert not any("duplicity" in line or "gpg" in line for line in started)
-
-
-def test_trace_shows_what_is_opened(keyed: Store, kept: ByHand) -> None:
-    """The proof above can fail: who reads a file in encrypted/ is seen, by whatever path."""
-    path = kept.put("stray", 3)
-    trace = keyed.scratch / "trace"
-    open_below = f"import os; os.open('stray', 0, dir_fd=os.open({str(kept.encrypted)!r}, 0))"
-    for command in (["cat", str(path)], ["sh", "-c", f"cd {kept.encrypted} && cat stray"],
-                    [PYTHON, "-c", open_below]):
-        keyed.run("strace", "-f", "-y", "-s", "4096", "-o", trace, "-e", f"trace={OPENS}", *command)
-        assert str(path) in [opened for opened, _ in opened_paths(trace.read_text())], command
+    assert not (keyed.scratch / "started").exists()
 
 
 def test_stranger_is_refused(keyed: Store, kept: ByHand) -> None:
@@ -1091,37 +760,12 @@ def test_status_touches_nothing(keyed: Store, kept: ByHand) -> None:
 # Real backups
 
 
-def test_a_file_that_vanishes_makes_no_backup_dead(keyed: Store, first_night: FirstNight) -> None:
-    """A file that somebody deletes in encrypted/ while a run reads it costs no backup."""
-    keyed.stand_in("gpg", QUICK_GPG)
-    first_night(keyed)
-    program = f"""\
-import sys
-sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(Path(__file__).parent)!r}]
-import os
-import backup
-from test_status import VanishingFile
-os.scandir = VanishingFile
-sys.exit(backup.main(sys.argv[1:]))
-"""
-    command = [PYTHON, "-c", program, "--config", str(keyed.settings)]
-    for times in range(1, 20):
-        before = set(keyed.manifests())
-        (keyed.encrypted / "vanishing").touch()
-        result = keyed.run(*command, environment={"VANISHES_AT": str(times)}, exit_code=None)
-        assert before < set(keyed.manifests()), (times, before, keyed.manifests(), result.stderr)
-        assert result.returncode == 0, (times, result.stderr)
-        if (keyed.encrypted / "vanishing").exists():
-            assert times > 3, "it never vanished"
-            break
-
-
-def test_after_real_backups(keyed: Store) -> None:
+def test_after_real_backups(keyed: Store, first_night: FirstNight) -> None:
     """After a full and an increment the status has both, and the run that made the second.
 
     Their sizes are the bytes of all files.
     """
-    keyed.backup()
+    first_night(keyed)
     message = keyed.root / "mail/mailboxes/example.com/alice/new/170020.M1P1.host"
     message.write_bytes(os.urandom(100))
     keyed.backup()
@@ -1129,7 +773,7 @@ def test_after_real_backups(keyed: Store) -> None:
     status = json.loads(keyed.backup("--status", "--json").stdout)
     newer, older = status["backups"]
     assert (newer["full"], older["full"], newer["previous"]) == (False, True, older["date"])
-    assert timedelta() <= now - read(newer["date"]) < timedelta(minutes=5)
+    assert timedelta() <= now - read(newer["date"]) < timedelta(minutes=15)
     for row, kind in ((newer, "inc"), (older, "full")):
         paths = [path for path in keyed.encrypted.iterdir()
                  if re.search(rf"\.{row['date']}\.(?!to)", path.name)]

@@ -1,11 +1,11 @@
-"""The ways in which duplicity loses data silently.
+"""The ways in which duplicity loses data silently: backup.py is not caught.
 
-Each is first shown to bite with plain duplicity, then backup.py is not caught.
+That they bite is shown with plain duplicity by the tests marked long.
 """
 
 import os
-import signal
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -100,21 +100,19 @@ def change(store: Store) -> None:
     (store.root / "mail/mailboxes/example.com/alice/new/170010.M1P1.host").unlink()
 
 
-@pytest.mark.parametrize("action", ["full", "incremental"])
-def test_plain_duplicity_resumes_a_killed_run(keyed: Store, action: str) -> None:
+@pytest.mark.long
+def test_plain_duplicity_resumes_a_killed_run(keyed: Store) -> None:
     """The trap: the next run resumes the killed one, exits 0, and does not restore to the tree."""
     plain = Plain(keyed)
-    if action == "incremental":
-        plain.back_up("full")
     grow(keyed)
-    plain.kill_midway(action)
+    plain.kill_midway("full")
     change(keyed)
-    plain.back_up(action)
+    plain.back_up("full")
     assert tree_of(plain.restore("caught")) != tree_of(keyed.root)
 
 
-@pytest.mark.parametrize("victim", ["duplicity", "script", "both"])
-@pytest.mark.parametrize("action", ["full", "incremental"])
+@pytest.mark.parametrize("action, victim", [
+    ("full", "both"), ("incremental", "duplicity"), ("incremental", "script")])
 def test_killed_run_is_never_resumed(
     keyed: Store, first_night: FirstNight, action: str, victim: str
 ) -> None:
@@ -146,6 +144,7 @@ def test_killed_run_is_never_resumed(
     keyed.assert_restores()
 
 
+@pytest.mark.long
 def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
     """The trap: an increment under another key exits 0, and then neither key restores the chain.
 
@@ -164,6 +163,7 @@ def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
         assert result.returncode != 0
 
 
+@pytest.mark.long
 def test_plain_duplicity_passes_over_unread_files(keyed: Store) -> None:
     """The trap: a file that cannot be read is left out, exit 0.
 
@@ -176,6 +176,7 @@ def test_plain_duplicity_passes_over_unread_files(keyed: Store) -> None:
     assert not (plain.restore("caught") / "ssl/private.pem").exists()
 
 
+@pytest.mark.long
 def test_plain_duplicity_believes_a_tree_that_vanishes(keyed: Store) -> None:
     """The trap: of a tree that goes while it is read, what is left is kept, exit 0.
 
@@ -196,6 +197,7 @@ def test_plain_duplicity_believes_a_tree_that_vanishes(keyed: Store) -> None:
     assert len(list(plain.restore("caught").glob("file*"))) < 300
 
 
+@pytest.mark.long
 def test_plain_duplicity_makes_orphans_after_a_set_of_the_future(keyed: Store) -> None:
     """The trap: an increment on a set of the future fails, or is an orphan that no restore finds.
 
@@ -212,17 +214,11 @@ def test_plain_duplicity_makes_orphans_after_a_set_of_the_future(keyed: Store) -
 def test_partial_manifest_of_a_complete_set(keyed: Store, first_night: FirstNight) -> None:
     """Killed between the upload of the manifest and its local rename, the next run is a good one.
 
-    Plain duplicity fails from then on.
+    Plain duplicity 0.8.22 fails from then on.
     """
-    plain = Plain(keyed)
-    plain.back_up("full")
     first_night(keyed)
-    for archive in (plain.archive, keyed.backups / "cache"):
-        manifest = next(archive.rglob("*.manifest"))
-        manifest.rename(manifest.with_name(manifest.name + ".part"))
-    (keyed.root / "new").write_text("new")
-    if int(plain.version.split(".")[0]) < 3:
-        assert plain.back_up("incremental", exit_code=None).returncode != 0
+    manifest = next((keyed.backups / "cache").rglob("*.manifest"))
+    manifest.rename(manifest.with_name(manifest.name + ".part"))
     keyed.backup()
     keyed.assert_restores()
 
@@ -230,26 +226,15 @@ def test_partial_manifest_of_a_complete_set(keyed: Store, first_night: FirstNigh
 def test_signatures_without_a_manifest(keyed: Store, first_night: FirstNight) -> None:
     """Signatures are deleted whose manifest was not made because the run was killed.
 
-    With plain duplicity every increment fails then, even after a cleanup.
+    With plain duplicity 0.8.22 every increment fails then, even after a cleanup.
     """
-    plain = Plain(keyed)
-    plain.back_up("full")
     first_night(keyed)
-    (keyed.root / "new").write_text("new")
-    plain.back_up("incremental")
     last_run = (keyed.backups / "last-run.json").read_bytes()
     keyed.backup()
     (keyed.backups / "last-run.json").write_bytes(last_run)  # which a killed run does not write
-    for target, archive in (
-        (plain.target, plain.archive), (keyed.encrypted, keyed.backups / "cache")
-    ):
-        for directory in (target, archive):
-            for manifest in directory.rglob("duplicity-inc.*.manifest*"):
-                manifest.unlink()
-    keyed.run(*plain.command("cleanup", "--force", plain.target.as_uri()),
-              environment=plain.environment(), exit_code=None)
-    if int(plain.version.split(".")[0]) < 3:
-        assert plain.back_up("incremental", exit_code=None).returncode != 0
+    for manifest in keyed.backups.rglob("duplicity-inc.*.manifest*"):
+        manifest.unlink()
+    (keyed.root / "new").write_text("new")
     keyed.backup()
     assert len(list(keyed.encrypted.glob("*signatures*"))) == len(keyed.manifests()) == 2
     keyed.assert_restores()
@@ -268,70 +253,48 @@ def test_full_disk(keyed: Store) -> None:
         place.chmod(0o750)
         keyed.put_key()
         keyed.backup()
+        kept, tree = {path.name for path in keyed.encrypted.iterdir()}, tree_of(keyed.root)
         grow(keyed)
-        filler = place / "filler"
-
-        def free() -> int:
-            return os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
-
-        fill = f"fallocate -l $(( $(stat -f -c '%a*%S' {place}) - 2000000 )) {filler}"
-        keyed.run("bash", "-c", fill)
-        plain = Plain(keyed)
-        plain.target = place / "plain"
-        assert plain.back_up("full", "--num-retries", "1", exit_code=None).returncode in (50, 53)
-        assert free() < 1_000_000
-        keyed.run("rm", "-r", filler, plain.target)
-        kept = {path.name for path in keyed.encrypted.iterdir()}
+        fill = f"fallocate -l $(( $(stat -f -c '%a*%S' {place}) - 2000000 )) {place}/filler"
         keyed.stand_in(
             "duplicity", f"#!/bin/bash\nif [ $1 = full ]; then {fill}; fi\nexec REAL \"$@\"\n")
         keyed.backup("--full", exit_code=1)
         assert keyed.running() == ["dovecot", "postfix"]
-        assert free() > 1_900_000 and {path.name for path in keyed.encrypted.iterdir()} == kept
-        filler.unlink()
-        restored = keyed.restore()
-        assert not (restored / "big0").exists() and (restored / "ssl/private.pem").exists()
-        (keyed.bin / "duplicity").unlink()
-        keyed.backup("--full")
-        keyed.assert_restores("good")
+        assert os.statvfs(place).f_bavail * os.statvfs(place).f_frsize > 1_900_000
+        assert {path.name for path in keyed.encrypted.iterdir()} == kept
+        (place / "filler").unlink()
+        assert tree_of(keyed.restore()) == tree
     finally:
         keyed.run("umount", place)
 
 
-def test_signals_are_known(keyed: Store) -> None:
-    """A run that was ended by a signal leaves a state that the next one takes without a word."""
+def test_run_that_is_ended_leaves_no_half_set(keyed: Store) -> None:
+    """SIGTERM amid the volumes: what is there of the set goes at once, exit 143."""
     keyed.stand_in("duplicity", SMALL_VOLUMES)
     grow(keyed)
     process = start(keyed)
-    wait_for(lambda: list(keyed.encrypted.glob("*.vol*")) if keyed.encrypted.exists() else False)
+    wait_for(lambda: keyed.encrypted.exists() and list(keyed.encrypted.glob("*.vol*")))
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.communicate()[1] and process.returncode == 143
     assert list(keyed.encrypted.iterdir()) == []
-    assert keyed.backup().stderr == ""
-    keyed.assert_restores()
 
 
 @pytest.mark.parametrize("action", ["full", "incremental"])
 def test_clock_that_is_set_back_during_the_run(
     keyed: Store, first_night: FirstNight, action: str
 ) -> None:
-    """A set dated before the newest is thrown away at once, and the next run is a good one.
-
-    It is an orphan, or no backup of now.
-    """
+    """A set dated before the newest is thrown away at once: an orphan, or no backup of now."""
     first_night(keyed)
     keyed.stand_in("duplicity", """#!/bin/sh
 case $1 in full|incremental) exec faketime -f -2h REAL "$@";; esac
 exec REAL "$@"
 """)
+    before = {path.name for path in keyed.encrypted.iterdir()}
     keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
-    assert len(keyed.manifests()) == 1 and len(list(keyed.encrypted.iterdir())) == 3
-    (keyed.bin / "duplicity").unlink()
-    keyed.backup()
-    keyed.assert_restores()
+    assert {path.name for path in keyed.encrypted.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "what, content", [("*.manifest", b""), ("*.manifest", b"rubbish"), ("*.sigtar.gz", b"\0\0")])
+@pytest.mark.parametrize("what, content", [("*.manifest", b"rubbish"), ("*.sigtar.gz", b"\0\0")])
 def test_damaged_archive_directory(
     keyed: Store, first_night: FirstNight, what: str, content: bytes
 ) -> None:
@@ -363,21 +326,19 @@ def test_failures_in_a_row_delete_no_backup(
 ) -> None:
     """Without cache/ duplicity fetches what it lacks of the old sets: those did not fail."""
     first_night(keyed)
-    keyed.backup()
     before = {path.name for path in keyed.encrypted.iterdir()}
     keyed.stand_in(
         "duplicity", "#!/bin/sh\nREAL \"$@\" || exit\ncase $1 in full|inc*) exit 50;; esac\n")
-    for _ in range(3):
+    for _ in range(2):
         keyed.backup(*(["--full"] if action == "full" else []), exit_code=1)
         assert {path.name for path in keyed.encrypted.iterdir()} == before
     (keyed.bin / "duplicity").unlink()
     keyed.backup()
-    assert len(keyed.manifests()) == 3
+    assert len(keyed.manifests()) == 2
     keyed.assert_restores()
 
 
-@pytest.mark.parametrize("action", ["full", "incremental"])
-@pytest.mark.parametrize("what", ["*full.*.vol1.*", "*"])
+@pytest.mark.parametrize("action, what", [("full", "*"), ("incremental", "*full.*.vol1.*")])
 def test_files_that_come_back_during_a_failing_run(
     keyed: Store, first_night: FirstNight, action: str, what: str
 ) -> None:
