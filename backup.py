@@ -2293,6 +2293,7 @@ def main(arguments: Sequence[str]) -> int:
 
     arguments: without the program's name.
     """
+    utils.reset_signals()
     utils.open_closed_streams()
     utils.allow_any_depth()
     handler = logging.StreamHandler()

@@ -790,6 +790,15 @@ def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
     _Signals.came = _Signals.came or number
 
 
+def reset_signals() -> None:
+    """Take back what a parent may have left: an ignored SIGCHLD, blocked signals.
+
+    The one makes the exit code of every program 0, with the other nothing ends this one.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 @contextlib.contextmanager
 def ended_in_good_order() -> Iterator[None]:
     """Have SIGTERM, SIGINT and SIGHUP end the block only at calls of raise_if_interrupted.

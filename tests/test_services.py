@@ -47,12 +47,17 @@ def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
         time.sleep(0.02)
 
 
-def start_and_reach(store: Store, action: str = "duplicity") -> "subprocess.Popen[str]":
-    """Start a backup and return when it is amid duplicity, or an action of `service`."""
+def start_and_reach(
+    store: Store, action: str = "duplicity", *through: str
+) -> "subprocess.Popen[str]":
+    """Start a backup and return when it is amid duplicity, or an action of `service`.
+
+    through: a command to put before it.
+    """
     if action == "duplicity":
         store.stand_in("duplicity", WAITING.format(scratch=store.scratch))
     process = subprocess.Popen(
-        store.command(), env=store.environment, stdin=subprocess.DEVNULL,
+        [*through, *store.command()], env=store.environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if action == "duplicity":
         wait_for((store.scratch / "reached").exists)
@@ -324,6 +329,21 @@ exec REAL "$@"
     process.send_signal(signal.SIGHUP)
     process.communicate()
     assert process.returncode == 0 and len(keyed.manifests()) == 1
+
+
+def test_nothing_that_a_parent_leaves_is_relied_on(keyed: Store) -> None:
+    """SIGCHLD ignored by a parent hides no child's failure, and a blocked SIGTERM ends the run."""
+    (keyed.backups / "before-backup").write_text("#!/bin/sh\nexit 7\n")
+    (keyed.backups / "before-backup").chmod(0o755)
+    process = start_and_reach(
+        keyed, "duplicity", "env", "--ignore-signal=CHLD", "--block-signal=TERM")
+    process.terminate()
+    try:
+        _, errors = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "before-backup failed" in errors and "exit code 7" in errors
 
 
 def test_downtime_ends_before_pruning(keyed: Store) -> None:
