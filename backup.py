@@ -546,7 +546,7 @@ def start_services_left_stopped(night: Night, record: Record) -> None:
         log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(lines),
                     night.stopped)
         record.downtime.not_started = utils.start_services(
-            lines, night.stopped, night.environment)
+            utils.service_manager(night.environment), lines, night.stopped)
 
 
 def recover_from_dead_run(work: Work) -> None:
@@ -953,8 +953,9 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     lock: its descriptor.
     """
     log.info("stopping mail")
-    with utils.services_stopped(night.services, night.stopped, night.environment, lock,
-                                record.downtime):
+    manager = utils.service_manager(night.environment)
+    lines = manager.running(night.services)
+    with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.downtime.awake:

@@ -847,8 +847,8 @@ def open_closed_streams() -> None:
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             # It gets the lowest free number, which is this one.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+            setattr(sys, name, open(os.devnull, "r+"))
+            os.set_inheritable(descriptor, True)
 
 
 def give_up_broken_streams() -> None:
@@ -882,11 +882,10 @@ class Finished:
 def bytes_read_by(process: int) -> int:
     """Return how many bytes a process has read, from files and pipes, 0 if that is not told.
 
-    That is rchar in proc(5).
+    That is rchar in proc(5), which comes first there.
     """
     with contextlib.suppress(OSError):
-        if match := re.search(r"rchar: (\d+)", Path(f"/proc/{process}/io").read_text()):
-            return int(match[1])
+        return int(Path(f"/proc/{process}/io").read_text().split()[1])
     return 0
 
 
@@ -1058,6 +1057,7 @@ class Downtime:
     awake: str = ""
 
 
+@dataclass
 class ServiceManager:
     """How services are controlled where systemd is not process 1: with `service`.
 
@@ -1065,10 +1065,8 @@ class ServiceManager:
     environment: for the programs, with a PATH on which they are.
     """
 
+    environment: Mapping[str, str]
     program = "service"
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = environment
 
     def command(self, action: str, line: str) -> list[str]:
         """Return the command that does this to a service: stop, start or status."""
@@ -1145,12 +1143,6 @@ class Systemd(ServiceManager):
     """
 
     program = "systemctl"
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked
-        # for.
-        super().__init__({name: value for name, value in environment.items()
-                          if not name.startswith("SYSTEMD_")})
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run, see ServiceManager.
@@ -1258,8 +1250,11 @@ class Systemd(ServiceManager):
 
 def service_manager(environment: Mapping[str, str]) -> ServiceManager:
     """Return how services are controlled on this machine, see sd_booted(3)."""
-    booted_by_systemd = os.path.isdir("/run/systemd/system")
-    return Systemd(environment) if booted_by_systemd else ServiceManager(environment)
+    if not os.path.isdir("/run/systemd/system"):
+        return ServiceManager(environment)
+    # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked for.
+    return Systemd({name: value for name, value in environment.items()
+                    if not name.startswith("SYSTEMD_")})
 
 
 def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]:
@@ -1275,7 +1270,7 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
 
 
 def start_services(
-    lines: Sequence[str], list_path: Path, environment: Mapping[str, str]
+    manager: ServiceManager, lines: Sequence[str], list_path: Path
 ) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
@@ -1283,7 +1278,6 @@ def start_services(
     come back: afterwards those that could not be started, else gone. Returns why they
     could not, by line.
     """
-    manager = service_manager(environment)
     failed = dict.fromkeys(lines, "")
     for attempt in range(START_ATTEMPTS):
         if failed:
@@ -1299,33 +1293,30 @@ def start_services(
 
 @contextlib.contextmanager
 def services_stopped(
-    names: Sequence[str], list_path: Path, environment: Mapping[str, str], lock: int,
-    downtime: Downtime,
+    manager: ServiceManager, lines: Sequence[str], list_path: Path, lock: int, downtime: Downtime
 ) -> Iterator[None]:
-    """Stop the services of names that run, and start them again after the block whatever happens.
+    """Stop services, and start them again after the block whatever happens.
 
     A keeper (see keep_services) does both, so that even the death of this process brings
-    them back. names: in the order in which they stop and start. list_path: where the
-    keeper notes what it stops; what is listed there already is started too. environment:
-    with a PATH on which systemctl or `service` is. lock: a descriptor that the keeper
-    holds until the services are back. downtime: filled in at the end. Raises Failure if
-    a service cannot be stopped; all are started again then.
+    them back. lines: see ServiceManager, in the order in which they stop and start.
+    list_path: where the keeper notes what it stops; what is listed there already is
+    started too. lock: a descriptor that the keeper holds until the services are back.
+    downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
+    started again then.
     """
-    manager = service_manager(environment)
-    running = manager.running(names)
-    if not running:
+    if not lines:
         yield
         return
     keeper = subprocess.Popen(
         [*manager.outliving(), sys.executable, os.path.abspath(__file__), os.fspath(list_path),
-         *running],
-        env=environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+         *lines],
+        env=manager.environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         pass_fds=[lock], start_new_session=True)
     assert keeper.stdin and keeper.stdout
     began = time.monotonic()
     try:
         answer = keeper.stdout.readline()
-        failed = json.loads(answer) if answer else "the process that stops and starts services died"
+        failed = json.loads(answer or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
             raise Failure(f"mail was not stopped, and services are started again: {failed}")
@@ -1337,8 +1328,8 @@ def services_stopped(
         if answer:
             vars(downtime).update(json.loads(answer))
         else:  # it died
-            lines = services_to_start(list_path, running)
-            downtime.not_started = start_services(lines, list_path, environment)
+            listed = services_to_start(list_path, lines)
+            downtime.not_started = start_services(manager, listed, list_path)
             downtime.seconds = time.monotonic() - began
 
 
@@ -1355,20 +1346,20 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
-    environment = dict(os.environ)
-    manager = service_manager(environment)
+    manager = service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
     began, awake = time.monotonic(), ""
     try:
         write_atomically(list_path, "\n".join(listed))
-        failed = manager.stop(lines)
     except OSError as error:
         failed = f"cannot write {list_path}: {error.strerror}"
+    else:
+        failed = manager.stop(lines)
     _tell(failed)
     if not failed:
         sys.stdin.read()
         awake = manager.awake(lines)
-    not_started = start_services(listed, list_path, environment)
+    not_started = start_services(manager, listed, list_path)
     _tell(asdict(Downtime(time.monotonic() - began, not_started, awake)))
     return 5 if not_started else 0
 
