@@ -955,6 +955,9 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     log.info("stopping mail")
     manager = utils.service_manager(night.environment)
     lines = manager.running(night.services)
+    if manager.unknown and "BACKUP_SERVICES" in night.settings:  # of the default any may be missing
+        record.warn("BACKUP_SERVICES names what is no service of this system, "
+                    f"{' and '.join(manager.unknown)}; correct it in the settings")
     with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)

@@ -1062,10 +1062,12 @@ class ServiceManager:
     """How services are controlled where systemd is not process 1: with `service`.
 
     What is stopped and started for a service is a line of text: here the service's name.
-    environment: for the programs, with a PATH on which they are.
+    environment: for the programs, with a PATH on which they are. unknown: services that
+    the system does not know, of those that were asked for.
     """
 
     environment: Mapping[str, str]
+    unknown: list[str] = field(default_factory=list)
     program = "service"
 
     def command(self, action: str, line: str) -> list[str]:
@@ -1100,6 +1102,9 @@ class ServiceManager:
                               f"service {name} status ended with {answer}")
             if answer.exit_code == 0:
                 lines.append(name)
+            # Debian's says so and exits with 1; 4 is what the LSB has for it.
+            elif answer.exit_code == 4 or "unrecognized service" in str(answer):
+                self.unknown.append(name)
         return lines
 
     def stop(self, lines: Sequence[str]) -> str:
@@ -1154,6 +1159,8 @@ class Systemd(ServiceManager):
         lines = []
         for name in names:
             units = self.settled_units(f"{name.removesuffix('.service')}.service")
+            if [unit["LoadState"] for unit in units[:1]] == ["not-found"]:  # itself comes first
+                self.unknown.append(name)
             running = [unit for unit in units if unit["ActiveState"] in RUNNING_STATES]
             for unit in running:
                 kind = "transient" if unit.get("Transient") == "yes" else unit["LoadState"]

@@ -244,6 +244,34 @@ def test_services_setting(keyed: Store) -> None:
     assert keyed.calls("stop", "start") == ["solr stop", *STOPS, "solr start", *STARTS]
 
 
+def test_service_that_the_system_does_not_know(keyed: Store) -> None:
+    """A misspelt one is named and the backup made, exit 3; of the default any may be missing.
+
+    It is what Debian's own `service` does not recognize, or where the exit code is 4. That
+    costs no call more.
+    """
+    service = keyed.bin / "service"
+    service.write_text(service.read_text().replace("case $2 in", """\
+case $1 in
+dovecot) if [ -e no-dovecot ]; then exec /usr/sbin/service no-such-service "$2"; fi;;
+postfix) ;;
+odd) exit 4;;
+*) exec /usr/sbin/service "$@";;
+esac
+case $2 in"""))
+    (keyed.bin / "no-dovecot").touch()
+    assert keyed.backup().stderr == "" and keyed.calls("stop") == ["postfix stop"]
+    (keyed.bin / "no-dovecot").unlink()
+    keyed.forget_calls()
+    keyed.settings.write_text(
+        keyed.settings.read_text() + "BACKUP_SERVICES=dovecot postfixx odd postfix\n")
+    told = "BACKUP_SERVICES names what is no service of this system, postfixx and odd; correct it"
+    assert told in keyed.backup(exit_code=3).stderr
+    assert told in keyed.last_run()["message"]
+    assert keyed.calls("stop", "start") == STOPS + STARTS
+    assert len(keyed.calls("status")) == 6 and len(keyed.manifests()) == 2
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_start_is_tried_three_times(keyed: Store, times: int) -> None:
     """A start that fails once or twice succeeds at last: exit 0."""
@@ -533,6 +561,14 @@ def test_unit_that_could_not_be_started_again(
     told = f"filter.service runs and could not be started again, for it is {kind}"
     with pytest.raises(utils.Failure, match=told):
         units.manager.running(["dovecot"])
+
+
+def test_unit_that_the_system_does_not_know(units: Units) -> None:
+    """It is noted, and not what is masked: that somebody has switched off, and spelt well."""
+    units.put("dovecott.service", "inactive", LoadState="not-found")
+    units.put("solr.service", "inactive", LoadState="masked")
+    assert units.manager.running(["dovecott", "dovecot", "solr"]) == [DOVECOT]
+    assert units.manager.unknown == ["dovecott"]
 
 
 def test_unit_that_is_busy(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:
