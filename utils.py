@@ -1290,11 +1290,11 @@ def start_services(
         if failed:
             time.sleep(min(attempt, 1))
             failed = manager.start(list(failed))
-    if failed:
-        with contextlib.suppress(OSError):  # where /run is full the list of before stays
+    with contextlib.suppress(OSError):  # it is gone already; where /run is full it stays
+        if failed:
             write_atomically(list_path, "\n".join(failed))
-    else:
-        list_path.unlink(missing_ok=True)
+        else:
+            list_path.unlink()
     return failed
 
 

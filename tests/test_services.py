@@ -320,6 +320,18 @@ def test_stop_that_fails(keyed: Store, service: str) -> None:
     assert not keyed.stopped_list.exists()
 
 
+def test_list_in_run_that_cannot_be_written(keyed: Store) -> None:
+    """Nothing is stopped that a death would leave down, exit 1."""
+    in_the_way = keyed.stopped_list.with_name(f".{keyed.stopped_list.name}.new")
+    in_the_way.mkdir()
+    try:
+        result = keyed.backup(exit_code=1)
+    finally:
+        in_the_way.rmdir()
+    assert f"cannot write {keyed.stopped_list}: " in result.stderr
+    assert keyed.calls("stop") == [] and keyed.running() == ["dovecot", "postfix"]
+
+
 def run_impatiently(store: Store) -> str:
     """Run a copy of the program that gives a service one second, and return what it said.
 
