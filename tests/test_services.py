@@ -491,8 +491,7 @@ class Units:
         for name, text in (("systemctl", SYSTEMCTL), ("systemd-run", "#!/bin/sh\nexit 0\n")):
             (place / name).write_text(text)
             (place / name).chmod(0o755)
-        self.manager = utils.Systemd(
-            {"PATH": f"{place}:/usr/bin:/bin", "SYSTEMD_LOG_LEVEL": "debug"})
+        self.manager = utils.Systemd({"PATH": f"{place}:/usr/bin:/bin"})
 
     def put(self, name: str, state: str = "active", suffix: str = "", **properties: str) -> None:
         """Write down a unit. suffix: of the file's name."""
