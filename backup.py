@@ -635,7 +635,7 @@ def start_services_left_stopped(night: Night, record: Record) -> None:
         log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(lines),
                     night.stopped)
         record.downtime.not_started = utils.start_services(
-            lines, night.stopped, night.environment)
+            utils.service_manager(night.environment), lines, night.stopped)
 
 
 def recover_from_dead_run(work: Work) -> None:
@@ -1138,8 +1138,12 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     lock: its descriptor.
     """
     log.info("stopping mail")
-    with utils.services_stopped(night.services, night.stopped, night.environment, lock,
-                                record.downtime):
+    manager = utils.service_manager(night.environment)
+    lines = manager.running(night.services)
+    if manager.unknown and "BACKUP_SERVICES" in night.settings:  # of the default any may be missing
+        record.warn("BACKUP_SERVICES names what is no service of this system, "
+                    f"{' and '.join(manager.unknown)}; correct it in the settings")
+    with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
@@ -2606,6 +2610,7 @@ def main(arguments: Sequence[str]) -> int:
 
     arguments: without the program's name.
     """
+    utils.reset_signals()
     utils.open_closed_streams()
     utils.allow_any_depth()
     handler = logging.StreamHandler()

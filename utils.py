@@ -30,9 +30,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Optional, Union
+from typing import Any, Optional, Union
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
@@ -798,6 +799,15 @@ def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
     _Signals.came = _Signals.came or number
 
 
+def reset_signals() -> None:
+    """Take back what a parent may have left: an ignored SIGCHLD, blocked signals.
+
+    The one makes the exit code of every program 0, with the other nothing ends this one.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 @contextlib.contextmanager
 def ended_in_good_order() -> Iterator[None]:
     """Have SIGTERM, SIGINT and SIGHUP end the block only at calls of raise_if_interrupted.
@@ -845,8 +855,8 @@ def open_closed_streams() -> None:
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             # It gets the lowest free number, which is this one.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+            setattr(sys, name, open(os.devnull, "r+"))
+            os.set_inheritable(descriptor, True)
 
 
 def give_up_broken_streams() -> None:
@@ -895,11 +905,10 @@ class Finished:
 def bytes_read_by(process: int) -> int:
     """Return how many bytes a process has read, from files and pipes, 0 if that is not told.
 
-    That is rchar in proc(5).
+    That is rchar in proc(5), which comes first there.
     """
     with contextlib.suppress(OSError):
-        if match := re.search(r"rchar: (\d+)", Path(f"/proc/{process}/io").read_text()):
-            return int(match[1])
+        return int(Path(f"/proc/{process}/io").read_text().split()[1])
     return 0
 
 
@@ -940,12 +949,12 @@ def shell(
     secret: hidden in whatever the program prints. standard_input: a few lines for it to
     read. directory: where it runs. user: run as this user, with its groups. umask: -1
     for the caller's. starts_daemons: they would hold an output pipe open for ever, so a
-    file takes the output. interruptible: whether a signal to this process ends it, and
-    raises Interrupted. timeout_seconds: then it is ended, with exit code 124. on_line,
-    on_log: called for each line as it comes, escaped. watch: called twice a second with
-    its process id; what it raises ends the program. Returns how it ended, with exit code
-    126 if it could not be executed. The program and its process group have ended when an
-    exception leaves.
+    file takes the output, whose lines come at the end. interruptible: whether a signal to
+    this process ends it, and raises Interrupted. timeout_seconds: then it is ended, with
+    exit code 124. on_line, on_log: called for each line as it comes, escaped. watch:
+    called twice a second with its process id; what it raises ends the program. Returns
+    how it ended, with exit code 126 if it could not be executed. The program and its
+    process group have ended when an exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -964,7 +973,7 @@ def shell(
         groups = os.getgrouplist(user.pw_name, user.pw_gid)
         identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(_file_to(take_line) if starts_daemons else _pipe_to(take_line))
+        output = stack.enter_context((_file_to if starts_daemons else _pipe_to)(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
         arguments = [f"--log-fd={log[0]}" if part == "--log-fd=LOG" else part for part in command]
         if interruptible:
@@ -995,13 +1004,7 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
     All that came before the block ended has been passed on then.
     """
     reading, writing = os.pipe()
-
-    def read_lines() -> None:
-        with os.fdopen(reading, "rb") as stream:
-            while line := stream.readline(LONGEST_LINE_BYTES):
-                take_line(printable(os.fsdecode(line.rstrip(b"\r\n"))))
-
-    reader = threading.Thread(target=read_lines, daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(reading, take_line), daemon=True)
     reader.start()
     try:
         yield writing
@@ -1015,13 +1018,21 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
 def _file_to(take_line: TakeLine) -> Iterator[int]:
     """Yield a file in memory, for a full disk must not keep a service down.
 
-    Its last lines are passed on when the block ends.
+    Its lines are passed on when the block ends.
     """
-    with os.fdopen(os.memfd_create("output"), "r+b") as stream:
-        yield stream.fileno()
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_LINES * LONGEST_LINE_BYTES))
-        for line in stream.read().splitlines()[-TAIL_LINES:]:
-            take_line(printable(os.fsdecode(line)))
+    output = os.memfd_create("output")
+    try:
+        yield output
+    finally:
+        os.lseek(output, 0, os.SEEK_SET)
+        _pass_on(output, take_line)
+
+
+def _pass_on(descriptor: int, take_line: TakeLine) -> None:
+    """Read lines to the end, and close the descriptor."""
+    with os.fdopen(descriptor, "rb") as stream:
+        while line := stream.readline(LONGEST_LINE_BYTES):
+            take_line(printable(os.fsdecode(line.rstrip(b"\r\n"))))
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Watch) -> bool:
@@ -1069,56 +1080,63 @@ class Downtime:
     awake: str = ""
 
 
+@dataclass
 class ServiceManager:
     """How services are controlled where systemd is not process 1: with `service`.
 
     What is stopped and started for a service is a line of text: here the service's name.
-    environment: for the programs, with a PATH on which they are.
+    environment: for the programs, with a PATH on which they are. unknown: services that
+    the system does not know, of those that were asked for.
     """
 
+    environment: Mapping[str, str]
+    unknown: list[str] = field(default_factory=list)
     program = "service"
-    starts_daemons = True
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = environment
+    def command(self, action: str, line: str) -> list[str]:
+        """Return the command that does this to a service: stop, start or status."""
+        return ["service", line, action]
 
     def run(
-        self, *command: str, on_line: TakeLine = lambda line: None, interruptible: bool = False
+        self, action: str, line: str, on_line: TakeLine = lambda line: None,
+        interruptible: bool = False,
     ) -> Finished:
-        """Run a command that has 120 seconds to answer, see shell. Returns how it ended."""
-        return shell(command, self.environment, on_line=on_line, interruptible=interruptible,
-                     starts_daemons=self.starts_daemons, timeout_seconds=SERVICE_SECONDS)
+        """Do this to a service, which has 120 seconds to answer, see shell."""
+        return shell(self.command(action, line), self.environment, on_line=on_line,
+                     starts_daemons=True, interruptible=interruptible,
+                     timeout_seconds=SERVICE_SECONDS)
 
-    def failure(self, *command: str) -> str:
-        """Run a command. Returns why it failed, empty if it did not."""
-        answer = self.run(*command)
-        return f"{shlex.join(command)} ended with {answer}" if answer.exit_code else ""
+    def failure(self, action: str, line: str) -> str:
+        """Do this to a service. Returns why it failed, empty if it did not."""
+        answer = self.run(action, line)
+        command = shlex.join(self.command(action, line))
+        return f"{command} ended with {answer}" if answer.exit_code else ""
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run.
 
         Raises Failure if one does not answer.
         """
-        answers = {name: self.run(*self.command("status", name), interruptible=True)
-                   for name in names}
-        for name, answer in answers.items():
+        lines = []
+        for name in names:
+            answer = self.run("status", name, interruptible=True)
             if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
                 raise Failure(f"it cannot be told whether {name} runs; mend it first: "
-                              f"{shlex.join(self.command('status', name))} ended with "
-                              f"{answer}")
-        return [name for name, answer in answers.items() if answer.exit_code == 0]
-
-    def command(self, action: str, line: str) -> list[str]:
-        """Return the command that does this to a service: stop, start or status."""
-        return ["service", line, action]
+                              f"service {name} status ended with {answer}")
+            if answer.exit_code == 0:
+                lines.append(name)
+            # Debian's says so and exits with 1; 4 is what the LSB has for it.
+            elif answer.exit_code == 4 or "unrecognized service" in str(answer):
+                self.unknown.append(name)
+        return lines
 
     def stop(self, lines: Sequence[str]) -> str:
         """Stop services in this order.
 
         Returns why one could not be stopped, empty if all are.
         """
-        failures = (self.failure(*self.command("stop", line)) for line in lines)
-        return next(filter(None, failures), "")
+        failures = (self.failure("stop", line) for line in lines)
+        return next(filter(None, failures), "") or self.awake(lines)
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, every one even when another fails.
@@ -1127,13 +1145,13 @@ class ServiceManager:
         main.cf it exits 0 (seen: 3.7.11). Returns why services do not run, by their
         line.
         """
-        failed = {line: self.failure(*self.command("start", line)) for line in lines}
-        return {line: failed[line] or why for line, why in self.not_running(lines).items()}
+        failed = {line: self.failure("start", line) for line in lines}
+        return {line: why or down for line, why in failed.items()
+                if (down := self.not_running(line))}
 
-    def not_running(self, lines: Sequence[str]) -> dict[str, str]:
-        """Return how those services answered that do not run, by their line."""
-        answers = {line: self.failure(*self.command("status", line)) for line in lines}
-        return {line: why for line, why in answers.items() if why}
+    def not_running(self, line: str) -> str:
+        """Return how a service answers that does not run, empty if it does."""
+        return self.failure("status", line)
 
     def awake(self, lines: Sequence[str]) -> str:
         """Return which of the services that were stopped run again, as far as that can be told."""
@@ -1153,13 +1171,6 @@ class Systemd(ServiceManager):
     """
 
     program = "systemctl"
-    starts_daemons = False  # they are systemd's children, not systemctl's
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked
-        # for.
-        super().__init__({name: value for name, value in environment.items()
-                          if not name.startswith("SYSTEMD_")})
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run, see ServiceManager.
@@ -1171,6 +1182,8 @@ class Systemd(ServiceManager):
         lines = []
         for name in names:
             units = self.settled_units(f"{name.removesuffix('.service')}.service")
+            if [unit["LoadState"] for unit in units[:1]] == ["not-found"]:  # itself comes first
+                self.unknown.append(name)
             running = [unit for unit in units if unit["ActiveState"] in RUNNING_STATES]
             for unit in running:
                 kind = "transient" if unit.get("Transient") == "yes" else unit["LoadState"]
@@ -1216,49 +1229,40 @@ class Systemd(ServiceManager):
     def show(self, units: Collection[str]) -> list[dict[str, str]]:
         """Return the properties of units, in their order. Raises Failure."""
         lines: list[str] = []
-        command = ["systemctl", "show", f"--property={','.join(UNIT_PROPERTIES)}", "--", *units]
-        answer = self.run(*command, on_line=lines.append, interruptible=True)
+        line = " ".join(units)
+        answer = self.run("show", line, lines.append, interruptible=True)
         blocks = [dict(line.partition("=")[::2] for line in block.splitlines())
                   for block in "\n".join(lines).split("\n\n")]
         told = all({"Id", "ActiveState", "LoadState"} <= block.keys() for block in blocks)
         if answer.exit_code or not told:
             raise Failure("it cannot be told which services run; mend that first: "
-                          f"{shlex.join(command)} ended with {answer}")
+                          f"systemctl show {line} ended with {answer}")
         return blocks
 
     def command(self, action: str, line: str) -> list[str]:
-        """Return the command that does this to a service, see ServiceManager."""
-        return ["systemctl", action, "--", *line.split()]
-
-    def stop(self, lines: Sequence[str]) -> str:
-        """Stop services in this order, see ServiceManager; each unit must then have ended."""
-        return super().stop(lines) or self.awake(lines)
+        """Return the command that does this to a service's units, or asks for their properties."""
+        properties = [f"--property={','.join(UNIT_PROPERTIES)}"] if action == "show" else []
+        return ["systemctl", action, *properties, "--", *line.split()]
 
     def awake(self, lines: Sequence[str]) -> str:
         """Return which of the units that were stopped are in another state than that."""
-        return "; ".join(self.states_but(lines, "inactive", "failed").values())
+        return self.states_but(" ".join(lines), "inactive", "failed")
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, see ServiceManager, past the limit on frequent starts."""
-        self.run(*self.command("reset-failed", " ".join(lines)))
+        self.run("reset-failed", " ".join(lines))
         return super().start(lines)
 
-    def not_running(self, lines: Sequence[str]) -> dict[str, str]:
-        """Return in which states the units of those services are that do not run, by their line."""
-        return self.states_but(lines, "active")
+    def not_running(self, line: str) -> str:
+        """Return which units of a service are not active, and what they are."""
+        return self.states_but(line, "active")
 
-    def states_but(self, lines: Sequence[str], *wanted: str) -> dict[str, str]:
-        """Return the states of units that are in none of the wanted ones, by their line."""
-        answers: list[str] = []
-        self.run(*self.command("is-active", " ".join(lines)), on_line=answers.append)
-        states = dict(zip(" ".join(lines).split(), answers))
-        told = {}
-        for line in lines:
-            others = [f"{unit} is {states.get(unit, 'unknown')}" for unit in line.split()
-                      if states.get(unit) not in wanted]
-            if others:
-                told[line] = ", ".join(others)
-        return told
+    def states_but(self, line: str, *wanted: str) -> str:
+        """Return which units are in none of the wanted states, and in which they are."""
+        states: list[str] = []
+        self.run("is-active", line, states.append)
+        found = zip_longest(line.split(), states, fillvalue="unknown")
+        return ", ".join(f"{unit} is {state}" for unit, state in found if state not in wanted)
 
     def outliving(self) -> list[str]:
         """Return what to put before a command so that it outlives the end of this control group.
@@ -1267,16 +1271,20 @@ class Systemd(ServiceManager):
         can be had it is nothing.
         """
         scope = ["systemd-run", "--scope", "--quiet", "--collect", "--property=TimeoutStopSec=10"]
-        why = self.failure(*scope, "true")
-        if why:
-            log.info("mail stays down if this run's control group is killed while it is: %s", why)
-        return [] if why else scope
+        answer = shell([*scope, "true"], self.environment, timeout_seconds=SERVICE_SECONDS)
+        if answer.exit_code:
+            log.info("mail stays down if this run's control group is killed while it is: %s ended "
+                     "with %s", shlex.join(scope), answer)
+        return [] if answer.exit_code else scope
 
 
 def service_manager(environment: Mapping[str, str]) -> ServiceManager:
     """Return how services are controlled on this machine, see sd_booted(3)."""
-    booted_by_systemd = os.path.isdir("/run/systemd/system")
-    return Systemd(environment) if booted_by_systemd else ServiceManager(environment)
+    if not os.path.isdir("/run/systemd/system"):
+        return ServiceManager(environment)
+    # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked for.
+    return Systemd({name: value for name, value in environment.items()
+                    if not name.startswith("SYSTEMD_")})
 
 
 def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]:
@@ -1292,7 +1300,7 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
 
 
 def start_services(
-    lines: Sequence[str], list_path: Path, environment: Mapping[str, str]
+    manager: ServiceManager, lines: Sequence[str], list_path: Path
 ) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
@@ -1300,77 +1308,59 @@ def start_services(
     come back: afterwards those that could not be started, else gone. Returns why they
     could not, by line.
     """
-    manager = service_manager(environment)
     failed = dict.fromkeys(lines, "")
     for attempt in range(START_ATTEMPTS):
         if failed:
             time.sleep(min(attempt, 1))
             failed = manager.start(list(failed))
-    if failed:
-        with contextlib.suppress(OSError):  # where /run is full the list of before stays
-            write_atomically(list_path, "".join(f"{line}\n" for line in failed))
-    else:
-        list_path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is gone already; where /run is full it stays
+        if failed:
+            write_atomically(list_path, "\n".join(failed))
+        else:
+            list_path.unlink()
     return failed
 
 
 @contextlib.contextmanager
 def services_stopped(
-    names: Sequence[str], list_path: Path, environment: Mapping[str, str], lock: int,
-    downtime: Downtime,
+    manager: ServiceManager, lines: Sequence[str], list_path: Path, lock: int, downtime: Downtime
 ) -> Iterator[None]:
-    """Stop the services of names that run, and start them again after the block whatever happens.
+    """Stop services, and start them again after the block whatever happens.
 
     A keeper (see keep_services) does both, so that even the death of this process brings
-    them back. names: in the order in which they stop and start. list_path: where the
-    keeper notes what it stops; what is listed there already is started too. environment:
-    with a PATH on which systemctl or `service` is. lock: a descriptor that the keeper
-    holds until the services are back. downtime: filled in at the end. Raises Failure if
-    a service cannot be stopped; all are started again then.
+    them back. lines: see ServiceManager, in the order in which they stop and start.
+    list_path: where the keeper notes what it stops; what is listed there already is
+    started too. lock: a descriptor that the keeper holds until the services are back.
+    downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
+    started again then.
     """
-    manager = service_manager(environment)
-    running = manager.running(names)
-    if not running:
+    if not lines:
         yield
         return
-    keeper_command = [*manager.outliving(), sys.executable, os.path.abspath(__file__),
-                      os.fspath(list_path), *running]
+    keeper = subprocess.Popen(
+        [*manager.outliving(), sys.executable, os.path.abspath(__file__), os.fspath(list_path),
+         *lines],
+        env=manager.environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        pass_fds=[lock], start_new_session=True)
+    assert keeper.stdin and keeper.stdout
     began = time.monotonic()
-    keeper = None
     try:
-        keeper = subprocess.Popen(
-            keeper_command, env=environment, text=True, cwd="/", stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-        answer = _stream(keeper.stdout).readline()
-        failed = json.loads(answer) if answer else "the process that stops and starts services died"
+        answer = keeper.stdout.readline()
+        failed = json.loads(answer or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
             raise Failure(f"mail was not stopped, and services are started again: {failed}")
         yield
     finally:
-        back = _dismiss(keeper) if keeper else None
-        if back is None:
-            lines = services_to_start(list_path, running)
-            not_started = start_services(lines, list_path, environment)
-            back = Downtime(time.monotonic() - began, not_started)
-        vars(downtime).update(vars(back))
-
-
-def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
-    """Have the keeper start the services.
-
-    Returns what it answers then, None if it died before.
-    """
-    _stream(keeper.stdin).close()
-    answer = _stream(keeper.stdout).readline()
-    keeper.wait()
-    return Downtime(**json.loads(answer)) if answer else None
-
-
-def _stream(stream: Optional[IO[str]]) -> IO[str]:
-    """Return a pipe of a program that was started with one."""
-    assert stream is not None
-    return stream
+        keeper.stdin.close()
+        answer = keeper.stdout.readline()
+        keeper.wait()
+        if answer:
+            vars(downtime).update(json.loads(answer))
+        else:  # it died
+            listed = services_to_start(list_path, lines)
+            downtime.not_started = start_services(manager, listed, list_path)
+            downtime.seconds = time.monotonic() - began
 
 
 def keep_services(lines: Sequence[str], list_path: Path) -> int:
@@ -1379,29 +1369,27 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
     The kernel closes the other end of standard input even when its holder is killed, and
     a stop that is under way then still ends before the start begins. No signal but
     SIGKILL disturbs it. It answers with two lines of JSON: why a service could not be
-    stopped, empty if all are; then what could not be started, and the seconds of
-    downtime. lines: see ServiceManager, in the order in which they stop and start.
-    list_path: lists them from before the first stop until after the last start. Returns
-    its exit code: 0, 1 if nothing was stopped, 5 if a service is down.
+    stopped, empty if all are; then, when they are started again, a Downtime. lines: see
+    ServiceManager, in the order in which they stop and start. list_path: lists them from
+    before the first stop until after the last start. Returns its exit code: 0, 5 if a
+    service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
-    environment = dict(os.environ)
+    manager = service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
+    began, awake = time.monotonic(), ""
     try:
-        write_atomically(list_path, "".join(f"{line}\n" for line in listed))
+        write_atomically(list_path, "\n".join(listed))
     except OSError as error:
-        _tell(f"cannot write {list_path}: {error.strerror}")
-        return 1
-    manager = service_manager(environment)
-    began = time.monotonic()
-    failed = manager.stop(lines)
+        failed = f"cannot write {list_path}: {error.strerror}"
+    else:
+        failed = manager.stop(lines)
     _tell(failed)
-    awake = ""
     if not failed:
         sys.stdin.read()
         awake = manager.awake(lines)
-    not_started = start_services(listed, list_path, environment)
+    not_started = start_services(manager, listed, list_path)
     _tell(asdict(Downtime(time.monotonic() - began, not_started, awake)))
     return 5 if not_started else 0
 
