@@ -23,7 +23,6 @@ import contextlib
 import difflib
 import filecmp
 import functools
-import glob
 import hashlib
 import html
 import io
@@ -79,7 +78,7 @@ READER_PREFIX = "reader-"
 COPY_BESIDE = ".backup-snapshot"
 MIGRATED = "migrated_unencrypted_backup"
 
-SETTINGS = ("BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
+SETTINGS = ("BACKUP_EXCLUDE", "BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
 FULL_DAYS = 31
@@ -159,6 +158,7 @@ class Night(Work):
     user: pwd.struct_passwd
     keep_days: int
     services: tuple[str, ...]
+    excluded: tuple[str, ...]  # see excluded_of
     now: datetime
 
 
@@ -289,6 +289,26 @@ def keep_days_of(settings: Mapping[str, str]) -> int:
     return int(days)
 
 
+def excluded_of(settings: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the paths of BACKUP_EXCLUDE, relative to STORAGE_ROOT.
+
+    Raises Failure (exit code 2) if it cannot be split as a shell splits words, or names
+    anything but paths below STORAGE_ROOT. The old backups it cannot name, for they are
+    deleted when a backup contains them.
+    """
+    try:
+        paths = shlex.split(settings.get("BACKUP_EXCLUDE", ""))
+    except ValueError as error:
+        raise Failure(f"BACKUP_EXCLUDE cannot be read: {error}; quote the paths in it as for a "
+                      "shell", 2) from error
+    for path in paths:
+        parts = path.split("/")
+        if parts[0] in ("", MIGRATED) or not {".", ".."}.isdisjoint(parts):
+            raise Failure(f"BACKUP_EXCLUDE names {printable(path) or 'an empty path'}; give it "
+                          f"paths relative to STORAGE_ROOT, without . or .. and not {MIGRATED}", 2)
+    return tuple(map(os.path.normpath, paths))
+
+
 def night_of(settings: Mapping[str, str]) -> Night:
     """Check the settings and put together what a run knows.
 
@@ -318,7 +338,7 @@ def night_of(settings: Mapping[str, str]) -> Night:
                           "BACKUP_SERVICES in the settings", 2)
     return Night(**vars(work), settings=settings, user=user,
                  keep_days=keep_days_of(settings), services=services,
-                 now=datetime.now(timezone.utc))
+                 excluded=excluded_of(settings), now=datetime.now(timezone.utc))
 
 
 def program_environment() -> dict[str, str]:
@@ -615,7 +635,7 @@ def start_services_left_stopped(night: Night, record: Record) -> None:
         log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(lines),
                     night.stopped)
         record.downtime.not_started = utils.start_services(
-            lines, night.stopped, night.environment)
+            utils.service_manager(night.environment), lines, night.stopped)
 
 
 def recover_from_dead_run(work: Work) -> None:
@@ -1065,7 +1085,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
     """
     place = place_of_copy(night, Path())
     spare = min(utils.total_bytes(night.root) // 10, SPARE_BYTES)
-    excluded = frozenset({night.backup.name, COPY_BESIDE})
+    excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
     log.info("copying %s while mail runs", night.root)
     with contextlib.ExitStack() as stack:
@@ -1118,8 +1138,12 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     lock: its descriptor.
     """
     log.info("stopping mail")
-    with utils.services_stopped(night.services, night.stopped, night.environment, lock,
-                                record.downtime):
+    manager = utils.service_manager(night.environment)
+    lines = manager.running(night.services)
+    if manager.unknown and "BACKUP_SERVICES" in night.settings:  # of the default any may be missing
+        record.warn("BACKUP_SERVICES names what is no service of this system, "
+                    f"{' and '.join(manager.unknown)}; correct it in the settings")
+    with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
         yield
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
@@ -1158,25 +1182,30 @@ def duplicity_command(action: str, *arguments: str, low_priority: bool = False) 
 TARGET = f"file://{ENCRYPTED}"
 
 
-def set_command(work: Work, action: str, copy: Optional[Path] = None) -> list[str]:
+def set_command(night: Night, action: str, copy: Optional[Path] = None) -> list[str]:
     """Return the command that makes a set.
 
     action: full or incremental. copy: to read, with mail running, in place of
     STORAGE_ROOT.
     """
     return duplicity_command(
-        action, *([] if copy else exclusions(work)), "--volsize", str(VOLUME_MEGABYTES),
+        action, *([] if copy else exclusions(night)), "--volsize", str(VOLUME_MEGABYTES),
         "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG",
-        str(copy or work.root), TARGET, low_priority=copy is not None)
+        str(copy or night.root), TARGET, low_priority=copy is not None)
 
 
-def exclusions(work: Work) -> list[str]:
-    """Return duplicity's options to leave out of STORAGE_ROOT what is no user data.
+def left_out(work: Union[Night, "Reader"]) -> list[Path]:
+    """Return what of STORAGE_ROOT no backup holds."""
+    return [work.backup, work.copy_beside, *map(work.root.joinpath, work.excluded)]
 
-    To duplicity the names are patterns.
+
+def exclusions(work: Union[Night, "Reader"]) -> list[str]:
+    """Return duplicity's options to leave that out, and so all below it.
+
+    A name to --exclude would mean the same name with a line break at its end, too.
     """
-    return [part for path in (work.backup, work.copy_beside)
-            for part in ("--exclude", glob.escape(str(path)))]
+    return [part for path in left_out(work)
+            for part in ("--exclude-regexp", rf"\A{re.escape(str(path))}\Z")]
 
 
 def pruning_command(action: str, *age: str) -> list[str]:
@@ -1234,7 +1263,7 @@ def make_set(
     root, tree = str(night.root), copy.target if copy else night.root
     record.kind, record.source = action, "copy" if copy else "direct"
     before = complete_sets(ENCRYPTED)
-    excluded = [] if copy else [night.backup, night.copy_beside]
+    excluded = [] if copy else left_out(night)
     if not copy and not os.path.samefile(".", night.backup):
         raise Failure(f"somebody renamed {night.backup}; give it its name back")
     entries = utils.count_entries(tree, excluded)
@@ -1566,7 +1595,8 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
     Only directory entries are read. Returns, made for JSON: directory, encpwfile, tz;
     backups, newest first, each with date (such as 20261122T030000Z), date_str (local ISO
     time), date_delta (its age), full, previous (the date it builds on), size in bytes,
-    and deleted_in; unmatched_file_size in bytes, of files that belong to no complete
+    and deleted_in; excluded, whether there is something by each path of BACKUP_EXCLUDE;
+    unmatched_file_size in bytes, of files that belong to no complete
     set; free_size in bytes, of the disk they are on; last_run, as in last-run.json, None
     if there was none. Raises Failure, OSError.
     """
@@ -1586,6 +1616,7 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
             "date_delta": span(found.date, now), "full": found.full, "previous": found.previous,
             "size": found.size, "deleted_in": deleted_in[found],
         } for found in reversed(sets)],
+        "excluded": {path: os.path.lexists(backup.parent / path) for path in excluded_of(env)},
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
         "last_run": read_last_run(backup / LAST_RUN), "last_verify": last_verify}
     status["ok"], status["headline"] = headline_of(
@@ -1702,9 +1733,9 @@ def status_text(status: Mapping[str, Any], colour: bool = False) -> str:
 
 
 def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
-    """Return up to when backup files were checked, and what is damaged, each under a heading.
+    """Return up to when backup files were checked, and what is damaged or left out.
 
-    status: backup_status's answer.
+    Each is under a heading. status: backup_status's answer.
     """
     checked, damaged = status["last_verify"]["checked"], []
     for name, why in status["last_verify"]["damaged"].items():
@@ -1719,6 +1750,10 @@ def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
         told["Verified"] = f"every backup file, since {date.isoformat()}"
+    excluded = [printable(path) if there else f"{printable(path)} (not found)"
+                for path, there in status["excluded"].items()]
+    if excluded:
+        told["Left out"] = ", ".join(excluded)
     return told
 
 
@@ -1902,12 +1937,13 @@ class Reader(Work):
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete
     ones are linked. newest_set: the stamp of the last run's, empty if it told none.
-    keep_days: after which chains are deleted.
+    keep_days: after which chains are deleted. excluded: see excluded_of.
     """
 
     sets: Sequence[BackupSet]
     newest_set: str
     keep_days: int
+    excluded: tuple[str, ...]
 
     @property
     def complete(self) -> list[BackupSet]:
@@ -1946,7 +1982,7 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         own = stack.enter_context(reader_directory(temporary))
         newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
         reader = Reader(**vars(work), sets=link_sets(own, backup), newest_set=newest_set,
-                        keep_days=keep_days_of(settings))
+                        keep_days=keep_days_of(settings), excluded=excluded_of(settings))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -2130,7 +2166,8 @@ def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
 def compare(reader: Reader) -> list[str]:
     """Compare the newest backup with the live files, contents included.
 
-    Returns the differences, a sentence each. Raises Failure.
+    What is excluded now and was not then is none. Returns the differences, a sentence each.
+    Raises Failure.
     """
     lines: list[str] = []
     command = duplicity_command("verify", "--compare-data", *exclusions(reader),
@@ -2141,7 +2178,9 @@ def compare(reader: Reader) -> list[str]:
                  if line.startswith(". ") and "ifference found: " in line]
     if answer.exit_code not in (0, 1) or answer.exit_code and not different:
         raise Failure(explain("verify", answer))
-    return different
+    excluded = tuple(f"Difference found: File {printable(path)}/" for path in reader.excluded)
+    return [line for line in different
+            if not f"{line.removesuffix(' is missing')}/".startswith(excluded)]
 
 
 def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
@@ -2346,6 +2385,8 @@ def show_plan(night: Night, force_full: bool) -> None:
             print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(night.migrated))}")
         for path in dead:
             print(f"delete {printable(str(path.absolute()))}")
+        for name in night.excluded:
+            print(f"leave out {printable(name)}")
         services = utils.service_manager(night.environment)
         for line in services.running(night.services):
             print(f"stop and start {line}")
@@ -2569,6 +2610,7 @@ def main(arguments: Sequence[str]) -> int:
 
     arguments: without the program's name.
     """
+    utils.reset_signals()
     utils.open_closed_streams()
     utils.allow_any_depth()
     handler = logging.StreamHandler()

@@ -30,9 +30,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Optional, Union
+from typing import Any, Optional, Union
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
@@ -47,6 +48,7 @@ OPEN_FILES = 8192
 NESTED_CALLS = 10_000
 LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
 ONLY_LINKS_NS = 1_000_000_000
+CLOCK_TICK_SECONDS = 0.02  # the clocks of file systems are up to 10 ms behind
 BLOCK_BYTES = 1 << 24
 FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
@@ -219,10 +221,10 @@ def path_of(directory: int) -> Path:
 def remove_abandoned(directory: Path, pattern: str) -> None:
     """Remove what own_directory made for processes that were killed: nobody holds its lock."""
     for path in directory.glob(pattern):
-        if path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as locked:
-                fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(path)
+        with (contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError),
+              opened(path) as locked):
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)
 
 
 @contextlib.contextmanager
@@ -279,11 +281,8 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     with owned_directory(path) as directory:
-        status = os.fstat(directory)
-        if status.st_gid != group:
-            os.fchown(directory, -1, group)
-        if stat.S_IMODE(status.st_mode) != mode:
-            os.fchmod(directory, mode)
+        os.fchown(directory, -1, group)
+        os.fchmod(directory, mode)
 
 
 def sync_directory(path: Path) -> None:
@@ -422,7 +421,8 @@ class Mirror:
     """A copy of a tree, which mirror_of makes and update_mirror makes equal to it.
 
     source, target: the tree and the copy. live, copy: their descriptors, so that no
-    renaming leads elsewhere. excluded: names at the top of source that are left out.
+    renaming leads elsewhere. excluded: what is left out, each the relative path of a
+    directory and a name in it.
     may_link: tells, of a directory's relative path and the names of all directories
     beside it, itself among them, whether the regular files in it are never rewritten in
     place: those become hard links, at no cost. spare_bytes: the room to leave when
@@ -436,7 +436,7 @@ class Mirror:
     target: Path
     live: int
     copy: int
-    excluded: frozenset[str]
+    excluded: frozenset[tuple[str, str]]
     may_link: MayLink
     spare_bytes: int
     working: os.stat_result
@@ -457,13 +457,14 @@ def allow_any_depth() -> None:
 
 @contextlib.contextmanager
 def mirror_of(
-    source: Path, place: Path, excluded: frozenset[str], may_link: MayLink, spare_bytes: int
+    source: Path, place: Path, excluded: Collection[str], may_link: MayLink, spare_bytes: int
 ) -> Iterator[Mirror]:
     """Make a mirror of a tree that may be changing, the first of two passes, and keep it open.
 
-    It takes no sockets, and follows no links and no mounts. source, excluded, may_link:
-    see Mirror. place: the directory to make for it; the mirror is `tree` in that. Is it
-    relative, then to a directory that nobody can rename. spare_bytes: the room to leave.
+    It takes no sockets, and follows no links and no mounts. source, may_link: see Mirror.
+    excluded: relative paths that are left out. place: the directory to make for it; the
+    mirror is `tree` in that. Is it relative, then to a directory that nobody can rename.
+    spare_bytes: the room to leave.
     Raises Failure or OSError, and leaves what it has made to the caller to remove.
     """
     make_owned_directory(place, 0o700, 0)
@@ -471,7 +472,8 @@ def mirror_of(
         os.mkdir("tree", 0o700, dir_fd=directory)
         with opened("tree", parent=directory) as copy:
             target = (path_of(directory) if place.is_absolute() else place) / "tree"
-            mirror = Mirror(source, target, live, copy, excluded, may_link, spare_bytes,
+            left_out = frozenset(os.path.split(name) for name in excluded)
+            mirror = Mirror(source, target, live, copy, left_out, may_link, spare_bytes,
                             os.stat("."))
             _catch_up(mirror)
             mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
@@ -506,7 +508,8 @@ def update_mirror(mirror: Mirror) -> None:
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
     own ctime, and that of every directory on the way to it below the top, which is held
     open, is settled (a rename changes the ctime of what is renamed on ext4, XFS and
-    btrfs), and what stands in the copy is of its kind, size and mtime. Raises Failure.
+    btrfs), and what stands in the copy is of its kind, size and mtime. In one thing the
+    mirror differs, see _replace. Raises Failure.
     """
     mirror.unread.clear()
     try:
@@ -552,13 +555,16 @@ def _mirror_directory(
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
     with os.scandir(copy) as entries:
         present = {entry.name: entry.inode() for entry in entries}
+    excluded = {name for parent, name in mirror.excluded if parent == path}
     others = _link_files(live, copy, present) if linked else os.listdir(live)
     found = {}
     for name in others:
-        if path or name not in mirror.excluded:
+        if name not in excluded:
             with contextlib.suppress(FileNotFoundError):
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
-    directories = {name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode)}
+    # A Maildir of which one directory is left out is a Maildir still.
+    directories = excluded.union(
+        name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode))
     longest_name = LONGEST_PATH - 1 - len(os.fsencode(mirror.target / path))
     for name, entry in found.items():
         below = os.path.join(path, name)
@@ -576,7 +582,7 @@ def _mirror_directory(
                 _mirror_child(mirror, below, may_link, settled, live, copy)
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
-    for name in present:
+    for name in excluded.union(present):  # one that is excluded may have become a link
         remove(name, copy)
     _set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
@@ -665,12 +671,15 @@ def _replace(
 ) -> None:
     """Put in place of what is at path, if anything, a link to the entry of the tree, or a copy.
 
-    It is never written to what is there: that may be a link to the user's own file.
+    It is never written to what is there: that may be a link to the user's own file. A copy
+    of what was written to in the very second in which it is copied gets an mtime one second
+    earlier.
     """
     name = os.path.basename(path)
     remove(name, copy)
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
+    began = int(time.time() - CLOCK_TICK_SECONDS)
     try:
         if stat.S_ISREG(status.st_mode):
             status = _copy_file(mirror, name, live, copy)
@@ -687,6 +696,10 @@ def _replace(
         remove(name, copy)
         return
     _set_metadata(name, status, copy)
+    # Who compares whole seconds would take what is written later in this one for unchanged.
+    if stat.S_ISREG(status.st_mode) and began <= status.st_mtime <= time.time():
+        times = (status.st_atime_ns, status.st_mtime_ns - 1_000_000_000)
+        os.utime(name, ns=times, dir_fd=copy)
 
 
 def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_result:
@@ -701,27 +714,14 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
         status = os.fstat(source)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        if status.st_size and not _clone(source, target):
-            room = free_bytes(target) - mirror.spare_bytes
+        try:
+            fcntl.ioctl(target, FICLONE, source)  # see ioctl_ficlone(2)
+        except OSError:  # should it not be for want of clones the same befalls a copy
+            room = max(0, free_bytes(target) - mirror.spare_bytes)
             if mirror.spare_bytes and room < status.st_blocks * 512:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name) from None
             _copy_data(source, target, status.st_size)
     return status
-
-
-def _clone(source: int, target: int) -> bool:
-    """Have a new file share the blocks of another (ioctl_ficlone(2)).
-
-    Returns whether it can.
-    """
-    cannot = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
-    try:
-        fcntl.ioctl(target, FICLONE, source)
-    except OSError as error:
-        if error.errno not in cannot:
-            raise
-        return False
-    return True
 
 
 def _copy_data(source: int, target: int, size: int) -> None:
@@ -799,6 +799,15 @@ def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
     _Signals.came = _Signals.came or number
 
 
+def reset_signals() -> None:
+    """Take back what a parent may have left: an ignored SIGCHLD, blocked signals.
+
+    The one makes the exit code of every program 0, with the other nothing ends this one.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 @contextlib.contextmanager
 def ended_in_good_order() -> Iterator[None]:
     """Have SIGTERM, SIGINT and SIGHUP end the block only at calls of raise_if_interrupted.
@@ -846,8 +855,8 @@ def open_closed_streams() -> None:
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             # It gets the lowest free number, which is this one.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r"))
+            setattr(sys, name, open(os.devnull, "r+"))
+            os.set_inheritable(descriptor, True)
 
 
 def give_up_broken_streams() -> None:
@@ -896,11 +905,10 @@ class Finished:
 def bytes_read_by(process: int) -> int:
     """Return how many bytes a process has read, from files and pipes, 0 if that is not told.
 
-    That is rchar in proc(5).
+    That is rchar in proc(5), which comes first there.
     """
     with contextlib.suppress(OSError):
-        if match := re.search(r"rchar: (\d+)", Path(f"/proc/{process}/io").read_text()):
-            return int(match[1])
+        return int(Path(f"/proc/{process}/io").read_text().split()[1])
     return 0
 
 
@@ -941,12 +949,12 @@ def shell(
     secret: hidden in whatever the program prints. standard_input: a few lines for it to
     read. directory: where it runs. user: run as this user, with its groups. umask: -1
     for the caller's. starts_daemons: they would hold an output pipe open for ever, so a
-    file takes the output. interruptible: whether a signal to this process ends it, and
-    raises Interrupted. timeout_seconds: then it is ended, with exit code 124. on_line,
-    on_log: called for each line as it comes, escaped. watch: called twice a second with
-    its process id; what it raises ends the program. Returns how it ended, with exit code
-    126 if it could not be executed. The program and its process group have ended when an
-    exception leaves.
+    file takes the output, whose lines come at the end. interruptible: whether a signal to
+    this process ends it, and raises Interrupted. timeout_seconds: then it is ended, with
+    exit code 124. on_line, on_log: called for each line as it comes, escaped. watch:
+    called twice a second with its process id; what it raises ends the program. Returns
+    how it ended, with exit code 126 if it could not be executed. The program and its
+    process group have ended when an exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -965,7 +973,7 @@ def shell(
         groups = os.getgrouplist(user.pw_name, user.pw_gid)
         identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(_file_to(take_line) if starts_daemons else _pipe_to(take_line))
+        output = stack.enter_context((_file_to if starts_daemons else _pipe_to)(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
         arguments = [f"--log-fd={log[0]}" if part == "--log-fd=LOG" else part for part in command]
         if interruptible:
@@ -996,13 +1004,7 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
     All that came before the block ended has been passed on then.
     """
     reading, writing = os.pipe()
-
-    def read_lines() -> None:
-        with os.fdopen(reading, "rb") as stream:
-            while line := stream.readline(LONGEST_LINE_BYTES):
-                take_line(printable(os.fsdecode(line.rstrip(b"\r\n"))))
-
-    reader = threading.Thread(target=read_lines, daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(reading, take_line), daemon=True)
     reader.start()
     try:
         yield writing
@@ -1016,13 +1018,21 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
 def _file_to(take_line: TakeLine) -> Iterator[int]:
     """Yield a file in memory, for a full disk must not keep a service down.
 
-    Its last lines are passed on when the block ends.
+    Its lines are passed on when the block ends.
     """
-    with os.fdopen(os.memfd_create("output"), "r+b") as stream:
-        yield stream.fileno()
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_LINES * LONGEST_LINE_BYTES))
-        for line in stream.read().splitlines()[-TAIL_LINES:]:
-            take_line(printable(os.fsdecode(line)))
+    output = os.memfd_create("output")
+    try:
+        yield output
+    finally:
+        os.lseek(output, 0, os.SEEK_SET)
+        _pass_on(output, take_line)
+
+
+def _pass_on(descriptor: int, take_line: TakeLine) -> None:
+    """Read lines to the end, and close the descriptor."""
+    with os.fdopen(descriptor, "rb") as stream:
+        while line := stream.readline(LONGEST_LINE_BYTES):
+            take_line(printable(os.fsdecode(line.rstrip(b"\r\n"))))
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Watch) -> bool:
@@ -1070,56 +1080,63 @@ class Downtime:
     awake: str = ""
 
 
+@dataclass
 class ServiceManager:
     """How services are controlled where systemd is not process 1: with `service`.
 
     What is stopped and started for a service is a line of text: here the service's name.
-    environment: for the programs, with a PATH on which they are.
+    environment: for the programs, with a PATH on which they are. unknown: services that
+    the system does not know, of those that were asked for.
     """
 
+    environment: Mapping[str, str]
+    unknown: list[str] = field(default_factory=list)
     program = "service"
-    starts_daemons = True
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = environment
+    def command(self, action: str, line: str) -> list[str]:
+        """Return the command that does this to a service: stop, start or status."""
+        return ["service", line, action]
 
     def run(
-        self, *command: str, on_line: TakeLine = lambda line: None, interruptible: bool = False
+        self, action: str, line: str, on_line: TakeLine = lambda line: None,
+        interruptible: bool = False,
     ) -> Finished:
-        """Run a command that has 120 seconds to answer, see shell. Returns how it ended."""
-        return shell(command, self.environment, on_line=on_line, interruptible=interruptible,
-                     starts_daemons=self.starts_daemons, timeout_seconds=SERVICE_SECONDS)
+        """Do this to a service, which has 120 seconds to answer, see shell."""
+        return shell(self.command(action, line), self.environment, on_line=on_line,
+                     starts_daemons=True, interruptible=interruptible,
+                     timeout_seconds=SERVICE_SECONDS)
 
-    def failure(self, *command: str) -> str:
-        """Run a command. Returns why it failed, empty if it did not."""
-        answer = self.run(*command)
-        return f"{shlex.join(command)} ended with {answer}" if answer.exit_code else ""
+    def failure(self, action: str, line: str) -> str:
+        """Do this to a service. Returns why it failed, empty if it did not."""
+        answer = self.run(action, line)
+        command = shlex.join(self.command(action, line))
+        return f"{command} ended with {answer}" if answer.exit_code else ""
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run.
 
         Raises Failure if one does not answer.
         """
-        answers = {name: self.run(*self.command("status", name), interruptible=True)
-                   for name in names}
-        for name, answer in answers.items():
+        lines = []
+        for name in names:
+            answer = self.run("status", name, interruptible=True)
             if answer.exit_code in (TIMED_OUT, NOT_EXECUTABLE):
                 raise Failure(f"it cannot be told whether {name} runs; mend it first: "
-                              f"{shlex.join(self.command('status', name))} ended with "
-                              f"{answer}")
-        return [name for name, answer in answers.items() if answer.exit_code == 0]
-
-    def command(self, action: str, line: str) -> list[str]:
-        """Return the command that does this to a service: stop, start or status."""
-        return ["service", line, action]
+                              f"service {name} status ended with {answer}")
+            if answer.exit_code == 0:
+                lines.append(name)
+            # Debian's says so and exits with 1; 4 is what the LSB has for it.
+            elif answer.exit_code == 4 or "unrecognized service" in str(answer):
+                self.unknown.append(name)
+        return lines
 
     def stop(self, lines: Sequence[str]) -> str:
         """Stop services in this order.
 
         Returns why one could not be stopped, empty if all are.
         """
-        failures = (self.failure(*self.command("stop", line)) for line in lines)
-        return next(filter(None, failures), "")
+        failures = (self.failure("stop", line) for line in lines)
+        return next(filter(None, failures), "") or self.awake(lines)
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, every one even when another fails.
@@ -1128,13 +1145,13 @@ class ServiceManager:
         main.cf it exits 0 (seen: 3.7.11). Returns why services do not run, by their
         line.
         """
-        failed = {line: self.failure(*self.command("start", line)) for line in lines}
-        return {line: failed[line] or why for line, why in self.not_running(lines).items()}
+        failed = {line: self.failure("start", line) for line in lines}
+        return {line: why or down for line, why in failed.items()
+                if (down := self.not_running(line))}
 
-    def not_running(self, lines: Sequence[str]) -> dict[str, str]:
-        """Return how those services answered that do not run, by their line."""
-        answers = {line: self.failure(*self.command("status", line)) for line in lines}
-        return {line: why for line, why in answers.items() if why}
+    def not_running(self, line: str) -> str:
+        """Return how a service answers that does not run, empty if it does."""
+        return self.failure("status", line)
 
     def awake(self, lines: Sequence[str]) -> str:
         """Return which of the services that were stopped run again, as far as that can be told."""
@@ -1154,13 +1171,6 @@ class Systemd(ServiceManager):
     """
 
     program = "systemctl"
-    starts_daemons = False  # they are systemd's children, not systemctl's
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked
-        # for.
-        super().__init__({name: value for name, value in environment.items()
-                          if not name.startswith("SYSTEMD_")})
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run, see ServiceManager.
@@ -1172,6 +1182,8 @@ class Systemd(ServiceManager):
         lines = []
         for name in names:
             units = self.settled_units(f"{name.removesuffix('.service')}.service")
+            if [unit["LoadState"] for unit in units[:1]] == ["not-found"]:  # itself comes first
+                self.unknown.append(name)
             running = [unit for unit in units if unit["ActiveState"] in RUNNING_STATES]
             for unit in running:
                 kind = "transient" if unit.get("Transient") == "yes" else unit["LoadState"]
@@ -1217,49 +1229,40 @@ class Systemd(ServiceManager):
     def show(self, units: Collection[str]) -> list[dict[str, str]]:
         """Return the properties of units, in their order. Raises Failure."""
         lines: list[str] = []
-        command = ["systemctl", "show", f"--property={','.join(UNIT_PROPERTIES)}", "--", *units]
-        answer = self.run(*command, on_line=lines.append, interruptible=True)
+        line = " ".join(units)
+        answer = self.run("show", line, lines.append, interruptible=True)
         blocks = [dict(line.partition("=")[::2] for line in block.splitlines())
                   for block in "\n".join(lines).split("\n\n")]
         told = all({"Id", "ActiveState", "LoadState"} <= block.keys() for block in blocks)
         if answer.exit_code or not told:
             raise Failure("it cannot be told which services run; mend that first: "
-                          f"{shlex.join(command)} ended with {answer}")
+                          f"systemctl show {line} ended with {answer}")
         return blocks
 
     def command(self, action: str, line: str) -> list[str]:
-        """Return the command that does this to a service, see ServiceManager."""
-        return ["systemctl", action, "--", *line.split()]
-
-    def stop(self, lines: Sequence[str]) -> str:
-        """Stop services in this order, see ServiceManager; each unit must then have ended."""
-        return super().stop(lines) or self.awake(lines)
+        """Return the command that does this to a service's units, or asks for their properties."""
+        properties = [f"--property={','.join(UNIT_PROPERTIES)}"] if action == "show" else []
+        return ["systemctl", action, *properties, "--", *line.split()]
 
     def awake(self, lines: Sequence[str]) -> str:
         """Return which of the units that were stopped are in another state than that."""
-        return "; ".join(self.states_but(lines, "inactive", "failed").values())
+        return self.states_but(" ".join(lines), "inactive", "failed")
 
     def start(self, lines: Sequence[str]) -> dict[str, str]:
         """Start services in this order, see ServiceManager, past the limit on frequent starts."""
-        self.run(*self.command("reset-failed", " ".join(lines)))
+        self.run("reset-failed", " ".join(lines))
         return super().start(lines)
 
-    def not_running(self, lines: Sequence[str]) -> dict[str, str]:
-        """Return in which states the units of those services are that do not run, by their line."""
-        return self.states_but(lines, "active")
+    def not_running(self, line: str) -> str:
+        """Return which units of a service are not active, and what they are."""
+        return self.states_but(line, "active")
 
-    def states_but(self, lines: Sequence[str], *wanted: str) -> dict[str, str]:
-        """Return the states of units that are in none of the wanted ones, by their line."""
-        answers: list[str] = []
-        self.run(*self.command("is-active", " ".join(lines)), on_line=answers.append)
-        states = dict(zip(" ".join(lines).split(), answers))
-        told = {}
-        for line in lines:
-            others = [f"{unit} is {states.get(unit, 'unknown')}" for unit in line.split()
-                      if states.get(unit) not in wanted]
-            if others:
-                told[line] = ", ".join(others)
-        return told
+    def states_but(self, line: str, *wanted: str) -> str:
+        """Return which units are in none of the wanted states, and in which they are."""
+        states: list[str] = []
+        self.run("is-active", line, states.append)
+        found = zip_longest(line.split(), states, fillvalue="unknown")
+        return ", ".join(f"{unit} is {state}" for unit, state in found if state not in wanted)
 
     def outliving(self) -> list[str]:
         """Return what to put before a command so that it outlives the end of this control group.
@@ -1268,16 +1271,20 @@ class Systemd(ServiceManager):
         can be had it is nothing.
         """
         scope = ["systemd-run", "--scope", "--quiet", "--collect", "--property=TimeoutStopSec=10"]
-        why = self.failure(*scope, "true")
-        if why:
-            log.info("mail stays down if this run's control group is killed while it is: %s", why)
-        return [] if why else scope
+        answer = shell([*scope, "true"], self.environment, timeout_seconds=SERVICE_SECONDS)
+        if answer.exit_code:
+            log.info("mail stays down if this run's control group is killed while it is: %s ended "
+                     "with %s", shlex.join(scope), answer)
+        return [] if answer.exit_code else scope
 
 
 def service_manager(environment: Mapping[str, str]) -> ServiceManager:
     """Return how services are controlled on this machine, see sd_booted(3)."""
-    booted_by_systemd = os.path.isdir("/run/systemd/system")
-    return Systemd(environment) if booted_by_systemd else ServiceManager(environment)
+    if not os.path.isdir("/run/systemd/system"):
+        return ServiceManager(environment)
+    # With SYSTEMD_LOG_LEVEL=debug, say, systemctl says more than what it is asked for.
+    return Systemd({name: value for name, value in environment.items()
+                    if not name.startswith("SYSTEMD_")})
 
 
 def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]:
@@ -1293,7 +1300,7 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
 
 
 def start_services(
-    lines: Sequence[str], list_path: Path, environment: Mapping[str, str]
+    manager: ServiceManager, lines: Sequence[str], list_path: Path
 ) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
@@ -1301,77 +1308,59 @@ def start_services(
     come back: afterwards those that could not be started, else gone. Returns why they
     could not, by line.
     """
-    manager = service_manager(environment)
     failed = dict.fromkeys(lines, "")
     for attempt in range(START_ATTEMPTS):
         if failed:
             time.sleep(min(attempt, 1))
             failed = manager.start(list(failed))
-    if failed:
-        with contextlib.suppress(OSError):  # where /run is full the list of before stays
-            write_atomically(list_path, "".join(f"{line}\n" for line in failed))
-    else:
-        list_path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is gone already; where /run is full it stays
+        if failed:
+            write_atomically(list_path, "\n".join(failed))
+        else:
+            list_path.unlink()
     return failed
 
 
 @contextlib.contextmanager
 def services_stopped(
-    names: Sequence[str], list_path: Path, environment: Mapping[str, str], lock: int,
-    downtime: Downtime,
+    manager: ServiceManager, lines: Sequence[str], list_path: Path, lock: int, downtime: Downtime
 ) -> Iterator[None]:
-    """Stop the services of names that run, and start them again after the block whatever happens.
+    """Stop services, and start them again after the block whatever happens.
 
     A keeper (see keep_services) does both, so that even the death of this process brings
-    them back. names: in the order in which they stop and start. list_path: where the
-    keeper notes what it stops; what is listed there already is started too. environment:
-    with a PATH on which systemctl or `service` is. lock: a descriptor that the keeper
-    holds until the services are back. downtime: filled in at the end. Raises Failure if
-    a service cannot be stopped; all are started again then.
+    them back. lines: see ServiceManager, in the order in which they stop and start.
+    list_path: where the keeper notes what it stops; what is listed there already is
+    started too. lock: a descriptor that the keeper holds until the services are back.
+    downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
+    started again then.
     """
-    manager = service_manager(environment)
-    running = manager.running(names)
-    if not running:
+    if not lines:
         yield
         return
-    keeper_command = [*manager.outliving(), sys.executable, os.path.abspath(__file__),
-                      os.fspath(list_path), *running]
+    keeper = subprocess.Popen(
+        [*manager.outliving(), sys.executable, os.path.abspath(__file__), os.fspath(list_path),
+         *lines],
+        env=manager.environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        pass_fds=[lock], start_new_session=True)
+    assert keeper.stdin and keeper.stdout
     began = time.monotonic()
-    keeper = None
     try:
-        keeper = subprocess.Popen(
-            keeper_command, env=environment, text=True, cwd="/", stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, pass_fds=[lock], start_new_session=True)
-        answer = _stream(keeper.stdout).readline()
-        failed = json.loads(answer) if answer else "the process that stops and starts services died"
+        answer = keeper.stdout.readline()
+        failed = json.loads(answer or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
             raise Failure(f"mail was not stopped, and services are started again: {failed}")
         yield
     finally:
-        back = _dismiss(keeper) if keeper else None
-        if back is None:
-            lines = services_to_start(list_path, running)
-            not_started = start_services(lines, list_path, environment)
-            back = Downtime(time.monotonic() - began, not_started)
-        vars(downtime).update(vars(back))
-
-
-def _dismiss(keeper: "subprocess.Popen[str]") -> Optional[Downtime]:
-    """Have the keeper start the services.
-
-    Returns what it answers then, None if it died before.
-    """
-    _stream(keeper.stdin).close()
-    answer = _stream(keeper.stdout).readline()
-    keeper.wait()
-    return Downtime(**json.loads(answer)) if answer else None
-
-
-def _stream(stream: Optional[IO[str]]) -> IO[str]:
-    """Return a pipe of a program that was started with one."""
-    assert stream is not None
-    return stream
+        keeper.stdin.close()
+        answer = keeper.stdout.readline()
+        keeper.wait()
+        if answer:
+            vars(downtime).update(json.loads(answer))
+        else:  # it died
+            listed = services_to_start(list_path, lines)
+            downtime.not_started = start_services(manager, listed, list_path)
+            downtime.seconds = time.monotonic() - began
 
 
 def keep_services(lines: Sequence[str], list_path: Path) -> int:
@@ -1380,29 +1369,27 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
     The kernel closes the other end of standard input even when its holder is killed, and
     a stop that is under way then still ends before the start begins. No signal but
     SIGKILL disturbs it. It answers with two lines of JSON: why a service could not be
-    stopped, empty if all are; then what could not be started, and the seconds of
-    downtime. lines: see ServiceManager, in the order in which they stop and start.
-    list_path: lists them from before the first stop until after the last start. Returns
-    its exit code: 0, 1 if nothing was stopped, 5 if a service is down.
+    stopped, empty if all are; then, when they are started again, a Downtime. lines: see
+    ServiceManager, in the order in which they stop and start. list_path: lists them from
+    before the first stop until after the last start. Returns its exit code: 0, 5 if a
+    service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
-    environment = dict(os.environ)
+    manager = service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
+    began, awake = time.monotonic(), ""
     try:
-        write_atomically(list_path, "".join(f"{line}\n" for line in listed))
+        write_atomically(list_path, "\n".join(listed))
     except OSError as error:
-        _tell(f"cannot write {list_path}: {error.strerror}")
-        return 1
-    manager = service_manager(environment)
-    began = time.monotonic()
-    failed = manager.stop(lines)
+        failed = f"cannot write {list_path}: {error.strerror}"
+    else:
+        failed = manager.stop(lines)
     _tell(failed)
-    awake = ""
     if not failed:
         sys.stdin.read()
         awake = manager.awake(lines)
-    not_started = start_services(listed, list_path, environment)
+    not_started = start_services(manager, listed, list_path)
     _tell(asdict(Downtime(time.monotonic() - began, not_started, awake)))
     return 5 if not_started else 0
 

@@ -69,6 +69,19 @@ Result = subprocess.CompletedProcess[str]
 Entry = tuple[object, ...]
 
 
+class CopiedTime(int):
+    """The mtime of a file in whole seconds: in a backup it may be a second earlier.
+
+    That is so when the file was written in the very second in which it was copied.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int) and abs(self - other) <= 1
+
+    def __hash__(self) -> int:
+        return 0
+
+
 def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
     """Return all that a backup keeps of a tree, by relative path.
 
@@ -92,6 +105,8 @@ def tree_of(root: Path, without: str = "backup") -> dict[str, Entry]:
             # duplicity keeps mtimes in whole seconds; a symbolic link's mode and mtime are not
             # kept. The mtime of the root changes when backup/ is made in it.
             time = None if stat.S_ISLNK(status.st_mode) or not name else int(status.st_mtime)
+            if time is not None and stat.S_ISREG(status.st_mode):
+                time = CopiedTime(time)
             found[os.path.relpath(os.fsdecode(path), root)] = (
                 stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode),
                 status.st_uid, status.st_gid, time, content)

@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import pytest
 
+from conftest import CopiedTime
+
 BACKUP_PROGRAM = Path(__file__).resolve().parent.parent / "backup.py"
 # Readable by dovecot's users, which pytest's own temporary directories are not.
 SHARED_DIRECTORY = Path("/var/mail")
@@ -405,7 +407,7 @@ def describe_tree(root: Path) -> dict[str, tuple[object, ...]]:
             tree[str(name)] = (*kept, os.readlink(path))
         else:
             content = path.read_bytes() if path.is_file() else None
-            tree[str(name)] = (*kept, content, int(status.st_mtime))
+            tree[str(name)] = (*kept, content, CopiedTime(status.st_mtime))
     return tree
 
 

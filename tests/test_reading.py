@@ -166,6 +166,9 @@ def test_compare(copy: Store) -> None:
     for name in ("ssl/private.pem", r"ssl/added\udcff", "file1"):
         assert name in result.stderr
     assert len([line for line in result.stderr.splitlines() if "ifference found" in line and "ssl has" not in line]) >= 3
+    copy.settings.write_text("BACKUP_EXCLUDE=ssl file1\n")  # which the newest backup holds
+    result = reads(copy, "--config", str(copy.settings), "--verify", "--compare", exit_code=3)
+    assert "File . has mtime" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_list(made: Store) -> None:

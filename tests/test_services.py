@@ -47,12 +47,17 @@ def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
         time.sleep(0.02)
 
 
-def start_and_reach(store: Store, action: str = "duplicity") -> "subprocess.Popen[str]":
-    """Start a backup and return when it is amid duplicity, or an action of `service`."""
+def start_and_reach(
+    store: Store, action: str = "duplicity", *through: str
+) -> "subprocess.Popen[str]":
+    """Start a backup and return when it is amid duplicity, or an action of `service`.
+
+    through: a command to put before it.
+    """
     if action == "duplicity":
         store.stand_in("duplicity", WAITING.format(scratch=store.scratch))
     process = subprocess.Popen(
-        store.command(), env=store.environment, stdin=subprocess.DEVNULL,
+        [*through, *store.command()], env=store.environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if action == "duplicity":
         wait_for((store.scratch / "reached").exists)
@@ -239,6 +244,34 @@ def test_services_setting(keyed: Store) -> None:
     assert keyed.calls("stop", "start") == ["solr stop", *STOPS, "solr start", *STARTS]
 
 
+def test_service_that_the_system_does_not_know(keyed: Store) -> None:
+    """A misspelt one is named and the backup made, exit 3; of the default any may be missing.
+
+    It is what Debian's own `service` does not recognize, or where the exit code is 4. That
+    costs no call more.
+    """
+    service = keyed.bin / "service"
+    service.write_text(service.read_text().replace("case $2 in", """\
+case $1 in
+dovecot) if [ -e no-dovecot ]; then exec /usr/sbin/service no-such-service "$2"; fi;;
+postfix) ;;
+odd) exit 4;;
+*) exec /usr/sbin/service "$@";;
+esac
+case $2 in"""))
+    (keyed.bin / "no-dovecot").touch()
+    assert keyed.backup().stderr == "" and keyed.calls("stop") == ["postfix stop"]
+    (keyed.bin / "no-dovecot").unlink()
+    keyed.forget_calls()
+    keyed.settings.write_text(
+        keyed.settings.read_text() + "BACKUP_SERVICES=dovecot postfixx odd postfix\n")
+    told = "BACKUP_SERVICES names what is no service of this system, postfixx and odd; correct it"
+    assert told in keyed.backup(exit_code=3).stderr
+    assert told in keyed.last_run()["message"]
+    assert keyed.calls("stop", "start") == STOPS + STARTS
+    assert len(keyed.calls("status")) == 6 and len(keyed.manifests()) == 2
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_start_is_tried_three_times(keyed: Store, times: int) -> None:
     """A start that fails once or twice succeeds at last: exit 0."""
@@ -287,6 +320,18 @@ def test_stop_that_fails(keyed: Store, service: str) -> None:
     assert not keyed.stopped_list.exists()
 
 
+def test_list_in_run_that_cannot_be_written(keyed: Store) -> None:
+    """Nothing is stopped that a death would leave down, exit 1."""
+    in_the_way = keyed.stopped_list.with_name(f".{keyed.stopped_list.name}.new")
+    in_the_way.mkdir()
+    try:
+        result = keyed.backup(exit_code=1)
+    finally:
+        in_the_way.rmdir()
+    assert f"cannot write {keyed.stopped_list}: " in result.stderr
+    assert keyed.calls("stop") == [] and keyed.running() == ["dovecot", "postfix"]
+
+
 def run_impatiently(store: Store) -> str:
     """Run a copy of the program that gives a service one second, and return what it said.
 
@@ -324,6 +369,21 @@ exec REAL "$@"
     process.send_signal(signal.SIGHUP)
     process.communicate()
     assert process.returncode == 0 and len(keyed.manifests()) == 1
+
+
+def test_nothing_that_a_parent_leaves_is_relied_on(keyed: Store) -> None:
+    """SIGCHLD ignored by a parent hides no child's failure, and a blocked SIGTERM ends the run."""
+    (keyed.backups / "before-backup").write_text("#!/bin/sh\nexit 7\n")
+    (keyed.backups / "before-backup").chmod(0o755)
+    process = start_and_reach(
+        keyed, "duplicity", "env", "--ignore-signal=CHLD", "--block-signal=TERM")
+    process.terminate()
+    try:
+        _, errors = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "before-backup failed" in errors and "exit code 7" in errors
 
 
 def test_downtime_ends_before_pruning(keyed: Store) -> None:
@@ -431,8 +491,7 @@ class Units:
         for name, text in (("systemctl", SYSTEMCTL), ("systemd-run", "#!/bin/sh\nexit 0\n")):
             (place / name).write_text(text)
             (place / name).chmod(0o755)
-        self.manager = utils.Systemd(
-            {"PATH": f"{place}:/usr/bin:/bin", "SYSTEMD_LOG_LEVEL": "debug"})
+        self.manager = utils.Systemd({"PATH": f"{place}:/usr/bin:/bin"})
 
     def put(self, name: str, state: str = "active", suffix: str = "", **properties: str) -> None:
         """Write down a unit. suffix: of the file's name."""
@@ -513,6 +572,14 @@ def test_unit_that_could_not_be_started_again(
     told = f"filter.service runs and could not be started again, for it is {kind}"
     with pytest.raises(utils.Failure, match=told):
         units.manager.running(["dovecot"])
+
+
+def test_unit_that_the_system_does_not_know(units: Units) -> None:
+    """It is noted, and not what is masked: that somebody has switched off, and spelt well."""
+    units.put("dovecott.service", "inactive", LoadState="not-found")
+    units.put("solr.service", "inactive", LoadState="masked")
+    assert units.manager.running(["dovecott", "dovecot", "solr"]) == [DOVECOT]
+    assert units.manager.unknown == ["dovecott"]
 
 
 def test_unit_that_is_busy(units: Units, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,13 +174,16 @@ def test_postfix_that_does_not_start(machine: Machine) -> None:
 
 
 def test_service_that_is_not_running(machine: Machine) -> None:
-    """It stays so, and the other one comes back."""
+    """It stays so, and the other one comes back; a misspelt one is named, exit 3."""
     machine.run("systemctl", "stop", "postfix")
+    machine.shell("echo BACKUP_SERVICES=postfix dovecott dovecot >> /etc/mailinabox.conf")
     try:
-        machine.back_up()
+        told = machine.back_up(exit_code=3)
+        assert "no service of this system, dovecott; correct it" in told
         assert machine.state(machine.postfix) == "inactive"
         assert machine.state("dovecot") == "active"
     finally:
+        machine.shell("sed -i /BACKUP_SERVICES/d /etc/mailinabox.conf")
         machine.run("systemctl", "start", "postfix")
     machine.wait_for_ports(PORTS_SECONDS)
 
