@@ -95,6 +95,7 @@ SPARE_BYTES = 2_000_000_000
 SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
+HANGING_SECONDS = 5
 OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
@@ -1223,14 +1224,27 @@ def run_duplicity(
     log_lines: takes the lines of the machine log of a command that has one. A record
     with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
     prints it as an error of logging, from where it is put back as a WARNING. watch: see
-    utils.shell. Returns how it ended.
+    utils.shell. Returns how it ended. After a fatal error it may hang for ever: a thread
+    waits for a gpg that nobody reads (seen: 0.8.22 to 3.2.1). It is ended then.
     """
+    lines = [] if log_lines is None else log_lines
     lost_records: list[str] = []
+    fatal: dict[int, float] = {}  # when it told of an error, by the exit code for that
 
     def take_line(line: str) -> None:
         log.debug(line)
         if line.startswith("Message: "):
             lost_records.extend(["WARNING 1", f". {line.removeprefix('Message: ')}"])
+
+    def take_record(line: str) -> None:
+        lines.append(line)
+        if match := re.match(r"ERROR (?!1\b)(\d+)", line):  # it goes on after some of code 1
+            fatal.setdefault(int(match[1]), time.monotonic())
+
+    def end_if_hanging(process: int) -> None:
+        watch(process)
+        if fatal and time.monotonic() > max(fatal.values()) + HANGING_SECONDS:
+            os.killpg(process, signal.SIGKILL)
 
     log.debug("running %s", shlex.join(command))
     passphrase = read_passphrase()
@@ -1238,11 +1252,10 @@ def run_duplicity(
     environment = {**gpg_environment(work), "PASSPHRASE": passphrase,
                    "TMPDIR": f"/proc/self/cwd/{TEMPORARY}"}
     answer = utils.shell(
-        command, environment, directory=".", secret=passphrase, umask=0o077, watch=watch,
-        on_line=take_line, on_log=None if log_lines is None else log_lines.append)
-    if log_lines is not None:
-        log_lines.extend(lost_records)
-    return answer
+        command, environment, directory=".", secret=passphrase, umask=0o077, watch=end_if_hanging,
+        on_line=take_line, on_log=take_record)
+    lines.extend(lost_records)
+    return Finished(max(fatal), answer.last_lines) if fatal and answer.exit_code < 0 else answer
 
 
 def explain(action: str, answer: Finished) -> str:
