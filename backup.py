@@ -16,6 +16,11 @@ To restore, a mail server's admin needs nothing but duplicity and the first line
 secret_key.txt.
 """
 
+import signal
+
+if __name__ == "__main__":  # until something is held ^C ends it at once, while it imports, too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import base64
@@ -36,7 +41,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import stat
 import sys
 import tempfile
@@ -1144,8 +1148,13 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     if manager.unknown and "BACKUP_SERVICES" in night.settings:  # of the default any may be missing
         record.warn("BACKUP_SERVICES names what is no service of this system, "
                     f"{' and '.join(manager.unknown)}; correct it in the settings")
-    with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
-        yield
+    try:
+        with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
+            yield
+    except Interrupted:
+        if record.downtime.seconds and not record.downtime.not_started:
+            log.warning("mail is back after %.1f seconds", record.downtime.seconds)
+        raise
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
         record.warn(f"{record.remarks.pop()}; make room there, or mount elsewhere what is mounted "
@@ -1591,6 +1600,8 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
         why = f"{path} does not hold a run"
     except FileNotFoundError:
         return None
+    except PermissionError:  # to be told that only root may
+        raise
     except (OSError, ValueError, RecursionError) as error:
         why = f"cannot read {path}: {error}"
     return {"exit_code": 1, "message": f"{why}; remove it"}
@@ -1975,8 +1986,6 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     or no key that opens any.
     """
     work = work_of(settings)
-    if os.geteuid() != 0:
-        raise Failure("only root can read the backups; run it as root")
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
         utils.find_program(program, work.environment)
     if not complete_sets(work.backup / ENCRYPTED):
@@ -2566,7 +2575,8 @@ def failure_of(error: Union[Failure, OSError]) -> Failure:
         return error
     path = utils.path_in(error)
     why = f"{path}: {error.strerror}" if path else str(error.strerror or error)
-    return Failure(f"{why}; see to that and run this again")
+    refused = isinstance(error, PermissionError) and os.geteuid() != 0
+    return Failure(f"{why}; {'run it as root' if refused else 'see to that and run this again'}")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -2577,10 +2587,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.verbose or sys.stderr.isatty():
         logging.getLogger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    reads = options.verify or options.list or options.restore
+    if reads and os.geteuid() != 0:
+        raise Failure("only root can read the backups; run it as root")
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json, options.html)
-    if options.verify or options.list or options.restore is not None:
+    if reads:
         return read(options, settings)
     if options.dry_run:
         show_plan(night_of(settings), options.full)
@@ -2632,7 +2645,6 @@ def main(arguments: Sequence[str]) -> int:
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once
     try:
         code = run(arguments)
         if code != 5:  # which comes before any other
@@ -2640,7 +2652,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nobody reads on: nothing is left to say
-        return 1
+        return 128 + signal.SIGPIPE
     except OSError as error:
         log.error(failure_of(error))
         return 1
