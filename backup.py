@@ -16,11 +16,17 @@ To restore, a mail server's admin needs nothing but duplicity and the first line
 secret_key.txt.
 """
 
+import signal
+
+if __name__ == "__main__":  # until something is held ^C ends it at once, while it imports, too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import base64
 import contextlib
 import difflib
+import fcntl
 import filecmp
 import functools
 import hashlib
@@ -36,7 +42,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import stat
 import sys
 import tempfile
@@ -95,6 +100,7 @@ SPARE_BYTES = 2_000_000_000
 SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
+HANGING_SECONDS = 5
 OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
@@ -1143,8 +1149,13 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     if manager.unknown and "BACKUP_SERVICES" in night.settings:  # of the default any may be missing
         record.warn("BACKUP_SERVICES names what is no service of this system, "
                     f"{' and '.join(manager.unknown)}; correct it in the settings")
-    with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
-        yield
+    try:
+        with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
+            yield
+    except Interrupted:
+        if record.downtime.seconds and not record.downtime.not_started:
+            log.warning("mail is back after %.1f seconds", record.downtime.seconds)
+        raise
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
         record.warn(f"{record.remarks.pop()}; make room there, or mount elsewhere what is mounted "
@@ -1223,14 +1234,27 @@ def run_duplicity(
     log_lines: takes the lines of the machine log of a command that has one. A record
     with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
     prints it as an error of logging, from where it is put back as a WARNING. watch: see
-    utils.shell. Returns how it ended.
+    utils.shell. Returns how it ended. After a fatal error it may hang for ever: a thread
+    waits for a gpg that nobody reads (seen: 0.8.22 to 3.2.1). It is ended then.
     """
+    lines = [] if log_lines is None else log_lines
     lost_records: list[str] = []
+    fatal: dict[int, float] = {}  # when it told of an error, by the exit code for that
 
     def take_line(line: str) -> None:
         log.debug(line)
         if line.startswith("Message: "):
             lost_records.extend(["WARNING 1", f". {line.removeprefix('Message: ')}"])
+
+    def take_record(line: str) -> None:
+        lines.append(line)
+        if match := re.match(r"ERROR (?!1\b)(\d+)", line):  # it goes on after some of code 1
+            fatal.setdefault(int(match[1]), time.monotonic())
+
+    def end_if_hanging(process: int) -> None:
+        watch(process)
+        if fatal and time.monotonic() > max(fatal.values()) + HANGING_SECONDS:
+            os.killpg(process, signal.SIGKILL)
 
     log.debug("running %s", shlex.join(command))
     passphrase = read_passphrase()
@@ -1238,16 +1262,16 @@ def run_duplicity(
     environment = {**gpg_environment(work), "PASSPHRASE": passphrase,
                    "TMPDIR": f"/proc/self/cwd/{TEMPORARY}"}
     answer = utils.shell(
-        command, environment, directory=".", secret=passphrase, umask=0o077, watch=watch,
-        on_line=take_line, on_log=None if log_lines is None else log_lines.append)
-    if log_lines is not None:
-        log_lines.extend(lost_records)
-    return answer
+        command, environment, directory=".", secret=passphrase, umask=0o077, watch=end_if_hanging,
+        on_line=take_line, on_log=take_record)
+    lines.extend(lost_records)
+    return Finished(max(fatal), answer.last_lines) if fatal and answer.exit_code < 0 else answer
 
 
 def explain(action: str, answer: Finished) -> str:
     """Return the sentence on how duplicity failed, and its last lines."""
-    meaning = DUPLICITY_EXIT_CODES.get(answer.exit_code, "see its last lines")
+    full = any("[Errno 28]" in line for line in answer.last_lines)  # of a restore that is 30
+    meaning = DUPLICITY_EXIT_CODES.get(53 if full else answer.exit_code, "see its last lines")
     return f"duplicity {action} failed: {meaning}; it ended with {answer}"
 
 
@@ -1578,6 +1602,8 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
         why = f"{path} does not hold a run"
     except FileNotFoundError:
         return None
+    except PermissionError:  # to be told that only root may
+        raise
     except (OSError, ValueError, RecursionError) as error:
         why = f"cannot read {path}: {error}"
     return {"exit_code": 1, "message": f"{why}; remove it"}
@@ -1962,8 +1988,6 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     or no key that opens any.
     """
     work = work_of(settings)
-    if os.geteuid() != 0:
-        raise Failure("only root can read the backups; run it as root")
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
         utils.find_program(program, work.environment)
     if not complete_sets(work.backup / ENCRYPTED):
@@ -2018,10 +2042,10 @@ def link_sets(own: Path, backup: int) -> list[BackupSet]:
         sets = read_sets(ENCRYPTED)[0]
         names = {name for found in sets if found.complete for name in found.files}
         # In the archive directory manifests are not compressed, signatures are.
-        notes = {path for name in names for suffix in ("", ".gz")
-                 if (path := ARCHIVE / f"{name.removesuffix('.gpg')}{suffix}").exists()}
+        notes = [path for path in ARCHIVE.glob("*")
+                 if f"{path.name.removesuffix('.gz')}.gpg" in names]
         try:
-            for path in notes.union(ENCRYPTED / name for name in names):
+            for path in [*notes, *(ENCRYPTED / name for name in names)]:
                 link(path, own, backup)
             return sets
         except FileNotFoundError:  # a backup is just pruning
@@ -2183,13 +2207,14 @@ def compare(reader: Reader) -> list[str]:
             if not f"{line.removesuffix(' is missing')}/".startswith(excluded)]
 
 
-def list_files(reader: Reader, options: Sequence[str]) -> list[str]:
+def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
     """Return the paths in a backup, in order, escaped.
 
-    options: see time_options. Raises Failure.
+    chain: see chain_at. Raises Failure.
     """
     lines: list[str] = []
-    command = duplicity_command("list-current-files", *options, "--log-fd=LOG", TARGET)
+    command = duplicity_command(
+        "list-current-files", "-t", chain[-1].stamp, "--log-fd=LOG", TARGET)
     answer = run_duplicity(reader, command, lines)
     if answer.exit_code:
         raise Failure(explain("list-current-files", answer))
@@ -2235,88 +2260,114 @@ def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSe
     return older[-1]
 
 
-def time_options(reader: Reader, time: Optional[str]) -> list[str]:
-    """Return duplicity's options for the newest backup, or that of a time, which is named."""
-    if time is None:
-        return []
-    chained = [found for chain in chains_of(reader.complete) for found in chain]
-    chained.sort(key=lambda found: found.stamp)
-    chosen = set_of_time(chained, time, datetime.now(timezone.utc))
-    log.warning("backup of %s", chosen.date.astimezone().isoformat(" "))
-    return ["-t", str(int(chosen.date.timestamp()))]
+def chain_at(reader: Reader, time: Optional[str]) -> list[BackupSet]:
+    """Return the set that is the newest, or was at a time, and before it those that it needs.
 
-
-def restore(reader: Reader, directory: Path, path: Optional[str], time: Optional[str]) -> None:
-    """Restore a backup, or one directory or file of it, into a directory that is new or empty.
-
-    path: relative to STORAGE_ROOT; what is in a directory goes into directory, a file
-    goes there by its name. time: see set_of_time. Raises Failure.
+    time: see set_of_time. Raises Failure.
     """
-    of_time = time_options(reader, time)
-    wanted = os.path.normpath(path or ".")
-    if path == "" or f"{wanted}/".startswith(("/", "../")):
-        raise Failure(f"--path is {printable(path or 'empty')}; give it relative to "
-                      "STORAGE_ROOT, such as mail/mailboxes/example.com", 2)
-    options = of_time + (["-r", wanted] if wanted != "." else [])
-    with restore_directory(reader, directory) as place:
-        # What others do in a directory that is theirs leads nowhere: duplicity writes to
-        # one of root's, through a descriptor.
-        fresh = f".restoring-{os.getpid()}"
-        os.mkdir(fresh, 0o700, dir_fd=place)
-        with utils.opened(fresh, parent=place) as descriptor:
-            target = utils.path_of(descriptor) / "restored"
-            lines: list[str] = []
-            log.info("restoring %s to %s", printable(wanted) if wanted != "." else "everything",
-                     directory)
-            command = duplicity_command("restore", *options, "--log-fd=LOG", TARGET, str(target))
-            try:
-                with progress() as draw:
-                    free = utils.free_bytes(place)
-                    answer = run_duplicity(reader, command, lines, lambda process: draw(
-                        free - utils.free_bytes(place), None) if draw else None)
-                if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(target):
-                    utils.remove("restored", descriptor)  # 3.2.1 leaves an empty one
-                    near = ", ".join(near_paths(reader, wanted, of_time))
-                    raise Failure(f"{printable(wanted)} is not in the backup; there is: {near}")
-                if answer.exit_code:
-                    raise Failure(explain("restore", answer))
-                move_up(descriptor, place, os.path.basename(wanted))
-            finally:
-                if os.listdir(utils.path_of(descriptor)):
-                    log.warning("what was restored until then is in %s", directory / fresh)
-                else:
-                    os.rmdir(fresh, dir_fd=place)
-        if lost := read_machine_log(lines)[1]:  # the disk refused something (seen: 0.8.22)
-            raise Failure(f"not all could be restored to {directory}; try another disk: "
-                          f"{first_of(lost)}")
+    chains = {chain[place]: chain[:place + 1] for chain in chains_of(reader.complete)
+              for place in range(len(chain))}
+    sets = sorted(chains, key=lambda found: found.stamp)
+    if not sets:
+        raise Failure(f"no backup in {reader.backup / ENCRYPTED} leads back to a full one; put "
+                      "your copy of what is missing there")
+    return chains[sets[-1] if time is None else set_of_time(sets, time, datetime.now(timezone.utc))]
+
+
+def restore(
+    reader: Reader, chain: Sequence[BackupSet], path: Optional[str], place: int
+) -> None:
+    """Restore a backup, or one directory or file of it.
+
+    chain: see chain_at. path: relative to STORAGE_ROOT, or absolute below it. place: the
+    descriptor of a directory; what is in a directory goes into it, a file goes there by
+    its name. Raises Failure.
+    """
+    directory = utils.path_of(place).readlink()
+    wanted = f"{os.path.normpath(path or '.')}/".removeprefix(f"{reader.root}/").strip("/")
+    part = ["-r", wanted] if wanted not in ("", ".") else []
+    # What others do in a directory that is theirs leads nowhere: duplicity writes to one
+    # of root's, through a descriptor.
+    fresh = f".restoring-{os.getpid()}"
+    os.mkdir(fresh, 0o700, dir_fd=place)
+    with utils.opened(fresh, parent=place) as descriptor:
+        target = utils.path_of(descriptor) / "restored"
+        lines: list[str] = []
+        log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
+        command = duplicity_command(
+            "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))
+        try:
+            with progress() as draw:
+                answer = run_duplicity(reader, command, lines, watch_restore(chain, draw, not part))
+            if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(target):
+                utils.remove("restored", descriptor)  # 3.2.1 leaves an empty one
+                raise Failure("\n    ".join([f"{printable(wanted)} is not in the backup; there is:",
+                                            *near_paths(list_files(reader, chain), wanted)]))
+            if answer.exit_code:
+                raise Failure(explain("restore", answer))
+            move_up(descriptor, place, os.path.basename(wanted))
+        finally:
+            if os.listdir(utils.path_of(descriptor)):
+                log.warning("what was restored until then is in %s", directory / fresh)
+            else:
+                os.rmdir(fresh, dir_fd=place)
+    if lost := read_machine_log(lines)[1]:  # the disk refused something (seen: 0.8.22)
+        raise Failure(f"not all could be restored to {directory}; try another disk: "
+                      f"{first_of(lost)}")
     log.info("restored to %s", directory)
 
 
+def watch_restore(chain: Sequence[BackupSet], draw: Optional[Draw], all_of_it: bool) -> utils.Watch:
+    """Return a watch on duplicity that draws how much of a chain's volumes it is done with.
+
+    A copy of each is in its temporary directory for as long as it reads it (seen: 0.8.22,
+    3.2.1). all_of_it: whether it will need every volume.
+    """
+    sizes = {(ENCRYPTED / name).stat().st_size for found in chain for name in found.volumes}
+    begun: set[int] = set()
+
+    def watch(process: int) -> None:
+        if draw:
+            there = {size for place in TEMPORARY.glob("*-tempdir")
+                     for size in utils.regular_files(place).values()}
+            begun.update(there & sizes)
+            draw(sum(begun - there), sum(sizes) if all_of_it else None)
+
+    return watch
+
+
 @contextlib.contextmanager
-def restore_directory(work: Work, directory: Path) -> Iterator[int]:
-    """Make the directory to restore to, and keep it open. An empty one may be there.
+def restore_directory(work: Work, name: str) -> Iterator[int]:
+    """Make the directory to restore to, or take an empty one, and keep it open and locked.
 
     Yields its descriptor. If the block fails and it was made and is empty, it goes.
-    Raises Failure or OSError.
+    Raises Failure (exit code 2) or OSError.
     """
-    real = Path(os.path.realpath(directory))
-    if work.backup in (real, *real.parents):
-        raise Failure(f"{directory} is in {work.backup}, where it could be deleted by "
-                      "the next run; name another place", 2)
-    made = not os.path.lexists(directory)
+    directory = Path(os.path.realpath(name))
+    if directory == work.root or work.backup in (directory, *directory.parents):
+        raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
+                      "directory", 2)
+    made = not os.path.lexists(name)
     if made:
         directory.mkdir(mode=0o700)
-    try:
-        with utils.opened(real) as place:
-            if os.listdir(place):
-                raise Failure(f"{directory} is there already and not empty; name a "
-                              "directory that does not exist yet", 2)
+    with utils.opened(directory) as place:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"another restore to {directory} is under way; wait for it to end, or "
+                          "name another directory", 2) from error
+        except OSError as error:  # NFS locks no directory
+            log.debug("%s is not locked: %s", directory, error)
+        if os.listdir(place):
+            raise Failure(f"{directory} is there already and not empty; name a "
+                          "directory that does not exist yet", 2)
+        try:
             yield place
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-        raise
+        except BaseException:
+            if made:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+            raise
 
 
 def move_up(source: int, place: int, name: str) -> None:
@@ -2338,12 +2389,11 @@ def move_up(source: int, place: int, name: str) -> None:
     os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def near_paths(reader: Reader, wanted: str, options: Sequence[str]) -> list[str]:
-    """Return what there is in the backup where a path was looked for.
+def near_paths(names: Sequence[str], wanted: str) -> list[str]:
+    """Return the entries of the directory nearest to a path that is not there, 20 at most.
 
-    These are the entries of the directory nearest to it, 20 at most.
+    names: all paths there are.
     """
-    names = list_files(reader, options)
     found: list[str] = []
     while wanted and not found:
         wanted = os.path.dirname(wanted)
@@ -2512,8 +2562,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
     commands = given & {"status", "verify", "list", "restore"}
-    if options.restore == "":
-        parser.error("--restore is empty; name a directory")
+    for name in ("restore", "path"):
+        if vars(options)[name] == "":
+            parser.error(f"--{name} is empty")
     if len(commands) > 1 or commands and given & {"full", "dry_run"}:
         parser.error(f"--{min(commands)} goes with no other command")
     if {"json", "html"} <= given:
@@ -2553,7 +2604,8 @@ def failure_of(error: Union[Failure, OSError]) -> Failure:
         return error
     path = utils.path_in(error)
     why = f"{path}: {error.strerror}" if path else str(error.strerror or error)
-    return Failure(f"{why}; see to that and run this again")
+    refused = isinstance(error, PermissionError) and os.geteuid() != 0
+    return Failure(f"{why}; {'run it as root' if refused else 'see to that and run this again'}")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -2564,10 +2616,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.verbose or sys.stderr.isatty():
         logging.getLogger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    reads = options.verify or options.list or options.restore
+    if reads and os.geteuid() != 0:
+        raise Failure("only root can read the backups; run it as root")
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json, options.html)
-    if options.verify or options.list or options.restore is not None:
+    if reads:
         return read(options, settings)
     if options.dry_run:
         show_plan(night_of(settings), options.full)
@@ -2583,17 +2638,22 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
     """
     names, wrong = [], []
     results: dict[str, str] = {}
-    directory = Path(options.restore or "/").absolute()  # from where we are now
-    with utils.ended_in_good_order(), reader_of(settings) as reader:
-        if options.list:
-            names = list_files(reader, time_options(reader, options.time))
-        elif options.restore:
-            restore(reader, directory, options.path, options.time)
-        else:
+    with utils.ended_in_good_order(), contextlib.ExitStack() as stack:
+        if options.restore:
+            place = stack.enter_context(restore_directory(work_of(settings), options.restore))
+        reader = stack.enter_context(reader_of(settings))
+        chain = [] if options.verify else chain_at(reader, options.time)
+        if options.restore or options.time:
+            log.warning("backup of %s", chain[-1].date.astimezone().isoformat(" "))
+        if options.verify:
             results = verify(reader)
             wrong = [f"{reader.backup / ENCRYPTED / name} {why}"
                      for name, why in results.items() if why]
             wrong += missing_sets(reader) + (compare(reader) if options.compare else [])
+        elif options.list:
+            names = list_files(reader, chain)
+        else:
+            restore(reader, chain, options.path, place)
     utils.raise_if_interrupted()
     if options.verify:  # now that backup/ is the working directory again
         with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
@@ -2619,7 +2679,6 @@ def main(arguments: Sequence[str]) -> int:
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what holds nothing ends at once
     try:
         code = run(arguments)
         if code != 5:  # which comes before any other
@@ -2627,7 +2686,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nobody reads on: nothing is left to say
-        return 1
+        return 128 + signal.SIGPIPE
     except OSError as error:
         log.error(failure_of(error))
         return 1

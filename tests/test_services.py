@@ -128,6 +128,8 @@ def test_signals_end_the_run_in_good_order(
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert f"ended by {number.name}" in errors and "Traceback" not in errors
+    if action in STOPS:
+        assert errors.startswith("backup: mail is back after ")
     assert keyed.running() == ["dovecot", "postfix"] and processes_of(keyed) == []
     if action == "duplicity":
         assert keyed.last_run()["exit_code"] == 128 + number
