@@ -39,7 +39,8 @@ def test_backup_on_a_terminal(keyed: Store) -> None:
     lines = on_terminal(keyed)
     steps = [line.split(" ", 2)[2] for line in lines if re.match(r"backup: \d\d:\d\d:\d\d ", line)]
     assert [step.split()[0] for step in steps] == [
-        "copying", "stopping", "mail", "duplicity", "deleting", "made"], lines
+        "copying", "stopping", "mail", "duplicity", "deleting", "deleting", "checking",
+        "made"], lines
     drawn = [line.strip() for line in lines if not line.startswith("backup: ")]
     progress = re.compile(r"[\d.]+ \w+ of 3\.0 MB, [\d.]+ \w+/s(, \d+:\d\d left)?")
     assert len(drawn) >= 2 and all(progress.fullmatch(line) for line in drawn), drawn
