@@ -126,7 +126,7 @@ DUPLICITY_EXIT_CODES = {
     23: "duplicity was refused what it needs, or another duplicity uses the archive "
         "directory; end that one",
     30: "duplicity met an error of its own; see its last lines, and what --verify tells",
-    31: "gpg failed; see its last lines and check secret_key.txt and the installation of gpg",
+    31: "gpg failed; see its last lines, and what --verify tells; --full begins anew",
     34: "duplicity's temporary directory has no room; make room on that disk",
     35: "duplicity's temporary directory has no room; make room on that disk",
     50: "duplicity could not write to or read from its target; check the disk and its room",
@@ -207,7 +207,7 @@ def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
     def taken(night: Night, record: Record, *arguments: object) -> None:
         try:
             step(night, record, *arguments)
-        except (Failure, OSError) as error:
+        except Exception as error:
             record.warn(str(failure_of(error)))
     return taken
 
@@ -265,7 +265,8 @@ class BackupSet:
 def work_of(settings: Mapping[str, str]) -> Work:
     """Compute what every command knows from STORAGE_ROOT.
 
-    Raises Failure (exit code 2) if that is missing from the settings or not absolute.
+    Raises Failure (exit code 2) if that is missing from the settings, not absolute or no
+    directory.
     """
     name = settings.get("STORAGE_ROOT", "")
     if not name.startswith("/"):
@@ -274,6 +275,9 @@ def work_of(settings: Mapping[str, str]) -> Work:
     root = Path(os.path.realpath(name))  # duplicity would back up nothing but the link
     if root == Path("/"):
         raise Failure("STORAGE_ROOT is /, the whole system; give it the user data's directory", 2)
+    if not root.is_dir():
+        raise Failure(f"STORAGE_ROOT {root} is not a directory; correct STORAGE_ROOT in the "
+                      "settings", 2)
     backup = root / "backup"
     # Short names that are this root's alone: gpg-agent's socket fails under a long path
     # (seen: over about 70 characters).
@@ -322,9 +326,6 @@ def night_of(settings: Mapping[str, str]) -> Night:
     is missing or wrong.
     """
     work = work_of(settings)
-    if not work.root.is_dir():
-        raise Failure(f"STORAGE_ROOT {work.root} is not a directory; correct "
-                      "STORAGE_ROOT in the settings", 2)
     if not settings.get("STORAGE_USER"):
         raise Failure(f"STORAGE_USER is missing, or nobody here owns {work.root}; name "
                       "the user who owns the user data in the settings", 2)
@@ -381,6 +382,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
         sets = complete_sets(ENCRYPTED)
         kind = decide(night, record, sets, force_full)                          # 5
         make_room(night, record, sets, kind)
+        check_cached_signatures(night, record)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), temporary_directory():
             with copy_of_tree(night, record) as copy, failed_set_thrown_away(record):  # 7
@@ -491,7 +493,7 @@ def read_passphrase() -> str:
     Raises Failure (exit code 2) if it cannot be read or is no line of text.
     """
     try:
-        line = KEY.read_bytes().partition(b"\n")[0].strip().decode()
+        line = utils.content_of(KEY).partition(b"\n")[0].strip().decode()
     except OSError as error:
         raise Failure(f"cannot read the key {KEY.absolute()}: {error.strerror}; put your "
                       "copy of the key back", 2) from error
@@ -540,6 +542,9 @@ def check_newest_set(night: Night) -> None:
     duplicity 0.8.22 would add a set under another key, or an orphan before a set of the
     future, and exit 0. Raises Failure.
     """
+    for path in ENCRYPTED.glob("duplicity-*"):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Failure(f"{path.absolute()} is no regular file; see what it is, and remove it")
     sets = complete_sets(ENCRYPTED)
     if not sets:
         return
@@ -1052,6 +1057,19 @@ def check_room(
                       f"{human_size(needed)} at least; make room there")
 
 
+def check_cached_signatures(night: Night, record: Record) -> None:
+    """Delete the archive directory if signatures in it are damaged: duplicity makes it anew.
+
+    With a flipped bit an increment can bring back what was deleted, exit code 0 (seen:
+    0.8.22).
+    """
+    paths = sorted(map(str, ARCHIVE.glob("*.sigtar.gz")))
+    command = ["gzip", "--test", *paths]
+    if paths and utils.shell(command, night.environment, directory=".").exit_code:
+        record.remarks.append(f"{ARCHIVE.absolute()} is made anew, for it was damaged")
+        utils.remove(ARCHIVE)
+
+
 def reserve_bytes(path: Path) -> int:
     """Return the room that a backup leaves to mail: 5 % of path's file system, at most 1 GB."""
     return min(utils.total_bytes(path) // 20, RESERVE_BYTES)
@@ -1306,6 +1324,11 @@ def make_set(
         raise Failure(f"duplicity ended well but no new {action} set is in "
                       f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
+    early = [text for text in warnings
+             if re.fullmatch(r"Warning: .* has negative mtime, treating as 0\.", text)]
+    if early:
+        record.remarks.append(f"times before 1970 are 1970 in the backup: {first_of(early)}")
+        warnings = [text for text in warnings if text not in early]
     unexplained = math.inf if reported is None else abs(reported - entries) - len(warnings)
     # Nothing changes a copy. Others than mail may go on writing to the tree itself: then
     # a hundredth of it may come or go meanwhile.
@@ -1494,8 +1517,8 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     try:
         yield record
         utils.raise_if_interrupted()
-    except (Failure, OSError, Interrupted) as error:
-        failure = failure_of(error) if isinstance(error, OSError) else error
+    except (Exception, Interrupted) as error:
+        failure = failure_of(error)
         not_started = record.downtime.not_started
         tell_of_services(record)
         if failure.exit_code == 2 and record.duplicity_version:
@@ -1565,7 +1588,7 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
                              RecursionError):  # as of a file that somebody edited
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(utils.content_of(path))
         checked = {str(int(share)): datetime.fromisoformat(date).isoformat()
                    for share, date in content["checked"].items()}
         return {"checked": checked, "damaged": {
@@ -1594,7 +1617,7 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
     If it cannot be read, a failed run that says so.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(utils.content_of(path))
         if isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
@@ -2598,10 +2621,17 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
 
 
-def failure_of(error: Union[Failure, OSError]) -> Failure:
-    """Return what the operating system refused as a sentence; a failure as it is."""
-    if isinstance(error, Failure):
+def failure_of(error: BaseException) -> Union[Failure, Interrupted]:
+    """Return what the operating system refused, or nobody foresaw, as a sentence.
+
+    A failure is returned as it is, and so is a signal.
+    """
+    if isinstance(error, (Failure, Interrupted)):
         return error
+    if not isinstance(error, OSError):
+        log.debug("where it happened", exc_info=error)
+        return Failure(f"something unforeseen happened, {type(error).__name__}: {error}; "
+                       "run this again with -v and tell what it prints")
     path = utils.path_in(error)
     why = f"{path}: {error.strerror}" if path else str(error.strerror or error)
     refused = isinstance(error, PermissionError) and os.geteuid() != 0
@@ -2687,12 +2717,10 @@ def main(arguments: Sequence[str]) -> int:
         return code
     except BrokenPipeError:  # nobody reads on: nothing is left to say
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        log.error(failure_of(error))
-        return 1
-    except (Failure, Interrupted) as error:
-        log.error(error)
-        return error.exit_code
+    except (Exception, Interrupted) as error:
+        failure = failure_of(error)
+        log.error(failure)
+        return failure.exit_code
     finally:
         utils.give_up_broken_streams()
 

@@ -50,6 +50,7 @@ LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
 ONLY_LINKS_NS = 1_000_000_000
 CLOCK_TICK_SECONDS = 0.02  # the clocks of file systems are up to 10 ms behind
 BLOCK_BYTES = 1 << 24
+LARGEST_FILE_BYTES = 1_000_000
 FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
 TIMED_OUT = 124
@@ -146,7 +147,7 @@ def load_environment(path: Path) -> dict[str, str]:
     gives a key a second, different value.
     """
     try:
-        lines = os.fsdecode(path.read_bytes()).splitlines()
+        lines = os.fsdecode(content_of(path)).splitlines()
     except OSError as error:
         raise Failure(f"cannot read the settings file {path}: {error.strerror}; name another with "
                       "--config", 2) from error
@@ -283,6 +284,18 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
     with owned_directory(path) as directory:
         os.fchown(directory, -1, group)
         os.fchmod(directory, mode)
+
+
+def content_of(path: Path) -> bytes:
+    """Return what a regular file holds, at most 1 MB of it. Raises OSError.
+
+    A pipe or a device is not waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+        return stream.read(LARGEST_FILE_BYTES)
 
 
 def sync_directory(path: Path) -> None:
@@ -1295,7 +1308,7 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
     """
     listed: list[str] = []
     with contextlib.suppress(FileNotFoundError):
-        listed = os.fsdecode(list_path.read_bytes()).splitlines()
+        listed = os.fsdecode(content_of(list_path)).splitlines()
     return list(dict.fromkeys([*stopped, *listed]))
 
 

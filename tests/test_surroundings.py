@@ -1,0 +1,77 @@
+"""What stands where files should, and what nobody foresaw: a sentence, and nothing hangs."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import PYTHON, FirstNight, Store
+
+
+@pytest.mark.parametrize("device, name, exit_code", [
+    ("fifo", "mailinabox.conf", 2), ("link", "user-data/backup/secret_key.txt", 2),
+    ("link", "user-data/backup/last-run.json", 0), ("fifo", "user-data/backup/last-verify.json", 0),
+    ("fifo", "user-data/backup/encrypted/duplicity-full.20260101T030000Z.manifest.gpg", 1),
+])
+def test_no_file_is_waited_for(
+    keyed: Store, first_night: FirstNight, name: str, exit_code: int, device: str
+) -> None:
+    """A run that opened a pipe would wait for ever, with the lock in its hand."""
+    first_night(keyed)
+    path = keyed.scratch / name
+    path.unlink(missing_ok=True)
+    if device == "fifo":
+        os.mkfifo(path, 0o600)
+    else:
+        path.symlink_to("/dev/zero")
+    result = keyed.run("timeout", "60", *keyed.command(), exit_code=exit_code)
+    assert exit_code == 0 or path.name in result.stderr
+
+
+def test_what_nobody_foresaw(keyed: Store, first_night: FirstNight) -> None:
+    """It ends a night like a failure: mail is back, it is told, and the set is thrown away."""
+    first_night(keyed)
+    before = {path.name for path in keyed.encrypted.iterdir()}
+    line = "    record.size, record.newest_set = after[-1].size, after[-1].stamp\n"
+    program = keyed.changed_program(line, f"    1 // 0\n{line}")
+    result = keyed.run(PYTHON, program, *keyed.command()[2:], exit_code=1)
+    assert result.stderr.count("\n") == 1 and "ZeroDivisionError" in result.stderr
+    assert "ZeroDivisionError" in keyed.last_run()["message"]
+    assert keyed.running() == ["dovecot", "postfix"]
+    assert {path.name for path in keyed.encrypted.iterdir()} == before
+    told = keyed.run(PYTHON, program, "-v", *keyed.command()[2:], exit_code=1).stderr
+    assert "Traceback" in told
+
+
+def test_time_before_1970(keyed: Store) -> None:
+    """duplicity takes it for 1970: worth a remark, but no alarm and no word of the disk."""
+    for path in (keyed.root / "ancient", keyed.root / "mail"):
+        path.touch()
+        os.utime(path, (-1e9, -1e9))
+    assert keyed.backup().stderr == ""
+    assert "before 1970" in keyed.last_run()["message"]
+    restored = keyed.restore()
+    assert Path(restored, "ancient").stat().st_mtime == 0
+    assert json.loads(keyed.backup("--status", "--json").stdout)["ok"]
+
+
+def test_damaged_notes_bring_nothing_back(keyed: Store, first_night: FirstNight) -> None:
+    """A bit flipped in duplicity's own signatures: they are made anew before they are used."""
+    first_night(keyed)
+    signatures = next((keyed.backups / "cache/backup").glob("*.sigtar.gz"))
+    content = bytearray(signatures.read_bytes())
+    content[len(content) // 2] ^= 1
+    signatures.write_bytes(content)
+    (keyed.root / "new").touch()
+    (keyed.root / "ssl/private.pem").unlink()
+    assert keyed.backup().stderr == ""
+    assert "made anew" in keyed.last_run()["message"] and "-inc." in keyed.manifests()[-1]
+    keyed.assert_restores()
+
+
+def test_storage_root_that_is_gone(keyed: Store) -> None:
+    """--status does not speak of a backup that is overdue."""
+    keyed.root.rename(keyed.scratch / "elsewhere")
+    assert f"{keyed.root} is not a directory" in keyed.backup("--status", exit_code=2).stderr
+    (keyed.scratch / "elsewhere").rename(keyed.root)
