@@ -76,6 +76,7 @@ LAST_RUN = Path("last-run.json")
 LAST_VERIFY = Path("last-verify.json")
 PLAIN = Path("duplicity")  # plain backups, in the legacy layout
 LEGACY = Path("legacy")  # openssl copies that have no plain original
+HOOKS = ("before-backup", "after-backup")
 READER_PREFIX = "reader-"
 
 # In STORAGE_ROOT: the copy, where backup/ is a file system of its own, and the plain
@@ -198,7 +199,7 @@ class Record:
         """Warn of what an after-backup hook that mirrors would delete elsewhere, too."""
         self.lossy = True
         self.warn(f"{message}; fetch it from your copy elsewhere and run --verify: the hook "
-                  "after-backup was not run, lest it delete that, too")
+                  "after-backup is not run now, lest it delete that, too")
 
 
 def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
@@ -393,6 +394,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
                         make_set(night, record, kind)
                 if copy:                                                        # 10: mail is back
                     make_set(night, record, kind, copy)                         # 11
+            write_last_run(night, record)  # which names the new set, should this run be killed
             delete_migrated_backups(night, record, migrated)
             delete_old_chains(night, record, sets)                              # 12
             clean_up(night, record)                                             # 13
@@ -417,7 +419,8 @@ def begin_night(settings: Mapping[str, str]) -> Night:
         check_root()
         night = night_of(settings)
         check_mounts(night)
-    except Failure as refusal:
+    except Exception as error:
+        refusal = failure_of(error)
         with contextlib.suppress(Failure, OSError):  # backup/ may be missing, or not sound
             utils.work_inside(work_of(settings).backup)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -435,7 +438,7 @@ def check_mounts(work: Work) -> None:
 
     The key and last-run.json may lie there, too: it would look like a first night.
     """
-    for place in utils.mount_points(work.environment):
+    for place in utils.mount_points():
         if work.backup in (place, *place.parents) and (
                 not place.exists() or utils.on_one_mount(place, place.parent)):
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
@@ -459,6 +462,10 @@ def work_in_backup_directory(night: Night) -> None:
     if not os.path.lexists(night.backup):
         utils.make_owned_directory(night.backup, 0o750, group)
     utils.work_inside(night.backup)
+    names = set(os.listdir())
+    if names and names.isdisjoint(map(str, (KEY, ENCRYPTED, PLAIN, LOCK, *HOOKS))):
+        raise Failure(f"{night.backup} is no directory of backups, for it holds "
+                      f"{printable(min(names))}; move it to where it belongs", 2)
     mode = stat.S_IMODE(os.stat(".").st_mode)
     if not mode & stat.S_IXOTH:
         os.chown(".", -1, group)
@@ -942,28 +949,56 @@ def broken_in(chain: Sequence[BackupSet], broken: Collection[str]) -> list[str]:
     return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
 
 
-def missing_volumes(sets: Sequence[BackupSet], archive: Path) -> dict[str, str]:
+def missing_volumes(
+    sets: Sequence[BackupSet], archive: Path, night: Optional[Night] = None
+) -> dict[str, str]:
     """Return "is missing" by the name of each volume that is not in encrypted/ any more.
 
     sets: the complete ones. archive: the archive directory, where manifests are in the
-    clear. Where one is not there, or not to be read, nothing is told of its set.
+    clear. night: for gpg, which opens the manifests that are not there; without it nothing
+    is told of their sets.
     """
     missing = {}
     for found in sets:
-        with contextlib.suppress(OSError):
-            text = (archive / found.manifest.removesuffix(".gpg")).read_text(errors="replace")
-            lacking = checksums_in(text.splitlines(), found.manifest).keys() - found.files
-            missing.update(dict.fromkeys(sorted(lacking), "is missing"))
+        lines: list[str] = []
+        try:
+            manifest = archive / found.manifest.removesuffix(".gpg")
+            lines += manifest.read_text(errors="replace").splitlines()
+        except OSError:
+            if night:
+                run_gpg(night, found.manifest, lines.append)
+        lacking = checksums_in(lines, found.manifest).keys() - found.files
+        missing.update(dict.fromkeys(sorted(lacking), "is missing"))
     return missing
 
 
-def broken_files(sets: Sequence[BackupSet], backup: Path = Path()) -> dict[str, str]:
-    """Return what is known to be wrong with backup files, by name.
+def lost_manifests(sets: Sequence[BackupSet], keep_days: int) -> dict[str, str]:
+    """Return "is missing" by the name of each manifest that only the archive directory has.
 
-    sets: the complete ones. backup: the directory.
+    sets: the complete ones, oldest first. Not of a chain that is old enough to be deleted:
+    that may have been under way. keep_days: see keep_days_of.
+    """
+    known = {stamp_of(path): f"{path.name}.gpg" for path in ARCHIVE.glob("*.manifest")}
+    stamps = {found.stamp for found in sets}
+    kept = (datetime.now(timezone.utc) - timedelta(days=keep_days)).strftime(STAMP_FORMAT)
+    lost = {}
+    for stamp in sorted(known.keys() - stamps):
+        fulls = [found.stamp for found in sets if found.full and found.stamp > stamp]
+        chain_end = max(other for other in stamps | known.keys() if other < min(fulls, default="3"))
+        if stamp < max(stamps, default="") and (not fulls or chain_end > kept):
+            lost[known[stamp]] = "is missing"
+    return lost
+
+
+def broken_files(
+    sets: Sequence[BackupSet], backup: Path = Path(), night: Optional[Night] = None
+) -> dict[str, str]:
+    """Return what is known to be wrong with the files of complete sets, by name.
+
+    backup: the directory. night: see missing_volumes.
     """
     return {**read_last_verify(backup / LAST_VERIFY)["damaged"],
-            **missing_volumes(sets, backup / ARCHIVE)}
+            **missing_volumes(sets, backup / ARCHIVE, night)}
 
 
 def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
@@ -971,8 +1006,9 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.broken = broken_files(sets)
-    tell_of_broken(night, record, record.broken)
+    with gpg_home(night):
+        record.broken = broken_files(sets, night=night)
+    tell_of_broken(night, record, {**record.broken, **lost_manifests(sets, night.keep_days)})
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
@@ -1049,12 +1085,17 @@ def check_room(
     big as the newest of its kind. freed: bytes that will be free until then. disk: a
     directory on the disk that they go to. Raises Failure.
     """
-    sizes = [found.size for found in sets if found.full == (kind == "full")]
-    needed = TEMPORARY_BYTES + reserve_bytes(disk) + sum(sizes[-1:])
-    free = utils.free_bytes(disk) + freed
-    if free < needed:
-        raise Failure(f"{work.backup} has {human_size(free)} free and a backup needs "
-                      f"{human_size(needed)} at least; make room there")
+    size = sum([found.size for found in sets if found.full == (kind == "full")][-1:])
+    target = ENCRYPTED if ENCRYPTED.exists() else disk
+    needed = {target: size, disk: TEMPORARY_BYTES}
+    if target.stat().st_dev == disk.stat().st_dev:
+        needed = {disk: size + TEMPORARY_BYTES}
+    for place, room in needed.items():
+        free, room = utils.free_bytes(place) + freed, room + reserve_bytes(place)
+        if free < room:
+            raise Failure(f"{work.backup if place == disk else place.absolute()} has "
+                          f"{human_size(free)} free and a backup needs {human_size(room)} at "
+                          "least; make room there")
 
 
 def check_cached_signatures(night: Night, record: Record) -> None:
@@ -1218,22 +1259,23 @@ def set_command(night: Night, action: str, copy: Optional[Path] = None) -> list[
     STORAGE_ROOT.
     """
     return duplicity_command(
-        action, *([] if copy else exclusions(night)), "--volsize", str(VOLUME_MEGABYTES),
+        action, *([] if copy else exclusions(night, night.excluded)),
+        "--volsize", str(VOLUME_MEGABYTES),
         "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG",
         str(copy or night.root), TARGET, low_priority=copy is not None)
 
 
-def left_out(work: Union[Night, "Reader"]) -> list[Path]:
-    """Return what of STORAGE_ROOT no backup holds."""
-    return [work.backup, work.copy_beside, *map(work.root.joinpath, work.excluded)]
+def left_out(work: Work, excluded: Sequence[str]) -> list[Path]:
+    """Return what of STORAGE_ROOT no backup holds. excluded: see excluded_of."""
+    return [work.backup, work.copy_beside, *map(work.root.joinpath, excluded)]
 
 
-def exclusions(work: Union[Night, "Reader"]) -> list[str]:
+def exclusions(work: Work, excluded: Sequence[str]) -> list[str]:
     """Return duplicity's options to leave that out, and so all below it.
 
     A name to --exclude would mean the same name with a line break at its end, too.
     """
-    return [part for path in left_out(work)
+    return [part for path in left_out(work, excluded)
             for part in ("--exclude-regexp", rf"\A{re.escape(str(path))}\Z")]
 
 
@@ -1305,7 +1347,7 @@ def make_set(
     root, tree = str(night.root), copy.target if copy else night.root
     record.kind, record.source = action, "copy" if copy else "direct"
     before = complete_sets(ENCRYPTED)
-    excluded = [] if copy else left_out(night)
+    excluded = [] if copy else left_out(night, night.excluded)
     if not copy and not os.path.samefile(".", night.backup):
         raise Failure(f"somebody renamed {night.backup}; give it its name back")
     entries = utils.count_entries(tree, excluded)
@@ -1353,10 +1395,10 @@ def watch_set(work: Work, draw: Optional[Draw], total: int) -> utils.Watch:
     (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
-    reserve = reserve_bytes(Path())
+    reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
 
     def watch(process: int) -> None:
-        if utils.free_bytes(Path()) < reserve:
+        if any(utils.free_bytes(place) < reserve for place, reserve in reserves.items()):
             raise Failure("duplicity was ended before it took the last room of "
                           f"{work.backup}; make room there")
         if draw:
@@ -1462,7 +1504,8 @@ def clean_up(night: Night, record: Record) -> None:
     lacking = [what_is_missing(found) for found in loose_sets(read_sets(ENCRYPTED)[0])
                if found.date > kept]
     if lacking:
-        record.warn_of_loss(f"in {night.backup / ENCRYPTED} {first_of(lacking)}")
+        record.warn(f"in {night.backup / ENCRYPTED} {first_of(lacking)}; put what is missing back "
+                    "from your copy elsewhere")
     else:
         run_pruning(night, record, "cleanup")
 
@@ -1589,8 +1632,9 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
                              RecursionError):  # as of a file that somebody edited
         content = json.loads(utils.content_of(path))
-        checked = {str(int(share)): datetime.fromisoformat(date).isoformat()
-                   for share, date in content["checked"].items()}
+        now = datetime.now(timezone.utc)
+        checked = {share: date for share, date in content["checked"].items()
+                   if datetime.fromisoformat(date) <= now}  # a clock may have been ahead
         return {"checked": checked, "damaged": {
             str(name): str(why) for name, why in content["damaged"].items()}}
     return {"checked": {}, "damaged": {}}
@@ -1778,7 +1822,7 @@ def status_text(status: Mapping[str, Any], colour: bool = False) -> str:
         f"Backups:  {printable(status['directory'])}",
         f"Key:      {printable(status['encpwfile'])} (keep a copy elsewhere)",
         f"Last run: {printable(last_run_text(status['last_run']))}",
-        *(f"{name + ':':<9} {text}" for name, text in checks_text(status).items())])
+        *(f"{name + ':':<9} {printable(text)}" for name, text in checks_text(status).items())])
 
 
 def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
@@ -1791,7 +1835,9 @@ def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
         needing = [backup for backup in reversed(status["backups"])
                    if backup["date"] >= stamp_of(Path(name))]
         later = itertools.takewhile(lambda backup: not backup["full"], needing[1:])
-        if needing:
+        if ".sigtar." in name:
+            damaged.append(f"{name} {why}: no increment can be made on it")
+        elif needing:
             begin, end = needing[0]["date_str"], [needing[0], *later][-1]["date_str"]
             damaged.append(f"{name} {why}: of the backups from {begin} to {end} some files cannot "
                            "be restored, of all others every file")
@@ -1799,7 +1845,7 @@ def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
         told["Verified"] = f"every backup file, since {date.isoformat()}"
-    excluded = [printable(path) if there else f"{printable(path)} (not found)"
+    excluded = [path if there else f"{path} (not found)"
                 for path, there in status["excluded"].items()]
     if excluded:
         told["Left out"] = ", ".join(excluded)
@@ -1985,14 +2031,14 @@ class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete
-    ones are linked. newest_set: the stamp of the last run's, empty if it told none.
-    keep_days: after which chains are deleted. excluded: see excluded_of.
+    ones are linked. newest_set: the stamp of the last run's, empty if it told none. lost:
+    see lost_manifests. keep_days: after which chains are deleted.
     """
 
     sets: Sequence[BackupSet]
     newest_set: str
+    lost: Mapping[str, str]
     keep_days: int
-    excluded: tuple[str, ...]
 
     @property
     def complete(self) -> list[BackupSet]:
@@ -2028,8 +2074,11 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(temporary))
         newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
-        reader = Reader(**vars(work), sets=link_sets(own, backup), newest_set=newest_set,
-                        keep_days=keep_days_of(settings), excluded=excluded_of(settings))
+        keep_days = keep_days_of(settings)
+        sets = link_sets(own, backup)
+        lost = lost_manifests([found for found in sets if found.complete], keep_days)
+        reader = Reader(**vars(work), sets=sets, newest_set=newest_set, lost=lost,
+                        keep_days=keep_days)
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -2143,6 +2192,9 @@ def missing_sets(reader: Reader) -> list[str]:
     wrong = []
     if reader.newest_set > complete[-1].stamp:
         wrong.append(f"the newest backup, of {reader.newest_set}, is missing")
+    there = {found.stamp for found in reader.sets}
+    wrong += [f"{reader.backup / ENCRYPTED / name} {why}" for name, why in reader.lost.items()
+              if stamp_of(Path(name)) not in there]
     kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
     for sentence, date in lacking.items():
         if date > kept:
@@ -2210,14 +2262,14 @@ def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
     return checksums
 
 
-def compare(reader: Reader) -> list[str]:
+def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
     """Compare the newest backup with the live files, contents included.
 
-    What is excluded now and was not then is none. Returns the differences, a sentence each.
-    Raises Failure.
+    excluded: see excluded_of; what is now and was not then is no difference. Returns the
+    differences, a sentence each. Raises Failure.
     """
     lines: list[str] = []
-    command = duplicity_command("verify", "--compare-data", *exclusions(reader),
+    command = duplicity_command("verify", "--compare-data", *exclusions(reader, excluded),
                                 "--allow-source-mismatch", "--log-fd=LOG", TARGET,
                                 str(reader.root))
     answer = run_duplicity(reader, command, lines)
@@ -2225,9 +2277,9 @@ def compare(reader: Reader) -> list[str]:
                  if line.startswith(". ") and "ifference found: " in line]
     if answer.exit_code not in (0, 1) or answer.exit_code and not different:
         raise Failure(explain("verify", answer))
-    excluded = tuple(f"Difference found: File {printable(path)}/" for path in reader.excluded)
+    missing = tuple(f"Difference found: File {printable(path)}/" for path in excluded)
     return [line for line in different
-            if not f"{line.removesuffix(' is missing')}/".startswith(excluded)]
+            if not f"{line.removesuffix(' is missing')}/".startswith(missing)]
 
 
 def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
@@ -2679,7 +2731,9 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
             results = verify(reader)
             wrong = [f"{reader.backup / ENCRYPTED / name} {why}"
                      for name, why in results.items() if why]
-            wrong += missing_sets(reader) + (compare(reader) if options.compare else [])
+            wrong += missing_sets(reader)
+            if options.compare:
+                wrong += compare(reader, excluded_of(settings))
         elif options.list:
             names = list_files(reader, chain)
         else:

@@ -265,13 +265,15 @@ def _mount_of(path: Path) -> list[int]:
         return found
 
 
-def mount_points(environment: Mapping[str, str]) -> list[Path]:
-    """Return where /etc/fstab mounts file systems, see findmnt(8), symbolic links followed."""
-    lines: list[str] = []
-    shell(["findmnt", "--fstab", "--json", "--list", "--output", "TARGET"], environment,
-          on_line=lines.append)
-    found = json.loads("".join(lines) or "{}").get("filesystems", [])
-    return [Path(os.path.realpath(entry["target"])) for entry in found if entry["target"]]
+def mount_points() -> list[Path]:
+    """Return where /etc/fstab mounts file systems, see fstab(5), symbolic links followed."""
+    table = ""
+    with contextlib.suppress(FileNotFoundError):  # as in a container
+        table = os.fsdecode(content_of(Path("/etc/fstab")))
+    targets = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)", table, re.MULTILINE)
+    names = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), target)
+             for target in targets]
+    return [Path(os.path.realpath(name)) for name in names]
 
 
 def make_owned_directory(path: Path, mode: int, group: int) -> None:

@@ -239,6 +239,7 @@ class Store:
     def clean(self) -> None:
         """End the agents that tests or killed runs have left, and remove what they made in /run."""
         import backup
+        self.root.mkdir(exist_ok=True)  # a test may have moved it
         name = backup.work_of({"STORAGE_ROOT": str(self.root)}).gnupg.name.rpartition("-")[0]
         for home in [self.gnupg(), *Path("/run").glob(f"{name}-*")]:
             if home.exists():

@@ -387,7 +387,7 @@ def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
     told = [keyed.run("sh", "-e", "-c", in_test(block, paths).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")).stdout for block in blocks]
     assert "Total: " in told[0] and re.search(rf"^\S+\t{keyed.encrypted}$", told[0], re.MULTILINE)
-    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key"}
+    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key", "cache"}
     assert {path.name for path in keyed.encrypted.iterdir()} == newer
     moved = disk / "old" / "backup"
     assert {path.name for path in (moved / "encrypted").iterdir()} == older

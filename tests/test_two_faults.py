@@ -1,0 +1,106 @@
+"""Several things go wrong one after the other, and nothing that is good is lost."""
+
+import json
+import shutil
+
+import pytest
+
+from conftest import FirstNight, Store
+from test_bad_mornings import put_hook
+
+
+@pytest.mark.parametrize("table", [None, "/dev/sdb1 /mnt\n", "LABEL=x /mnt/a\u00a0b ext4 ro 0 0\n"])
+def test_fstab_that_findmnt_cannot_read(keyed: Store, table: str | None) -> None:
+    """Is there no /etc/fstab, or a wrong line in it, backups are made all the same."""
+    etc = keyed.scratch / "etc"
+    keyed.run("cp", "-a", "/etc", etc)
+    (etc / "fstab").unlink()
+    if table:
+        (etc / "fstab").write_text(table)
+    keyed.run("unshare", "--mount", "sh", "-c", f'mount --bind {etc} /etc && exec "$@"', "sh",
+              *keyed.command("--dry-run"))
+
+
+def test_swap_in_fstab_is_no_mount_point(keyed: Store) -> None:
+    """`none` is no path relative to where the admin stands."""
+    table = keyed.scratch / "fstab"
+    table.write_text("/dev/sda2 none swap sw 0 0\n")
+    keyed.run("unshare", "--mount", "sh", "-c",
+              f'mount --bind {table} /etc/fstab && cd {keyed.backups} && exec "$@"', "sh",
+              *keyed.command("--dry-run"))
+
+
+def test_last_good_chain_outlives_a_lost_volume_without_cache(keyed: Store) -> None:
+    """An expired chain is not pruned while the newest restores nothing; cache/ is gone."""
+    keyed.run("faketime", "10 days ago", *keyed.command())
+    keyed.run("faketime", "8 days ago", *keyed.command("--full"))
+    old, new = keyed.manifests()
+    (keyed.encrypted / new.replace("manifest", "vol1.difftar")).unlink()
+    shutil.rmtree(keyed.backups / "cache")  # as every failed night leaves it
+    keyed.backup(exit_code=3)
+    assert "-full." in keyed.manifests()[-1] or old in keyed.manifests()
+
+
+def test_failed_night_then_lost_volume(keyed: Store, first_night: FirstNight) -> None:
+    """The night after a failed one, which deleted cache/backup, builds on no lost volume."""
+    first_night(keyed)
+    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\n'
+                   'exec REAL "$@"\n')
+    keyed.backup(exit_code=1)
+    (keyed.bin / "duplicity").unlink()
+    next(keyed.encrypted.glob("*full.*vol1*")).unlink()
+    keyed.backup(exit_code=3)
+    assert "-full." in keyed.manifests()[-1]
+
+
+def test_share_checked_in_the_future_is_checked_again(
+    keyed: Store, first_night: FirstNight
+) -> None:
+    """One night with a wrong clock does not leave a seventh unchecked until then."""
+    first_night(keyed)
+    checks = keyed.backups / "last-verify.json"
+    future = "2097-01-01T00:00:00+00:00"
+    checks.write_text(json.dumps({"damaged": {}, "checked": {
+        str(share): future if share == 3 else "2026-01-01T00:00:00+00:00" for share in range(7)}}))
+    keyed.backup()
+    assert future not in checks.read_text()
+
+
+def test_lost_older_chain_is_told(keyed: Store, first_night: FirstNight) -> None:
+    """An older chain that is gone whole, and too young for that, is a loss, too."""
+    first_night(keyed)
+    keyed.backup("--full")
+    mark, stamp = put_hook(keyed), keyed.manifests()[0].split(".")[1]
+    for path in keyed.encrypted.glob(f"*{stamp}*"):
+        path.unlink()
+    keyed.backup(exit_code=3)
+    assert not mark.exists()
+
+
+def test_root_takes_no_foreign_directory_for_backup(store: Store) -> None:
+    """STORAGE_USER may call another directory of root's backup/: nothing in it is touched."""
+    private = store.root / "private"
+    (private / "tmp").mkdir(parents=True)
+    private.chmod(0o700)
+    (private / "tmp" / "precious").touch()
+    private.rename(store.backups)
+    store.backup(exit_code=2)
+    assert (store.backups / "tmp" / "precious").exists()
+    assert store.backups.stat().st_mode & 0o777 == 0o700
+
+
+def test_rubbish_dates_in_last_verify(keyed: Store, first_night: FirstNight) -> None:
+    """They are no traceback."""
+    first_night(keyed)
+    (keyed.backups / "last-verify.json").write_text(json.dumps({"damaged": {}, "checked": {
+        str(share): "0001-01-01T00:00:00" for share in range(7)}}))
+    keyed.backup("--status")
+
+
+def test_wrong_exclusions_do_not_keep_from_restoring(
+    keyed: Store, first_night: FirstNight
+) -> None:
+    """A rescue is no time for manners."""
+    first_night(keyed)
+    keyed.settings.write_text(keyed.settings.read_text() + "BACKUP_EXCLUDE='x\n")
+    keyed.backup("--restore", str(keyed.scratch / "rescue"))
