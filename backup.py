@@ -179,7 +179,7 @@ class Record:
 
     newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
-    lossy: bool = False  # this run found that something is lost
+    loss_found: bool = False  # for the first time
     kind: Optional[str] = None
     source: Optional[str] = None
     size: int = 0  # of the new set, in bytes
@@ -197,7 +197,7 @@ class Record:
 
     def warn_of_loss(self, message: str) -> None:
         """Warn of what an after-backup hook that mirrors would delete elsewhere, too."""
-        self.lossy = True
+        self.loss_found = True
         self.warn(f"{message}; fetch it from your copy elsewhere and run --verify: the hook "
                   "after-backup is not run now, lest it delete that, too")
 
@@ -377,12 +377,12 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
         with gpg_home(night):
             check_newest_set(night)                                             # 2
             check_nothing_lost(night, record.newest_set, force_full)
-        recover_from_dead_run(night)                                            # 3
-        make_directories(night)
-        migrated = migrate_legacy_layout(night)                                 # 4
-        sets = complete_sets(ENCRYPTED)
-        kind = decide(night, record, sets, force_full)                          # 5
-        make_room(night, record, sets, kind)
+            recover_from_dead_run(night)                                        # 3
+            make_directories(night)
+            migrated = migrate_legacy_layout(night)                             # 4
+            sets = complete_sets(ENCRYPTED)
+            kind = decide(night, record, sets, force_full)                      # 5
+            make_room(night, record, sets, kind)
         check_cached_signatures(night, record)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), temporary_directory():
@@ -401,7 +401,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
         write_last_run(night, record)                                           # 15
-        if not record.lossy:
+        if not record.loss_found:
             run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
     return exit_code_of(record)
@@ -1006,8 +1006,7 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    with gpg_home(night):
-        record.broken = broken_files(sets, night=night)
+    record.broken = broken_files(sets, night=night)
     tell_of_broken(night, record, {**record.broken, **lost_manifests(sets, night.keep_days)})
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
@@ -1071,7 +1070,7 @@ def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str
     except Failure:
         if not chain or broken_in(chain, record.broken):
             raise
-        with gpg_home(night), temporary_directory():
+        with temporary_directory():
             delete_old_chains(night, record, sets, chain[0].date)
         check_room(night, sets, kind)
 

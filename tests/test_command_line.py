@@ -6,14 +6,12 @@ import re
 import shlex
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
 import backup
 import utils
-from conftest import PYTHON, SCRIPT, Store, tree_of
-from test_services import wait_for
+from conftest import Store, tree_of
 
 RECORDING = '#!/bin/sh\necho "duplicity $*" >> "$(dirname "$0")/calls"\nexec REAL "$@"\n'
 
@@ -142,22 +140,6 @@ def test_main_can_be_called_in_process(
     finally:
         logging.getLogger("backup").handlers = handlers
     assert "backup: cannot read the settings file /no/such" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_nothing_is_held(store: Store, number: signal.Signals) -> None:
-    """A status that waits for ever, for its settings, is ended by a signal as any program is."""
-    waiting, calls = store.scratch / "settings", store.scratch / "calls"
-    os.mkfifo(waiting)
-    calls.touch()
-    process = subprocess.Popen(
-        ["strace", "-qqq", "-e", "trace=openat", "-o", calls,
-         PYTHON, SCRIPT, "--config", waiting, "--status"],
-        env=store.environment, stderr=subprocess.PIPE)
-    wait_for(lambda: str(waiting) in calls.read_text())
-    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-    os.kill(child, number)
-    assert process.communicate(timeout=10)[1] == b"" and process.returncode == -number
 
 
 def test_dry_run_before_the_first_run(store: Store) -> None:
