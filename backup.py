@@ -960,16 +960,24 @@ def missing_volumes(
     """
     missing = {}
     for found in sets:
-        lines: list[str] = []
-        try:
-            manifest = archive / found.manifest.removesuffix(".gpg")
-            lines += manifest.read_text(errors="replace").splitlines()
-        except OSError:
-            if night:
-                run_gpg(night, found.manifest, lines.append)
-        lacking = checksums_in(lines, found.manifest).keys() - found.files
-        missing.update(dict.fromkeys(sorted(lacking), "is missing"))
+        checksums = checksums_in(read_manifest(found, archive, night), found.manifest)
+        missing.update(dict.fromkeys(sorted(checksums.keys() - found.files), "is missing"))
     return missing
+
+
+def read_manifest(found: BackupSet, archive: Path, work: Optional[Work]) -> list[str]:
+    """Return the lines of a set's manifest, from the archive directory if it is there.
+
+    archive, work: see missing_volumes.
+    """
+    lines: list[str] = []
+    try:
+        manifest = archive / found.manifest.removesuffix(".gpg")
+        lines += manifest.read_text(errors="replace").splitlines()
+    except OSError:
+        if work:
+            run_gpg(work, found.manifest, lines.append)
+    return lines
 
 
 def lost_manifests(sets: Sequence[BackupSet], keep_days: int) -> dict[str, str]:
@@ -2208,12 +2216,14 @@ def check_set(
 ) -> Iterator[tuple[str, str]]:
     """Check the files of a complete set, see verify.
 
-    shares: of these only, and the manifest. Yields each file's name, and what is wrong with
-    it, empty if nothing is.
+    shares: of these only. Yields each file's name, and what is wrong with it, empty if
+    nothing is.
     """
     manifest: list[str] = []
+    if share_of(found.manifest) not in shares:
+        manifest = read_manifest(found, ARCHIVE, work)
     for name in found.metadata:
-        if name != found.manifest and share_of(name) not in shares:
+        if share_of(name) not in shares:
             continue
         log.debug("checking %s", work.backup / ENCRYPTED / name)
         answer = run_gpg(work, name, manifest.append if name == found.manifest else None)

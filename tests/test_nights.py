@@ -15,7 +15,7 @@ import backup
 import utils
 from conftest import Entry, Store, copy_backups, make_store, tree_of
 
-pytestmark = pytest.mark.xdist_group("nights")  # one process lives through them
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("nights")]  # one process lives through them
 
 Status = dict[str, Any]
 Tree = dict[str, Entry]
