@@ -1141,8 +1141,8 @@ def run_hook(night: Night, name: str, record: Record) -> None:
         answer = utils.shell(["/bin/sh", "-c", 'exec "$0"', str(hook)], environment,
                              user=night.user, umask=0o022, on_line=log.debug)
         if answer.exit_code:
-            record.warn(f"the hook {hook} failed; mend it, and see that it is "
-                        f"executable: it ended with {answer}")
+            record.warn(f"the hook {hook} failed; mend it, or make it executable: it ended with "
+                        f"{answer}")
 
 
 # Steps 7 to 10: the copy
@@ -1213,8 +1213,8 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     manager = utils.service_manager(night.environment)
     lines = manager.running(night.services)
     if manager.unknown and "BACKUP_SERVICES" in night.settings:  # of the default any may be missing
-        record.warn("BACKUP_SERVICES names what is no service of this system, "
-                    f"{' and '.join(manager.unknown)}; correct it in the settings")
+        record.warn(f"BACKUP_SERVICES names {' and '.join(manager.unknown)}, which is no service "
+                    "of this system and was not stopped; correct it in the settings")
     try:
         with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
             yield
@@ -1709,7 +1709,7 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
     broken = broken_in(sets, last_verify["damaged"])
     deleted_in = tell_deletions(sets, timedelta(days=keep_days_of(env)), now, broken)
     disk = next(path for path in (encrypted, *encrypted.parents) if path.exists())
-    status = {
+    status: dict[str, Any] = {
         "directory": str(encrypted), "encpwfile": str(backup / KEY), "tz": now.tzname(),
         "backups": [{
             "date": found.stamp, "date_str": found.date.astimezone().isoformat(),
@@ -1719,8 +1719,16 @@ def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dic
         "excluded": {path: os.path.lexists(backup.parent / path) for path in excluded_of(env)},
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
         "last_run": read_last_run(backup / LAST_RUN), "last_verify": last_verify}
-    status["ok"], status["headline"] = headline_of(
-        status, now, broken_in(newest_chain(sets), broken))
+    chain = newest_chain(sets)
+    lost = (status["last_run"] or {}).get("newest_set") or ""
+    trouble = ""
+    if lost > max((found.stamp for found in sets), default=""):
+        trouble = f"the newest backup, of {lost}, is missing"
+    elif sets and not chain:
+        trouble = "the newest backup leads back to no full one, the next run makes one"
+    elif wrong := broken_in(chain, broken):
+        trouble = f"damaged: {wrong[0]}, the next run makes a full backup"
+    status["ok"], status["headline"] = headline_of(status, now, trouble)
     return status
 
 
@@ -1775,12 +1783,12 @@ def human_size(size_bytes: int) -> str:
 
 
 def headline_of(
-    status: Mapping[str, Any], now: datetime, broken: Sequence[str] = ()
+    status: Mapping[str, Any], now: datetime, trouble: str = ""
 ) -> tuple[bool, str]:
     """Return whether all is well, and in a line how it stands: OK, or why --status has exit code 3.
 
-    status: backup_status's answer. now: the time, with its zone. broken: the names of files
-    of the newest chain that are damaged or missing.
+    status: backup_status's answer. now: the time, with its zone. trouble: what is wrong with
+    the newest backup.
     """
     backups, last = status["backups"], status["last_run"]
     told = f"last backup {backups[0]['date_delta']} ago" if backups else (
@@ -1794,8 +1802,8 @@ def headline_of(
             break
     if last is not None and last.get("exit_code") not in (0, 3):
         return False, printable(f"FAILED: the last run failed: {last.get('message')}; {told}")
-    if broken:
-        return False, f"FAILED: damaged: {broken[0]}, the next run makes a full backup; {told}"
+    if trouble:
+        return False, f"FAILED: {trouble}; {told}"
     overdue = timedelta(hours=OVERDUE_HOURS)
     if not backups or now - stamp_date(backups[0]["date"]) > overdue:
         return False, f"OVERDUE: there is no backup of the last {OVERDUE_HOURS} hours; {told}"
@@ -1846,8 +1854,8 @@ def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
             damaged.append(f"{name} {why}: no increment can be made on it")
         elif needing:
             begin, end = needing[0]["date_str"], [needing[0], *later][-1]["date_str"]
-            damaged.append(f"{name} {why}: of the backups from {begin} to {end} some files cannot "
-                           "be restored, of all others every file")
+            damaged.append(f"{name} {why}: the backups from {begin} to {end} cannot be restored "
+                           "whole, all others can")
     told = {"Damaged": first_of(damaged)} if damaged else {}
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()

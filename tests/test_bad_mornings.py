@@ -50,6 +50,8 @@ def test_lost_backups_are_no_first_night(
     for path in keyed.encrypted.glob(lost):
         path.unlink()
     left = names(keyed)
+    told = status(keyed, 3)["headline"]  # at once, before any night
+    assert told.startswith("FAILED: the newest backup, of") and "is missing" in told
     for _ in range(2):
         result = keyed.backup(exit_code=1)
         assert "is missing from" in result.stderr and "run --full" in result.stderr
@@ -156,6 +158,7 @@ def test_lost_manifest_keeps_what_it_leaves(keyed: Store, first_night: FirstNigh
     content = manifest.read_bytes()
     before = names(keyed) - {manifest.name}
     manifest.unlink()
+    assert "leads back to no full one" in status(keyed, 3)["headline"]
     result = keyed.backup(exit_code=3)
     assert backup_stamp(manifest) in result.stderr and not mark.exists()
     assert before < names(keyed) and "-full." in keyed.manifests()[-1]

@@ -267,7 +267,7 @@ case $2 in"""))
     keyed.forget_calls()
     keyed.settings.write_text(
         keyed.settings.read_text() + "BACKUP_SERVICES=dovecot postfixx odd postfix\n")
-    told = "BACKUP_SERVICES names what is no service of this system, postfixx and odd; correct it"
+    told = "BACKUP_SERVICES names postfixx and odd, which is no service of this system"
     assert told in keyed.backup(exit_code=3).stderr
     assert told in keyed.last_run()["message"]
     assert keyed.calls("stop", "start") == STOPS + STARTS

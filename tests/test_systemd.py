@@ -179,7 +179,7 @@ def test_service_that_is_not_running(machine: Machine) -> None:
     machine.shell("echo BACKUP_SERVICES=postfix dovecott dovecot >> /etc/mailinabox.conf")
     try:
         told = machine.back_up(exit_code=3)
-        assert "no service of this system, dovecott; correct it" in told
+        assert "dovecott, which is no service of this system" in told
         assert machine.state(machine.postfix) == "inactive"
         assert machine.state("dovecot") == "active"
     finally:
