@@ -1374,7 +1374,7 @@ def make_set(
                       f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
     early = [text for text in warnings
-             if re.fullmatch(r"Warning: .* has negative mtime, treating as 0\.", text)]
+             if re.fullmatch(r"(?i:warning): .* has negative mtime, treating as 0\.", text)]
     if early:
         record.remarks.append(f"times before 1970 are 1970 in the backup: {first_of(early)}")
         warnings = [text for text in warnings if text not in early]
