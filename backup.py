@@ -35,16 +35,20 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import pwd
+import queue
 import re
 import secrets
+import select
 import shlex
 import shutil
 import stat
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
@@ -102,6 +106,7 @@ SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 HANGING_SECONDS = 5
+UNSAID_SECONDS = 5
 OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
@@ -2541,21 +2546,37 @@ def show_plan(night: Night, force_full: bool) -> None:
 # Messages and progress
 
 CLEAR_LINE = "\r\x1b[K"
+PROGRESS = logging.INFO + 1
 
 
 class _Prefixed(logging.Formatter):
     """Begins every line with the program's name, on a terminal a step with the time, too.
 
-    What a terminal could mistake is escaped.
+    What a terminal could mistake is escaped. A line of progress is left as it is.
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.levelno == PROGRESS:
+            return CLEAR_LINE + record.getMessage()
         terminal = sys.stderr.isatty()
         step = terminal and record.levelno <= logging.INFO
-        clock = time.strftime("%H:%M:%S ") if step else ""
-        lines = "\n".join(f"backup: {clock}{printable(line)}"
-                          for line in super().format(record).split("\n"))
+        clock = time.strftime("%H:%M:%S ", time.localtime(record.created)) if step else ""
+        lines = "".join(f"backup: {clock}{printable(line)}\n"
+                        for line in super().format(record).split("\n"))
         return CLEAR_LINE + lines if terminal else lines
+
+
+def tell_messages(messages: "queue.SimpleQueue[Optional[logging.LogRecord]]") -> None:
+    """Print messages on standard error as they come, until None does.
+
+    Progress is passed over while a terminal takes nothing, as after Ctrl-S.
+    """
+    handler = logging.StreamHandler()
+    handler.terminator = ""
+    handler.setFormatter(_Prefixed())
+    for record in iter(messages.get, None):
+        if record.levelno != PROGRESS or select.select([], [sys.stderr], [], 0)[1]:
+            handler.handle(record)
 
 
 @contextlib.contextmanager
@@ -2570,11 +2591,6 @@ def progress() -> Iterator[Optional[Draw]]:
         return
     began = time.monotonic()
 
-    def show(text: str) -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone: a backup goes on
-            sys.stderr.write(f"{CLEAR_LINE}{text}")
-            sys.stderr.flush()
-
     def draw(done: int, total: Optional[int]) -> None:
         done = max(0, min(done, total or done))
         rate = done / max(0.001, time.monotonic() - began)
@@ -2583,12 +2599,12 @@ def progress() -> Iterator[Optional[Draw]]:
         if total and rate:
             minutes, seconds = divmod(round((total - done) / rate), 60)
             text += f", {minutes}:{seconds:02} left"
-        show(f"        {text}")
+        log.log(PROGRESS, f"        {text}")
 
     try:
         yield draw
     finally:
-        show("")
+        log.log(PROGRESS, "")
 
 
 # Command line
@@ -2774,10 +2790,12 @@ def main(arguments: Sequence[str]) -> int:
     utils.reset_signals()
     utils.open_closed_streams()
     utils.allow_any_depth()
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Prefixed())
-    logging.getLogger().addHandler(handler)
     logging.raiseExceptions = False  # a standard error that is gone does not end a backup
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(messages))
+    teller = threading.Thread(target=tell_messages, args=(messages,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # without a thread they are told at the end
+        teller.start()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
@@ -2785,15 +2803,23 @@ def main(arguments: Sequence[str]) -> int:
         if code != 5:  # which comes before any other
             utils.raise_if_interrupted()
         sys.stdout.flush()
-        return code
+    except SystemExit:  # of --help and --version
+        code = 0
     except BrokenPipeError:  # nobody reads on: nothing is left to say
-        return 128 + signal.SIGPIPE
+        code = 128 + signal.SIGPIPE
     except (Exception, Interrupted) as error:
         failure = failure_of(error)
         log.error(failure)
-        return failure.exit_code
-    finally:
-        utils.give_up_broken_streams()
+        code = failure.exit_code
+    messages.put(None)
+    if teller.ident:
+        teller.join(UNSAID_SECONDS)
+    else:
+        tell_messages(messages)
+    if teller.is_alive():  # nobody takes them, and Python would wait for that at its end
+        os._exit(code)
+    utils.give_up_broken_streams()
+    return code
 
 
 if __name__ == "__main__":

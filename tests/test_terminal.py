@@ -4,8 +4,11 @@ Each has its time. Elsewhere it is silent.
 """
 
 import os
+import pty
 import re
 import shlex
+import subprocess
+import termios
 
 from conftest import FirstNight, Store
 
@@ -65,3 +68,21 @@ def test_steps_of_a_verbose_run(keyed: Store) -> None:
     text = keyed.backup("-v").stderr
     assert "stopping mail" in text and "Backup Statistics" in text and "\r" not in text
     assert all(line.startswith("backup: ") for line in on_terminal(keyed, "-v"))
+
+
+def test_terminal_that_takes_nothing(keyed: Store) -> None:
+    """Ctrl-S, or a stalled connection: mail comes back, and the run ends all the same.
+
+    Here duplicity reads the tree itself, mail is down for as long as that takes.
+    """
+    keyed.stand_in("duplicity", SLOW)
+    (keyed.root / "elsewhere").mkdir()
+    master, slave = pty.openpty()
+    termios.tcflow(slave, termios.TCOOFF)
+    mounted = 'mount -t tmpfs none "$0" && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mounted, keyed.root / "elsewhere"]
+    subprocess.run([*command, *keyed.command()], env=keyed.environment, stdin=subprocess.DEVNULL,
+                   stdout=slave, stderr=slave, timeout=60, check=True)
+    os.close(slave)
+    os.close(master)
+    assert keyed.last_run()["source"] == "direct" and keyed.running() == ["dovecot", "postfix"]
