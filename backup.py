@@ -441,9 +441,13 @@ def begin_night(settings: Mapping[str, str]) -> Night:
 def check_mounts(work: Work) -> None:
     """Check that what /etc/fstab mounts at or below backup/ is mounted. Raises Failure.
 
-    The key and last-run.json may lie there, too: it would look like a first night.
+    The key and last-run.json may lie there, too: it would look like a first night. And
+    check that STORAGE_ROOT is not mounted inside itself: it would have no end.
     """
-    for place in utils.mount_points():
+    for place in utils.mount_points(Path("/proc/self/mounts")):
+        if work.root in place.parents and place.samefile(work.root):
+            raise Failure(f"STORAGE_ROOT {work.root} is mounted inside itself; unmount {place}", 2)
+    for place in utils.mount_points(Path("/etc/fstab")):
         if work.backup in (place, *place.parents) and (
                 not place.exists() or utils.on_one_mount(place, place.parent)):
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "

@@ -265,11 +265,14 @@ def _mount_of(path: Path) -> list[int]:
         return found
 
 
-def mount_points() -> list[Path]:
-    """Return where /etc/fstab mounts file systems, see fstab(5), symbolic links followed."""
+def mount_points(path: Path) -> list[Path]:
+    """Return where file systems are mounted, symbolic links followed.
+
+    path: a table of them, see fstab(5) and proc(5), which may be missing.
+    """
     table = ""
     with contextlib.suppress(FileNotFoundError):  # as in a container
-        table = os.fsdecode(content_of(Path("/etc/fstab")))
+        table = os.fsdecode(content_of(path))
     targets = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)", table, re.MULTILINE)
     names = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), target)
              for target in targets]

@@ -75,3 +75,12 @@ def test_storage_root_that_is_gone(keyed: Store) -> None:
     keyed.root.rename(keyed.scratch / "elsewhere")
     assert f"{keyed.root} is not a directory" in keyed.backup("--status", exit_code=2).stderr
     (keyed.scratch / "elsewhere").rename(keyed.root)
+
+
+def test_storage_root_mounted_inside_itself(keyed: Store) -> None:
+    """It would be refused by the copy, and by duplicity with mail down, night after night."""
+    (keyed.root / "again").mkdir()
+    script = 'mount --bind "$0" "$0/again" && exec "$@"'
+    result = keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command(),
+                       exit_code=2)
+    assert f"unmount {keyed.root}/again" in result.stderr and not keyed.calls()

@@ -80,7 +80,7 @@ def test_terminal_that_takes_nothing(keyed: Store) -> None:
     master, slave = pty.openpty()
     termios.tcflow(slave, termios.TCOOFF)
     mounted = 'mount -t tmpfs none "$0" && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", mounted, keyed.root / "elsewhere"]
+    command = ["unshare", "--mount", "sh", "-c", mounted, str(keyed.root / "elsewhere")]
     subprocess.run([*command, *keyed.command()], env=keyed.environment, stdin=subprocess.DEVNULL,
                    stdout=slave, stderr=slave, timeout=60, check=True)
     os.close(slave)
