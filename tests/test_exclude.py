@@ -28,7 +28,9 @@ def test_what_is_excluded(keyed: Store) -> None:
     """
     for name in [*EXCLUDED[:1], *EXCLUDED[3:], *KEPT]:
         (keyed.root / name).mkdir(parents=True, exist_ok=True)
-        (keyed.root / name / "below").write_text(name.encode(errors="replace").decode())
+        below = keyed.root / name / "below"
+        below.write_text(name.encode(errors="replace").decode())
+        os.utime(below, (below.stat().st_mtime - 60,) * 2)  # what is just written bears another
     setting = shlex.join([*EXCLUDED, "no/such"])
     with keyed.settings.open("ab") as stream:
         stream.write(b"BACKUP_EXCLUDE=" + os.fsencode(setting) + b"\n")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -344,8 +344,8 @@ def test_locks_keep_neither_a_night_nor_a_reader(pruning: Store) -> None:
     try:
         assert holder.stdout and holder.stdout.readline()
         assert pruning.backup("--list").stderr == ""
-        now = datetime.now(timezone.utc)
-        dead = pruning.encrypted / f"duplicity-full.{now:%Y%m%dT%H%M%SZ}.vol1.difftar.gpg"
+        begun = datetime.now(timezone.utc) - timedelta(minutes=1)
+        dead = pruning.encrypted / f"duplicity-full.{begun:%Y%m%dT%H%M%SZ}.vol1.difftar.gpg"
         dead.touch()
         old = set(pruning.encrypted.iterdir())
         assert pruning.backup("--full").stderr == ""
