@@ -715,15 +715,13 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
     That directory goes as well: duplicity makes it anew, and a damaged one would have
     every night fail (seen: 0.8.22, 3.2.1).
     """
-    before = {place: set(place.glob("*")) for place in (ENCRYPTED, ARCHIVE)}
+    before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
     try:
         yield
     except BaseException:
         try:
             if record.kind:  # duplicity had begun
-                made, noted = ({stamp_of(path) for path in set(place.glob("*")) - there}
-                               for place, there in before.items())
-                ours = made & noted - {stamp_of(path) for path in before[ENCRYPTED]} - {""}
+                ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
                 # If it is more than one, others have come from elsewhere: none is to be lost.
                 for path in [*dead_files(ours if len(ours) == 1 else ()), ARCHIVE]:
                     utils.remove(path)
@@ -958,64 +956,50 @@ def broken_in(chain: Sequence[BackupSet], broken: Collection[str]) -> list[str]:
     return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
 
 
-def missing_volumes(
-    sets: Sequence[BackupSet], archive: Path, night: Optional[Night] = None
+def missing_files(
+    sets: Sequence[BackupSet], keep_days: int, backup: Path = Path(), night: Optional[Night] = None
 ) -> dict[str, str]:
-    """Return "is missing" by the name of each volume that is not in encrypted/ any more.
+    """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
 
-    sets: the complete ones. archive: the archive directory, where manifests are in the
-    clear. night: for gpg, which opens the manifests that are not there; without it nothing
-    is told of their sets.
+    The manifests tell what there was, also those that only the archive directory has, of
+    sets too young to have been deleted for their age. sets: the complete ones, oldest
+    first. keep_days: see keep_days_of. backup: the directory. night: for gpg, which opens
+    the manifests that are not in the archive directory; without it nothing is told of
+    their sets.
     """
+    there = utils.regular_files(backup / ENCRYPTED)
+    kept = (datetime.now(timezone.utc) - timedelta(days=keep_days)).strftime(STAMP_FORMAT)
+    manifests = {found.manifest for found in sets}
+    manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest")
+                     if sets and kept < stamp_of(path) < sets[-1].stamp)
     missing = {}
-    for found in sets:
-        checksums = checksums_in(read_manifest(found, archive, night), found.manifest)
-        missing.update(dict.fromkeys(sorted(checksums.keys() - found.files), "is missing"))
+    for manifest in sorted(manifests):
+        names = [manifest, *checksums_in(read_manifest(manifest, backup, night), manifest)]
+        missing.update({name: "is missing" for name in names if name not in there})
     return missing
 
 
-def read_manifest(found: BackupSet, archive: Path, work: Optional[Work]) -> list[str]:
-    """Return the lines of a set's manifest, from the archive directory if it is there.
+def read_manifest(name: str, backup: Path, work: Optional[Work]) -> list[str]:
+    """Return the lines of a manifest, from the archive directory if it is there.
 
-    archive, work: see missing_volumes.
+    backup, work: see missing_files.
     """
     lines: list[str] = []
     try:
-        manifest = archive / found.manifest.removesuffix(".gpg")
+        manifest = backup / ARCHIVE / name.removesuffix(".gpg")
         lines += manifest.read_text(errors="replace").splitlines()
     except OSError:
         if work:
-            run_gpg(work, found.manifest, lines.append)
+            run_gpg(work, name, lines.append)
     return lines
 
 
-def lost_manifests(sets: Sequence[BackupSet], keep_days: int) -> dict[str, str]:
-    """Return "is missing" by the name of each manifest that only the archive directory has.
-
-    sets: the complete ones, oldest first. Not of a chain that is old enough to be deleted:
-    that may have been under way. keep_days: see keep_days_of.
-    """
-    known = {stamp_of(path): f"{path.name}.gpg" for path in ARCHIVE.glob("*.manifest")}
-    stamps = {found.stamp for found in sets}
-    kept = (datetime.now(timezone.utc) - timedelta(days=keep_days)).strftime(STAMP_FORMAT)
-    lost = {}
-    for stamp in sorted(known.keys() - stamps):
-        fulls = [found.stamp for found in sets if found.full and found.stamp > stamp]
-        chain_end = max(other for other in stamps | known.keys() if other < min(fulls, default="3"))
-        if stamp < max(stamps, default="") and (not fulls or chain_end > kept):
-            lost[known[stamp]] = "is missing"
-    return lost
-
-
 def broken_files(
-    sets: Sequence[BackupSet], backup: Path = Path(), night: Optional[Night] = None
+    sets: Sequence[BackupSet], keep_days: int, backup: Path = Path(), night: Optional[Night] = None
 ) -> dict[str, str]:
-    """Return what is known to be wrong with the files of complete sets, by name.
-
-    backup: the directory. night: see missing_volumes.
-    """
+    """Return what is known to be wrong with backup files, by name. See missing_files."""
     return {**read_last_verify(backup / LAST_VERIFY)["damaged"],
-            **missing_volumes(sets, backup / ARCHIVE, night)}
+            **missing_files(sets, keep_days, backup, night)}
 
 
 def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
@@ -1023,8 +1007,8 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.broken = broken_files(sets, night=night)
-    tell_of_broken(night, record, {**record.broken, **lost_manifests(sets, night.keep_days)})
+    record.broken = broken_files(sets, night.keep_days, night=night)
+    tell_of_broken(night, record, record.broken)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
@@ -1072,7 +1056,8 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
     backup = work_of(env).backup
     sets = complete_sets(backup / ENCRYPTED)
     now = now or datetime.now(timezone.utc)
-    return reason_for_full(sets, now, broken_files(sets, backup)) is not None
+    broken = broken_files(sets, keep_days_of(env), backup)
+    return reason_for_full(sets, now, broken) is not None
 
 
 def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str) -> None:
@@ -1554,7 +1539,7 @@ def check_a_share(night: Night, record: Record) -> None:
     share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
     sets = complete_sets(ENCRYPTED)
     log.info("checking a seventh of the backup files")
-    results = missing_volumes(sets, ARCHIVE)
+    results = missing_files(sets, night.keep_days)
     with utils.low_priority():
         for found in sets:
             results.update(check_set(night, found, [share]))
@@ -2056,7 +2041,7 @@ class Reader(Work):
 
     sets: those in encrypted/ when it began, complete or not, oldest first; only complete
     ones are linked. newest_set: the stamp of the last run's, empty if it told none. lost:
-    see lost_manifests. keep_days: after which chains are deleted.
+    see missing_files. keep_days: after which chains are deleted.
     """
 
     sets: Sequence[BackupSet]
@@ -2100,7 +2085,7 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
         keep_days = keep_days_of(settings)
         sets = link_sets(own, backup)
-        lost = lost_manifests([found for found in sets if found.complete], keep_days)
+        lost = missing_files([found for found in sets if found.complete], keep_days)
         reader = Reader(**vars(work), sets=sets, newest_set=newest_set, lost=lost,
                         keep_days=keep_days)
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
@@ -2238,7 +2223,7 @@ def check_set(
     """
     manifest: list[str] = []
     if share_of(found.manifest) not in shares:
-        manifest = read_manifest(found, ARCHIVE, work)
+        manifest = read_manifest(found.manifest, Path(), work)
     for name in found.metadata:
         if share_of(name) not in shares:
             continue
@@ -2528,7 +2513,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         check_nothing_lost(night, last_run.get("newest_set"), force_full)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        reason = reason_for_full(sets, night.now, broken_files(sets), force_full)
+        reason = reason_for_full(sets, night.now, broken_files(sets, night.keep_days), force_full)
         kind = "full" if reason else "incremental"
         check_room(night, sets, kind, sum(path.stat().st_size for path in freed), disk)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
