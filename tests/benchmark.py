@@ -6,7 +6,7 @@ It is run by hand, as root, and measures other ways to back up beside this scrip
 All of a table comes from one run, the contenders take turns, and what counts are the ratios:
 
 - this script;
-- the same without the nightly check of a seventh of the files;
+- the same without the nightly check of a seventh of the files and that of duplicity's notes;
 - the order of 2015: stop mail, run duplicity on the tree, start mail;
 - restic and borg between the stop and the start, where they are installed;
 - the floor: stop and start with nothing between.
@@ -217,14 +217,16 @@ def contenders_of(bench: Bench) -> dict[str, Contender]:
         bench.run(PYTHON, "-c", MEASURED, place / "memory", program, "--storage-root", root)
         return int((place / "memory").read_text()) / 1024
 
-    def without_check(full: bool) -> float:
-        program, own, others = place / "program", place / "without-check", place / "others"
+    def without_checks(full: bool) -> float:
+        program, own, others = place / "program", place / "without-checks", place / "others"
         if not program.exists():
             shutil.copytree(BACKUP_PROGRAM.parent, program, ignore=lambda *_: ["tests", ".git"])
             text = BACKUP_PROGRAM.read_text()
-            check = "            check_a_share(night, record)\n"
-            assert text.count(check) == 1
-            (program / BACKUP_PROGRAM.name).write_text(text.replace(check, ""))
+            for check in ("    check_a_share(night, record)\n",
+                          "check_cached_signatures(night, record)\n"):
+                assert text.count(f"        {check}") == 1
+                text = text.replace(f"        {check}", "")
+            (program / BACKUP_PROGRAM.name).write_text(text)
         (root / "backup").rename(others)
         if own.exists():
             own.rename(root / "backup")
@@ -259,7 +261,7 @@ def contenders_of(bench: Bench) -> dict[str, Contender]:
         return bench.stop_and_start("borg", "create", "--exclude", root / "backup", archive, root)
 
     ways: dict[str, Contender] = {
-        "this script": this_script, "without the check": without_check,
+        "this script": this_script, "without the checks": without_checks,
         "order of 2015": order_of_2015, "restic": restic, "borg": borg,
         "floor": lambda full: bench.stop_and_start()}
     return {name: way for name, way in ways.items()
@@ -283,7 +285,7 @@ def compare(bench: Bench, rounds: int) -> None:
     for full, kind in ((True, "full"), (False, "incremental")):
         for name in contenders:
             nights = measured[name, full]
-            scripts = ("this script", "without the check")
+            scripts = ("this script", "without the checks")
             own = tell([night.own for night in nights]) if name in scripts else ""
             print_row(f"{kind}, {name}", tell([night.downtime for night in nights]),
                       tell([night.total for night in nights]), own, most_memory(nights))
