@@ -348,19 +348,24 @@ def compare_first_pass(bench: Bench, messages: int, rounds: int) -> None:
 def show_growth(sizes: Sequence[int], directory: Path, nights: int) -> None:
     """Print how downtime, time that is not duplicity's and memory grow with the messages.
 
-    The messages have no content.
+    Of that time it is told what the check of duplicity's notes takes. The messages have
+    no content.
     """
     print()
-    print_row("messages", "downtime, s", "not duplicity, s", "memory of the script, MB")
-    print_row(*["---"] * 4)
+    print_row("messages", "downtime, s", "not duplicity, s", "of it gzip --test, s",
+              "memory of the script, MB")
+    print_row(*["---"] * 5)
     downtimes = []
     for messages in sizes:
         with bench_of(directory, messages, None, empty=True) as bench:
             night = contenders_of(bench)["this script"]
             found = [bench.measure(lambda: night(number == 0)) for number in range(nights)]
+            begin = time.monotonic()
+            bench.run("gzip", "--test", *(bench.root / "backup/cache/backup").glob("*.sigtar.gz"))
+            checked = time.monotonic() - begin
         downtimes.append(statistics.median(night.downtime for night in found))
         print_row(f"{messages:,}", tell([night.downtime for night in found]),
-                  tell([night.own for night in found]), most_memory(found))
+                  tell([night.own for night in found]), f"{checked:.3f}", most_memory(found))
     if len(sizes) > 2:
         print(f"growth of the downtime from {sizes[1]:,} to {sizes[2]:,} messages:"
               f" {downtimes[2] / downtimes[1]:.2f} times")
