@@ -2751,8 +2751,8 @@ def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
             log.warning("backup of %s", chain[-1].date.astimezone().isoformat(" "))
         if options.verify:
             results = verify(reader)
-            wrong = [f"{reader.backup / ENCRYPTED / name} {why}"
-                     for name, why in results.items() if why]
+            wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
+                     "before the next night" for name, why in results.items() if why]
             wrong += missing_sets(reader)
             if options.compare:
                 wrong += compare(reader, excluded_of(settings))
