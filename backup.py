@@ -1362,8 +1362,8 @@ def make_set(
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(ENCRYPTED)
-    chains = [chain for chain in chains_of(after) if chain[-1] == after[-1]]
-    if after[:-1] != before or not chains or (len(chains[0]) == 1) != (action == "full"):
+    chain = newest_chain(after)
+    if after[:-1] != before or not chain or chain[-1].full != (action == "full"):
         raise Failure(f"duplicity ended well but no new {action} set is in "
                       f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
