@@ -107,6 +107,7 @@ CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 HANGING_SECONDS = 5
 UNSAID_SECONDS = 5
+PROGRESS_SECONDS = 0.5
 OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
@@ -2039,20 +2040,10 @@ def table(status: Mapping[str, Any]) -> str:
 class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
-    sets: those in encrypted/ when it began, complete or not, oldest first; only complete
-    ones are linked. newest_set: the stamp of the last run's, empty if it told none. lost:
-    see missing_files. keep_days: after which chains are deleted.
+    sets: those that were complete when it began, oldest first.
     """
 
     sets: Sequence[BackupSet]
-    newest_set: str
-    lost: Mapping[str, str]
-    keep_days: int
-
-    @property
-    def complete(self) -> list[BackupSet]:
-        """The complete sets, oldest first."""
-        return [found for found in self.sets if found.complete]
 
 
 @contextlib.contextmanager
@@ -2082,12 +2073,7 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     with contextlib.ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(temporary))
-        newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
-        keep_days = keep_days_of(settings)
-        sets = link_sets(own, backup)
-        lost = missing_files([found for found in sets if found.complete], keep_days)
-        reader = Reader(**vars(work), sets=sets, newest_set=newest_set, lost=lost,
-                        keep_days=keep_days)
+        reader = Reader(**vars(work), sets=link_sets(own, backup))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -2112,7 +2098,7 @@ def reader_directory(temporary: str) -> Iterator[Path]:
 def link_sets(own: Path, backup: int) -> list[BackupSet]:
     """Fill the directory of a command that reads. backup: the descriptor of backup/.
 
-    Returns the sets there are, complete or not.
+    Returns the sets that are complete.
     """
     (own / TEMPORARY).mkdir()
     link(KEY, own, backup)
@@ -2120,8 +2106,8 @@ def link_sets(own: Path, backup: int) -> list[BackupSet]:
         for directory in (ENCRYPTED, CACHE, ARCHIVE):
             utils.remove(own / directory)
             (own / directory).mkdir()
-        sets = read_sets(ENCRYPTED)[0]
-        names = {name for found in sets if found.complete for name in found.files}
+        sets = complete_sets(ENCRYPTED)
+        names = {name for found in sets for name in found.files}
         # In the archive directory manifests are not compressed, signatures are.
         notes = [path for path in ARCHIVE.glob("*")
                  if f"{path.name.removesuffix('.gz')}.gpg" in names]
@@ -2155,7 +2141,7 @@ def check_reading_key(reader: Reader) -> None:
 
     Raises Failure if it opens nothing.
     """
-    for found in reversed(reader.complete):
+    for found in reversed(reader.sets):
         if not all(is_wrong_key(run_gpg(reader, name)) for name in found.metadata):
             return
     raise Failure(wrong_key_of(reader))
@@ -2170,44 +2156,47 @@ def verify(reader: Reader) -> dict[str, str]:
     """
     results: dict[str, str] = {}
     size = 0
-    total = sum(found.size for found in reader.complete)
+    total = sum(found.size for found in reader.sets)
     with progress() as draw:
-        for found in reader.complete:
+        for found in reader.sets:
             for name, why in check_set(reader, found):
                 results[name] = why
                 if name in found.files:
                     size += (ENCRYPTED / name).stat().st_size
                 if draw:
                     draw(size, total)
-    print(f"checked {len(reader.complete)} backup sets: {len(results)} files, {human_size(size)}")
+    print(f"checked {len(reader.sets)} backup sets: {len(results)} files, {human_size(size)}")
     return results
 
 
-def missing_sets(reader: Reader) -> list[str]:
-    """Return what of whole sets is missing, a sentence each.
+def missing_sets(work: Work, keep_days: int) -> list[str]:
+    """Return what of whole sets is missing from encrypted/, a sentence each.
 
     Prints which sets are unfinished, and what is old enough to be pruned: that may be going
-    on, and duplicity deletes file by file.
+    on, and duplicity deletes file by file. keep_days: see keep_days_of.
     """
-    complete = reader.complete
+    newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
+    sets = read_sets(ENCRYPTED)[0]
+    complete = [found for found in sets if found.complete]
+    newest = max((found.stamp for found in complete), default="")
     lacking = {f"the signatures of {found.stamp} are missing": chain[-1].date
                for chain in chains_of(complete) for found in chain if not found.signed}
-    for found in loose_sets(reader.sets):
-        if found.stamp > max(complete[-1].stamp, reader.newest_set):
+    for found in loose_sets(sets):
+        if found.stamp > max(newest, newest_set):
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
         else:
             lacking[what_is_missing(found)] = found.date
-    wrong = []
-    if reader.newest_set > complete[-1].stamp:
-        wrong.append(f"the newest backup, of {reader.newest_set}, is missing")
-    there = {found.stamp for found in reader.sets}
-    wrong += [f"{reader.backup / ENCRYPTED / name} {why}" for name, why in reader.lost.items()
+    encrypted = work.backup / ENCRYPTED
+    wrong = [f"the newest backup, of {newest_set}, is missing"] if newest_set > newest else []
+    there = {found.stamp for found in sets}
+    lost = missing_files(complete, keep_days)
+    wrong += [f"{encrypted / name} {why}" for name, why in lost.items()
               if stamp_of(Path(name)) not in there]
-    kept = datetime.now(timezone.utc) - timedelta(days=reader.keep_days)
+    kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
     for sentence, date in lacking.items():
         if date > kept:
-            wrong.append(f"{sentence} from {reader.backup / ENCRYPTED}")
+            wrong.append(f"{sentence} from {encrypted}")
         else:
             print(f"{sentence}; it is old enough to be deleted")
     return wrong
@@ -2277,7 +2266,7 @@ def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
     """Compare the newest backup with the live files, contents included.
 
     excluded: see excluded_of; what is now and was not then is no difference. Returns the
-    differences, a sentence each. Raises Failure.
+    differences, a sentence each. Raises Failure (exit code 3).
     """
     lines: list[str] = []
     command = duplicity_command("verify", "--compare-data", *exclusions(reader, excluded),
@@ -2287,7 +2276,7 @@ def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
     different = [line.removeprefix(". ") for line in lines
                  if line.startswith(". ") and "ifference found: " in line]
     if answer.exit_code not in (0, 1) or answer.exit_code and not different:
-        raise Failure(explain("verify", answer))
+        raise Failure(explain("verify", answer), 3)
     missing = tuple(f"Difference found: File {printable(path)}/" for path in excluded)
     return [line for line in different
             if not f"{line.removesuffix(' is missing')}/".startswith(missing)]
@@ -2351,7 +2340,7 @@ def chain_at(reader: Reader, time: Optional[str]) -> list[BackupSet]:
 
     time: see set_of_time. Raises Failure.
     """
-    chains = {chain[place]: chain[:place + 1] for chain in chains_of(reader.complete)
+    chains = {chain[place]: chain[:place + 1] for chain in chains_of(reader.sets)
               for place in range(len(chain))}
     sets = sorted(chains, key=lambda found: found.stamp)
     if not sets:
@@ -2566,6 +2555,7 @@ def tell_messages(messages: "queue.SimpleQueue[Optional[logging.LogRecord]]") ->
     for record in iter(messages.get, None):
         if record.levelno != PROGRESS or select.select([], [sys.stderr], [], 0)[1]:
             handler.handle(record)
+        vars(record).get("told", threading.Event()).set()
 
 
 @contextlib.contextmanager
@@ -2593,7 +2583,9 @@ def progress() -> Iterator[Optional[Draw]]:
     try:
         yield draw
     finally:
-        log.log(PROGRESS, "")
+        told = threading.Event()
+        log.log(PROGRESS, "", extra={"told": told})
+        told.wait(PROGRESS_SECONDS)  # or what is printed next would stand behind it
 
 
 # Command line
@@ -2726,8 +2718,11 @@ def run(arguments: Sequence[str]) -> int:
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json, options.html)
+    if options.verify:
+        return show_damage(settings, options.compare)
     if reads:
-        return read(options, settings)
+        list_or_restore(options, settings)
+        return 0
     if options.dry_run:
         show_plan(night_of(settings), options.full)
         return 0
@@ -2735,40 +2730,49 @@ def run(arguments: Sequence[str]) -> int:
         return perform_backup(settings, options.full)
 
 
-def read(options: argparse.Namespace, settings: Mapping[str, str]) -> int:
-    """Verify, list or restore.
+def show_damage(settings: Mapping[str, str], with_live_files: bool) -> int:
+    """Verify, and tell what is wrong. Returns the exit code: 0, or 3 for damage or differences.
 
-    Returns the exit code: 3 for damage or differences. Raises Failure or OSError.
+    with_live_files: compare these, too. Raises Failure or OSError.
     """
-    names, wrong = [], []
-    results: dict[str, str] = {}
+    keep_days = keep_days_of(settings)
+    with utils.ended_in_good_order():
+        with reader_of(settings) as reader:
+            results = verify(reader)
+        # Now backup/ is the working directory.
+        with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+            record_checks(range(SHARES), results)
+        wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
+                 "before the next night" for name, why in results.items() if why]
+        wrong += missing_sets(reader, keep_days)
+        for sentence in wrong:
+            log.error(sentence)
+        if with_live_files:
+            with reader_of(settings) as reader:
+                different = compare(reader, excluded_of(settings))
+            for sentence in different:
+                log.error(sentence)
+            wrong += different
+    return 3 if wrong else 0
+
+
+def list_or_restore(options: argparse.Namespace, settings: Mapping[str, str]) -> None:
+    """List the files in a backup, or restore it. Raises Failure or OSError."""
+    names: list[str] = []
     with utils.ended_in_good_order(), contextlib.ExitStack() as stack:
         if options.restore:
             place = stack.enter_context(restore_directory(work_of(settings), options.restore))
         reader = stack.enter_context(reader_of(settings))
-        chain = [] if options.verify else chain_at(reader, options.time)
+        chain = chain_at(reader, options.time)
         if options.restore or options.time:
             log.warning("backup of %s", chain[-1].date.astimezone().isoformat(" "))
-        if options.verify:
-            results = verify(reader)
-            wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
-                     "before the next night" for name, why in results.items() if why]
-            wrong += missing_sets(reader)
-            if options.compare:
-                wrong += compare(reader, excluded_of(settings))
-        elif options.list:
-            names = list_files(reader, chain)
-        else:
+        if options.restore:
             restore(reader, chain, options.path, place)
+        else:
+            names = list_files(reader, chain)
     utils.raise_if_interrupted()
-    if options.verify:  # now that backup/ is the working directory again
-        with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
-            record_checks(range(SHARES), results)
-    for sentence in wrong:
-        log.error(sentence)
     for name in names:  # who reads them may be slow, and nothing is held meanwhile
         print(name)
-    return 3 if wrong else 0
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -115,11 +115,6 @@ def test_every_option_is_one_of_help(help_text: str) -> None:
     assert named - known == set()
 
 
-def test_table_of_exit_codes_is_that_of_help(help_text: str) -> None:
-    """The same codes with the same words in the same order."""
-    assert list(table("Exit code").items()) == list(help_section(help_text, "exit codes").items())
-
-
 def test_table_of_settings_is_that_of_the_program() -> None:
     """The names are those that the program knows, the defaults its own."""
     rows = re.findall(r"^\| `((?:STORAGE|BACKUP)_[A-Z_]+)` \| (.*?) \|", README, re.MULTILINE)

@@ -117,6 +117,8 @@ def test_damaged_increment(made: Store, tmp_path: Path) -> None:
     command = [PYTHON, str(SCRIPT), "--storage-root", str(tmp_path / "damaged")]
     result = made.run(*command, "--restore", tmp_path / "restored", exit_code=1)
     assert "take an older backup with --time" in result.stderr
+    told = made.run(*command, "--verify", "--compare", exit_code=3).stderr
+    assert told.index(f"{volume} is damaged") < told.index("take an older backup with --time")
     for manifest in volume.parent.glob("duplicity-full.*.manifest.gpg"):
         manifest.unlink()
     assert "leads back to a full one" in made.run(*command, "--list", exit_code=1).stderr
