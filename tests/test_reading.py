@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import PYTHON, SCRIPT, Result, Store, tree_of
+from conftest import PYTHON, SCRIPT, FirstNight, Result, Store, tree_of
 from utils import Failure
 
 MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
@@ -321,26 +321,26 @@ def test_volume_that_no_manifest_names(copy: Store) -> None:
     assert f"{copy.encrypted / volume} is not in its set's manifest" in reads(copy, "--verify", exit_code=3).stderr
 
 
-def test_restore_where_others_can_rename(made: Store, tmp_path: Path) -> None:
-    """Who owns what holds DIR exchanges DIR for a link during the restore: what that leads to is not touched."""
-    target, precious = tmp_path / "target", tmp_path / "precious"
+@pytest.mark.parametrize("instant", ["before", "meanwhile", "after"])
+@pytest.mark.parametrize("name", ["target", "target/.restoring-*"])
+def test_restore_where_others_can_rename(
+    keyed: Store, first_night: FirstNight, name: str, instant: str
+) -> None:
+    """Who owns DIR, or what holds it, puts a link in its place: what that leads to is not touched."""
+    first_night(keyed)
+    target, precious = keyed.scratch / "target", keyed.scratch / "precious"
     precious.mkdir(mode=0o711)
+    (precious / "private.pem").write_text("of root")
+    (precious / "restored").mkdir()
     before = tree_of(precious)
-    settings = {"STORAGE_ROOT": str(made.root)}
-    with (pytest.raises((OSError, Failure)), backup.restore_directory(backup.work_of(settings), str(target)) as place,
-          backup.reader_of(settings) as reader):
-        real = backup.move_up
-
-        def exchange(source: int, place: int, name: str) -> None:
-            target.rename(tmp_path / "away")
-            target.symlink_to(precious)
-            real(source, place, name)
-            raise Failure("seen")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backup, "move_up", exchange)
-            backup.restore(reader, backup.chain_at(reader, None), "ssl", place)
-    assert tree_of(precious) == before and (tmp_path / "away/private.pem").exists()
+    exchange = f"cd {keyed.scratch} && for it in {name}; do mv $it away; ln -s {precious} $it; done"
+    run = {"before": f"({exchange}); exec REAL \"$@\"", "after": f"REAL \"$@\"; ({exchange})",
+           "meanwhile": f"(sleep 0.25; {exchange}) & REAL \"$@\"; wait"}[instant]
+    keyed.stand_in("duplicity", f"#!/bin/sh\n[ $1 = restore ] || exec REAL \"$@\"\n{run}\n")
+    keyed.backup("--restore", str(target), "--path", "ssl", exit_code=None)
+    (keyed.bin / "duplicity").unlink()
+    assert (keyed.scratch / "away").exists() and tree_of(precious) == before
+    assert list(keyed.scratch.glob("**/away/**/private.pem")) or (target / "private.pem").exists()
 
 
 def test_restore_of_nothing_keeps_the_directory(made: Store, tmp_path: Path) -> None:
