@@ -281,15 +281,21 @@ def test_another_key_than_the_backups(keyed: Store, first_night: FirstNight) -> 
 
 
 def test_damaged_manifest(keyed: Store, first_night: FirstNight) -> None:
-    """A newest manifest that gpg finds damaged is told apart from a wrong key."""
+    """A newest manifest that gpg finds damaged is told apart from a wrong key.
+
+    The night after it makes a full backup.
+    """
     first_night(keyed)
     manifest = keyed.encrypted / keyed.manifests()[0]
     content = bytearray(manifest.read_bytes())
     content[-10] ^= 1
     manifest.write_bytes(content)
     keyed.forget_calls()
-    assert "is damaged" in keyed.backup(exit_code=1).stderr
+    assert f"{manifest} is damaged" in keyed.backup(exit_code=1).stderr
     assert keyed.calls() == []
+    shutil.rmtree(keyed.backups / "cache")
+    assert keyed.backup().stderr == "" and "-full." in keyed.manifests()[1]
+    assert keyed.backup().stderr == "" and "-inc." in keyed.manifests()[2]
 
 
 def test_set_of_the_future(keyed: Store) -> None:
