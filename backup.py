@@ -977,24 +977,26 @@ def missing_files(
                      if sets and kept < stamp_of(path) < sets[-1].stamp)
     missing = {}
     for manifest in sorted(manifests):
-        names = [manifest, *checksums_in(read_manifest(manifest, backup, night), manifest)]
+        names = [manifest, *read_manifest(manifest, backup, night)]
         missing.update({name: "is missing" for name in names if name not in there})
     return missing
 
 
-def read_manifest(name: str, backup: Path, work: Optional[Work]) -> list[str]:
-    """Return the lines of a manifest, from the archive directory if it is there.
+def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, str]:
+    """Return the checksums in a manifest, see take_checksums.
 
-    backup, work: see missing_files.
+    It is read in the archive directory if it is there. backup, work: see missing_files.
     """
-    lines: list[str] = []
+    checksums: dict[str, str] = {}
+    take_line = take_checksums(name, checksums)
     try:
-        manifest = backup / ARCHIVE / name.removesuffix(".gpg")
-        lines += manifest.read_text(errors="replace").splitlines()
+        with open(backup / ARCHIVE / name.removesuffix(".gpg"), errors="replace") as stream:
+            for line in stream:
+                take_line(line.rstrip("\n"))
     except OSError:
         if work:
-            run_gpg(work, name, lines.append)
-    return lines
+            run_gpg(work, name, take_line)
+    return checksums
 
 
 def broken_files(
@@ -2212,21 +2214,21 @@ def check_set(
     shares: of these only. Yields each file's name, and what is wrong with it, empty if
     nothing is.
     """
-    manifest: list[str] = []
+    checksums: dict[str, str] = {}
+    take_line = take_checksums(found.manifest, checksums)
     if share_of(found.manifest) not in shares:
-        manifest = read_manifest(found.manifest, Path(), work)
+        checksums = read_manifest(found.manifest, Path(), work)
     for name in found.metadata:
         if share_of(name) not in shares:
             continue
         log.debug("checking %s", work.backup / ENCRYPTED / name)
-        answer = run_gpg(work, name, manifest.append if name == found.manifest else None)
+        answer = run_gpg(work, name, take_line if name == found.manifest else None)
         if is_wrong_key(answer):
             yield name, "was made with another key than this, or it is damaged"
         else:
             yield name, "is damaged" if answer.exit_code else ""
         if answer.exit_code and name == found.manifest:
             return  # nothing tells what its volumes should be
-    checksums = checksums_in(manifest, found.manifest)
     for name in sorted(checksums.keys() | found.volumes):
         if share_of(name) not in shares:
             continue
@@ -2248,20 +2250,23 @@ def share_of(name: str) -> int:
     return zlib.crc32(name.encode()) % SHARES
 
 
-def checksums_in(manifest: Sequence[str], name: str) -> dict[str, str]:
-    """Return the SHA-1 of each volume of a set by the volume's name, empty if it lacks one.
+def take_checksums(name: str, checksums: dict[str, str]) -> utils.TakeLine:
+    """Return a function that takes the lines of a manifest, which may be millions.
 
-    manifest: its lines. name: its own.
+    It adds to checksums the SHA-1 of each volume by the volume's name, empty if there is
+    none. name: the manifest's.
     """
-    checksums: dict[str, str] = {}
     volume = ""
-    for line in manifest:
+
+    def take_line(line: str) -> None:
+        nonlocal volume
         if match := re.fullmatch(r"Volume (\d+):", line):
             volume = name.replace(".manifest.", f".vol{match[1]}.difftar.")
             checksums[volume] = ""
         elif match := re.fullmatch(r"    Hash SHA1 ([0-9a-f]{40})", line):
             checksums[volume] = match[1]
-    return checksums
+
+    return take_line
 
 
 def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
