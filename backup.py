@@ -133,7 +133,8 @@ DUPLICITY_EXIT_CODES = {
     23: "duplicity was refused what it needs, or another duplicity uses the archive "
         "directory; end that one",
     30: "duplicity met an error of its own; see its last lines, and what --verify tells",
-    31: "gpg failed; see its last lines, and what --verify tells; --full begins anew",
+    31: "gpg failed; see its last lines, and what --verify tells; fetch what is damaged from "
+        "your copy elsewhere, or move encrypted/ and cache/ aside and run --full",
     34: "duplicity's temporary directory has no room; make room on that disk",
     35: "duplicity's temporary directory has no room; make room on that disk",
     50: "duplicity could not write to or read from its target; check the disk and its room",
@@ -185,6 +186,7 @@ class Record:
 
     newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # the names of which an earlier run has warned
     loss_found: bool = False  # for the first time
     kind: Optional[str] = None
     source: Optional[str] = None
@@ -262,6 +264,12 @@ class BackupSet:
     def signed(self) -> bool:
         """Whether the set has its signatures, without which no increment can be made on it."""
         return any(".sigtar." in name for name in self.files)
+
+    @property
+    def signatures(self) -> str:
+        """The name that its signature file has, without the suffix of the format."""
+        stamps = self.manifest.partition(".")[2].removesuffix(".manifest.gpg")
+        return f"duplicity-{'full' if self.full else 'new'}-signatures.{stamps}.sigtar"
 
     @property
     def date(self) -> datetime:
@@ -381,7 +389,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
         start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
-            check_newest_set(night)                                             # 2
+            check_newest_set(night, record)                                     # 2
             check_nothing_lost(night, record.newest_set, force_full)
             recover_from_dead_run(night)                                        # 3
             make_directories(night)
@@ -443,14 +451,16 @@ def check_mounts(work: Work) -> None:
     """Check that what /etc/fstab mounts at or below backup/ is mounted. Raises Failure.
 
     The key and last-run.json may lie there, too: it would look like a first night. And
-    check that STORAGE_ROOT is not mounted inside itself: it would have no end.
+    check that STORAGE_ROOT, or what holds it, is not mounted inside it: that has no end.
     """
     for place in utils.mount_points(Path("/proc/self/mounts")):
-        if work.root in place.parents and place.samefile(work.root):
-            raise Failure(f"STORAGE_ROOT {work.root} is mounted inside itself; unmount {place}", 2)
+        with contextlib.suppress(OSError):  # as of a user's file system in user space
+            if work.root in place.parents and any(map(place.samefile, [
+                    work.root, *work.root.parents])):
+                raise Failure(f"{work.root} is mounted inside itself; unmount {place}", 2)
     for place in utils.mount_points(Path("/etc/fstab")):
         if work.backup in (place, *place.parents) and (
-                not place.exists() or utils.on_one_mount(place, place.parent)):
+                not place.exists() or place.is_dir() and utils.on_one_mount(place, place.parent)):
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
 
@@ -553,11 +563,12 @@ def duplicity_version(work: Work) -> str:
     return match[1]
 
 
-def check_newest_set(night: Night) -> None:
+def check_newest_set(night: Night, record: Record) -> None:
     """Check that the key opens the newest set's manifest, and that the set is not of the future.
 
     duplicity 0.8.22 would add a set under another key, or an orphan before a set of the
-    future, and exit 0. Raises Failure.
+    future, and exit 0. Raises Failure, for a damaged manifest only in the run that finds
+    it.
     """
     for path in ENCRYPTED.glob("duplicity-*"):
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -573,6 +584,7 @@ def check_newest_set(night: Night) -> None:
         raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
     if answer.exit_code and newest not in read_last_verify(LAST_VERIFY)["damaged"]:
         record_checks([], {newest: "is damaged"})
+        record.told.add(newest)
         raise Failure(f"the newest backup's {night.backup / ENCRYPTED / newest} is damaged; fetch "
                       "it from your copy elsewhere, or the next run makes a full backup, and "
                       f"check the disk: gpg ended with {answer}")
@@ -619,13 +631,18 @@ def run_gpg(work: Work, name: str, take_text: Optional[utils.TakeLine] = None) -
     """Have gpg open a file of encrypted/ and check its integrity.
 
     take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended.
+    Raises Failure if it was killed or could not be executed.
     """
     command = ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback",
                "--passphrase-fd", "0", "--status-fd", "1", "--yes",
                "--output", "-" if take_text else "/dev/null", "--decrypt", str(ENCRYPTED / name)]
     passphrase = read_passphrase()
-    return utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
-                       standard_input=passphrase, on_line=take_text or (lambda line: None))
+    answer = utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
+                         standard_input=passphrase, on_line=take_text or (lambda line: None))
+    if answer.exit_code < 0 or answer.exit_code == utils.NOT_EXECUTABLE:
+        raise Failure(f"gpg could not check {work.backup / ENCRYPTED / name}; run this again: it "
+                      f"ended with {answer}")
+    return answer
 
 
 def is_wrong_key(answer: Finished) -> bool:
@@ -715,19 +732,21 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
     It may be whole, and dated before others, where the clock was set back meanwhile. Its
     stamp is new in encrypted/ and in the archive directory, too: an admin may copy sets
     into the one, and duplicity fetches into the other what that lacks of the old ones.
-    That directory goes as well: duplicity makes it anew, and a damaged one would have
-    every night fail (seen: 0.8.22, 3.2.1).
+    After a failure that directory goes as well: duplicity makes it anew, and a damaged one
+    would have every night fail (seen: 0.8.22, 3.2.1).
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
     try:
         yield
-    except BaseException:
+    except BaseException as failure:
         try:
             if record.kind:  # duplicity had begun
                 ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
                 # If it is more than one, others have come from elsewhere: none is to be lost.
-                for path in [*dead_files(ours if len(ours) == 1 else ()), ARCHIVE]:
+                for path in dead_files(ours if len(ours) == 1 else ()):
                     utils.remove(path)
+                if isinstance(failure, Exception):  # and not a signal
+                    utils.remove(ARCHIVE)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
                       failure_of(error))
@@ -940,12 +959,21 @@ def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
     return [found for found in sets if found not in chained]
 
 
-def what_is_missing(loose: BackupSet) -> str:
-    """Return, of a set that nothing can be restored from, what it lacks."""
-    if loose.complete:
-        return (f"the increment of {loose.stamp} leads back to no full backup: what it builds on "
-                "is missing")
-    return f"the manifest of {loose.stamp} is missing"
+def what_sets_lack(sets: Sequence[BackupSet]) -> dict[str, datetime]:
+    """Return what sets lack, in sentences, and up to when they would be needed.
+
+    sets: complete or not, oldest first.
+    """
+    lacking = {f"the signatures of {found.stamp} are missing": chain[-1].date
+               for chain in chains_of([found for found in sets if found.complete])
+               for found in chain if not found.signed}
+    for found in loose_sets(sets):
+        sentence = f"the manifest of {found.stamp} is missing"
+        if found.complete:
+            sentence = (f"the increment of {found.stamp} leads back to no full backup: what it "
+                        "builds on is missing")
+        lacking[sentence] = found.date
+    return lacking
 
 
 def newest_chain(sets: Sequence[BackupSet]) -> list[BackupSet]:
@@ -994,8 +1022,8 @@ def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, st
             for line in stream:
                 take_line(line.rstrip("\n"))
     except OSError:
-        if work:
-            run_gpg(work, name, take_line)
+        if work and run_gpg(work, name, take_line).exit_code:
+            return {}
     return checksums
 
 
@@ -1013,17 +1041,18 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
     record.broken = broken_files(sets, night.keep_days, night=night)
+    record.told.intersection_update(record.broken)  # what is whole again can break again
     tell_of_broken(night, record, record.broken)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
 
 def tell_of_broken(work: Work, record: Record, broken: Mapping[str, str]) -> None:
-    """Warn of files that are damaged or missing, unless that is known from an earlier run."""
-    known = read_last_verify(LAST_VERIFY)["damaged"]
+    """Warn of files that are damaged or missing, unless an earlier run has."""
     for name, why in broken.items():
-        if why and name not in known:
+        if why and name not in record.told:
             record.warn_of_loss(f"{work.backup / ENCRYPTED / name} {why}")
+            record.told.add(name)
 
 
 def reason_for_full(
@@ -1215,7 +1244,8 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
         record.warn(f"BACKUP_SERVICES names {' and '.join(manager.unknown)}, which is no service "
                     "of this system and was not stopped; correct it in the settings")
     try:
-        with utils.services_stopped(manager, lines, night.stopped, lock, record.downtime):
+        with utils.not_suspended(), utils.services_stopped(
+                manager, lines, night.stopped, lock, record.downtime):
             yield
     except Interrupted:
         if record.downtime.seconds and not record.downtime.not_started:
@@ -1427,8 +1457,8 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
     A file that could not be read is a WARNING with the general code 1, or 9 if its
     status could not be had, and exit code 0; the statistics count it as an error or not
     (all seen: 0.8.22, 3.2.1). Returns the number of source entries, and the warnings but
-    those with codes 2 to 6, which are about files of other sets in the target
-    (duplicity's log.py).
+    those about other sets in the target: with codes 2 to 6 (duplicity's log.py), and one
+    with code 1, of a set without signatures.
     """
     entries: Optional[int] = None
     warnings: list[str] = []
@@ -1439,7 +1469,8 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
             level = "" if re.match("WARNING [2-6]\\b", line) else line.split()[0]
         elif match := re.fullmatch(r"SourceFiles (\d+)", text):
             entries = int(match[1])
-        elif level == "WARNING" and text and text not in warnings[-1:]:
+        elif level == "WARNING" and text and text not in warnings[-1:] and (
+                not text.startswith("Warning, discarding last backup set")):
             warnings.append(text)
     return entries, warnings
 
@@ -1484,9 +1515,9 @@ def delete_old_chains(
 ) -> None:
     """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS.
 
-    Where the clock may have jumped ahead none is deleted: it would be all of them. sets: the
-    complete ones from before this run. begin: that of a chain which is to stay, however old
-    its newest set is.
+    Where the clock may have jumped ahead none is deleted: it would be all of them; nor where
+    something lacks a file, see is_waiting. sets: the complete ones from before this run.
+    begin: that of a chain which is to stay, however old its newest set is.
     """
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
@@ -1495,25 +1526,29 @@ def delete_old_chains(
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
                     "will delete them")
-    else:
+    elif not is_waiting(night, record):
         run_pruning(night, record, "remove-older-than", age)
 
 
 @needs_attention_at_most
 def clean_up(night: Night, record: Record) -> None:
-    """Have duplicity delete files of no complete set.
+    """Have duplicity delete files of no complete set."""
+    if not is_waiting(night, record):
+        run_pruning(night, record, "cleanup")
 
-    Not what a manifest that was lost leaves, which duplicity cleans up, too, while it is
-    younger than BACKUP_KEEP_DAYS: with that manifest it is a backup again.
+
+def is_waiting(night: Night, record: Record) -> bool:
+    """Tell, and warn, whether sets younger than BACKUP_KEEP_DAYS lack a file.
+
+    With it they are whole again: until then nothing is deleted, for duplicity would take
+    what is left of them for old or for useless.
     """
     kept = night.now - timedelta(days=night.keep_days)
-    lacking = [what_is_missing(found) for found in loose_sets(read_sets(ENCRYPTED)[0])
-               if found.date > kept]
+    lacking = [sentence for sentence, date in what_sets_lack(read_sets(ENCRYPTED)[0]).items()
+               if date > kept]
     if lacking:
-        record.warn(f"in {night.backup / ENCRYPTED} {first_of(lacking)}; put what is missing back "
-                    "from your copy elsewhere")
-    else:
-        run_pruning(night, record, "cleanup")
+        record.warn_of_loss(f"in {night.backup / ENCRYPTED} {first_of(lacking)}")
+    return bool(lacking)
 
 
 def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
@@ -1562,7 +1597,8 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     A service that could not be started again is told of, and outranks every other exit
     code.
     """
-    record = Record((read_last_run(LAST_RUN) or {}).get("newest_set"))
+    last = read_last_run(LAST_RUN) or {}
+    record = Record(last.get("newest_set"), told=set(last.get("told", [])))
     try:
         yield record
         utils.raise_if_interrupted()
@@ -1620,6 +1656,7 @@ def write_last_run(
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
+        "told": sorted(record.told),
     }
     save_json(LAST_RUN, content, night.user.pw_gid)
 
@@ -1892,6 +1929,7 @@ def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
         print(status_page(status, now))
     else:
         print(status_text(status, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    sys.stdout.flush()  # what is said on standard error comes after it
     if not status["ok"]:
         log.warning(status["headline"])
     return 0 if status["ok"] else 3
@@ -2102,7 +2140,9 @@ def reader_directory(temporary: str) -> Iterator[Path]:
 def link_sets(own: Path, backup: int) -> list[BackupSet]:
     """Fill the directory of a command that reads. backup: the descriptor of backup/.
 
-    Returns the sets that are complete.
+    For signatures that are missing it gets empty files: a restore needs none, but
+    duplicity (0.8.22, 3.2.1) would take the set before for the newest. Returns the sets
+    that are complete.
     """
     (own / TEMPORARY).mkdir()
     link(KEY, own, backup)
@@ -2118,6 +2158,10 @@ def link_sets(own: Path, backup: int) -> list[BackupSet]:
         try:
             for path in [*notes, *(ENCRYPTED / name for name in names)]:
                 link(path, own, backup)
+            for found in sets:
+                if not found.signed:
+                    (own / ENCRYPTED / f"{found.signatures}.gpg").touch()
+                    (own / ARCHIVE / f"{found.signatures}.gz").touch()
             return sets
         except FileNotFoundError:  # a backup is just pruning
             continue
@@ -2155,8 +2199,7 @@ def verify(reader: Reader) -> dict[str, str]:
     """Check every file of every backup.
 
     Volumes are checked against the checksums in their manifest, manifests and signatures
-    by gpg's own check. Prints how many sets, files and bytes were checked. Returns what
-    is wrong with each, by name, empty if nothing is.
+    by gpg's own check. Returns what is wrong with each, by name, empty if nothing is.
     """
     results: dict[str, str] = {}
     size = 0
@@ -2169,7 +2212,6 @@ def verify(reader: Reader) -> dict[str, str]:
                     size += (ENCRYPTED / name).stat().st_size
                 if draw:
                     draw(size, total)
-    print(f"checked {len(reader.sets)} backup sets: {len(results)} files, {human_size(size)}")
     return results
 
 
@@ -2183,14 +2225,10 @@ def missing_sets(work: Work, keep_days: int) -> list[str]:
     sets = read_sets(ENCRYPTED)[0]
     complete = [found for found in sets if found.complete]
     newest = max((found.stamp for found in complete), default="")
-    lacking = {f"the signatures of {found.stamp} are missing": chain[-1].date
-               for chain in chains_of(complete) for found in chain if not found.signed}
-    for found in loose_sets(sets):
-        if found.stamp > max(newest, newest_set):
-            print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
-                  "deletes it")
-        else:
-            lacking[what_is_missing(found)] = found.date
+    unfinished = {found.stamp for found in loose_sets(sets)
+                  if found.stamp > max(newest, newest_set)}
+    for stamp in sorted(unfinished):
+        print(f"the backup of {stamp} is unfinished: it is being made, or the next run deletes it")
     encrypted = work.backup / ENCRYPTED
     wrong = [f"the newest backup, of {newest_set}, is missing"] if newest_set > newest else []
     there = {found.stamp for found in sets}
@@ -2198,7 +2236,8 @@ def missing_sets(work: Work, keep_days: int) -> list[str]:
     wrong += [f"{encrypted / name} {why}" for name, why in lost.items()
               if stamp_of(Path(name)) not in there]
     kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
-    for sentence, date in lacking.items():
+    begun = [found for found in sets if found.stamp not in unfinished]
+    for sentence, date in what_sets_lack(begun).items():
         if date > kept:
             wrong.append(f"{sentence} from {encrypted}")
         else:
@@ -2229,6 +2268,8 @@ def check_set(
             yield name, "is damaged" if answer.exit_code else ""
         if answer.exit_code and name == found.manifest:
             return  # nothing tells what its volumes should be
+    if not checksums and share_of(found.manifest) not in shares:
+        return  # nor where it could not be read
     for name in sorted(checksums.keys() | found.volumes):
         if share_of(name) not in shares:
             continue
@@ -2294,6 +2335,10 @@ def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
 
     chain: see chain_at. Raises Failure.
     """
+    if lacking := what_sets_lack(chain):
+        raise Failure(f"{'; '.join(lacking)} from {reader.backup / ENCRYPTED}: the files cannot be "
+                      "listed, but restored; put back your copy, or take an older backup with "
+                      "--time")
     lines: list[str] = []
     command = duplicity_command(
         "list-current-files", "-t", chain[-1].stamp, "--log-fd=LOG", TARGET)
@@ -2373,6 +2418,8 @@ def restore(
     fresh = f".restoring-{os.getpid()}"
     os.mkdir(fresh, 0o700, dir_fd=place)
     with utils.opened(fresh, parent=place) as descriptor:
+        # In a directory that is theirs it may be exchanged before it is opened.
+        utils.check_owned_directory(directory / fresh, os.fstat(descriptor))
         target = utils.path_of(descriptor) / "restored"
         lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
@@ -2425,14 +2472,15 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
     Yields its descriptor. If the block fails and it was made and is empty, it goes.
     Raises Failure (exit code 2) or OSError.
     """
-    directory = Path(os.path.realpath(name))
+    directory = utils.resolved(Path(os.path.abspath(name)))
     if directory == work.root or work.backup in (directory, *directory.parents):
         raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
                       "directory", 2)
     made = not os.path.lexists(name)
     if made:
-        directory.mkdir(mode=0o700)
-    with utils.opened(directory) as place:
+        with utils.opened_there(directory.parent) as parent:
+            os.mkdir(directory.name, 0o700, dir_fd=parent)
+    with utils.opened_there(directory) as place:
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -2556,6 +2604,8 @@ def tell_messages(messages: "queue.SimpleQueue[Optional[logging.LogRecord]]") ->
 
     Progress is passed over while a terminal takes nothing, as after Ctrl-S.
     """
+    # In the background a terminal may suspend who writes to it, with mail down.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     handler = logging.StreamHandler()
     handler.terminator = ""
     handler.setFormatter(_Prefixed())
@@ -2743,24 +2793,27 @@ def show_damage(settings: Mapping[str, str], with_live_files: bool) -> int:
     with_live_files: compare these, too. Raises Failure or OSError.
     """
     keep_days = keep_days_of(settings)
-    with utils.ended_in_good_order():
-        with reader_of(settings) as reader:
-            results = verify(reader)
-        # Now backup/ is the working directory.
-        with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
-            record_checks(range(SHARES), results)
-        wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
-                 "before the next night" for name, why in results.items() if why]
-        wrong += missing_sets(reader, keep_days)
-        for sentence in wrong:
+    with utils.ended_in_good_order(), reader_of(settings) as reader:
+        results = verify(reader)
+    utils.raise_if_interrupted()
+    # Now backup/ is the working directory again.
+    with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+        record_checks(range(SHARES), results)
+    print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
+          f"{human_size(sum(found.size for found in reader.sets))}")
+    wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
+             "before the next night" for name, why in results.items() if why]
+    wrong += missing_sets(reader, keep_days)
+    sys.stdout.flush()
+    for sentence in wrong:
+        log.error(sentence)
+    different: list[str] = []
+    if with_live_files:
+        with utils.ended_in_good_order(), reader_of(settings) as reader:
+            different = compare(reader, excluded_of(settings))
+        for sentence in different:
             log.error(sentence)
-        if with_live_files:
-            with reader_of(settings) as reader:
-                different = compare(reader, excluded_of(settings))
-            for sentence in different:
-                log.error(sentence)
-            wrong += different
-    return 3 if wrong else 0
+    return 3 if wrong or different else 0
 
 
 def list_or_restore(options: argparse.Namespace, settings: Mapping[str, str]) -> None:
@@ -2811,6 +2864,7 @@ def main(arguments: Sequence[str]) -> int:
         failure = failure_of(error)
         log.error(failure)
         code = failure.exit_code
+    utils.give_up_if_broken(sys.stdout)
     messages.put(None)
     if teller.ident:
         teller.join(UNSAID_SECONDS)
@@ -2818,7 +2872,7 @@ def main(arguments: Sequence[str]) -> int:
         tell_messages(messages)
     if teller.is_alive():  # nobody takes them, and Python would wait for that at its end
         os._exit(code)
-    utils.give_up_broken_streams()
+    utils.give_up_if_broken(sys.stderr)
     return code
 
 

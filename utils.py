@@ -33,7 +33,7 @@ from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import Any, Optional, Union
+from typing import Any, Optional, TextIO, Union
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
@@ -202,6 +202,35 @@ def owned_directory(path: Path) -> Iterator[int]:
     check_owned_directory(path)  # which says what else it is; what is opened may be something else
     with opened(path) as directory:
         check_owned_directory(path, os.fstat(directory))
+        yield directory
+
+
+def resolved(path: Path) -> Path:
+    """Return an absolute path with symbolic links of root's followed.
+
+    Raises Failure (exit code 2) for one of somebody else's, who may have put it there for
+    root to write where it leads.
+    """
+    found = Path("/")
+    for part in path.parts[1:]:
+        found /= part
+        if found.is_symlink():
+            if found.lstat().st_uid != 0:
+                raise Failure(f"{found} is a symbolic link that is not root's; name the directory "
+                              "that is meant", 2)
+            found = resolved(Path(os.path.normpath(found.parent / os.readlink(found))))
+    return found
+
+
+@contextlib.contextmanager
+def opened_there(path: Path) -> Iterator[int]:
+    """Keep a directory open while the block runs, which is where a resolved path says.
+
+    Raises Failure (exit code 2) if a link was put in its way meanwhile, or OSError.
+    """
+    with opened(path) as directory:
+        if path_of(directory).readlink() != path:
+            raise Failure(f"{path} has changed meanwhile; see who does that", 2)
         yield directory
 
 
@@ -854,6 +883,17 @@ def raise_if_interrupted() -> None:
         raise Interrupted(_Signals.came)
 
 
+@contextlib.contextmanager
+def not_suspended() -> Iterator[None]:
+    """Have Ctrl-Z not suspend this process in the block."""
+    # Not SIG_IGN, which daemons would inherit.
+    before = signal.signal(signal.SIGTSTP, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
 def pause(seconds: float) -> None:
     """Sleep. Raises Interrupted."""
     deadline = time.monotonic() + seconds
@@ -877,16 +917,15 @@ def open_closed_streams() -> None:
             os.set_inheritable(descriptor, True)
 
 
-def give_up_broken_streams() -> None:
+def give_up_if_broken(stream: TextIO) -> None:
     """Let go of what standard output or error refuse, as when nobody reads them.
 
     Were it left for Python to write, that would exit with 120.
     """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager

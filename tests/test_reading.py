@@ -262,7 +262,7 @@ def test_restore_into_no_directory(made: Store, tmp_path: Path) -> None:
     """A directory that would be in one that is not there cannot be made, and is named."""
     place = tmp_path / "missing" / "target"
     errors = reads(made, "--restore", str(place), exit_code=1).stderr
-    assert errors == f"backup: {place}: No such file or directory; see to that and run this again\n"
+    assert errors == f"backup: {place.parent}: No such file or directory; see to that and run this again\n"
 
 
 @pytest.mark.parametrize("arguments, told, exit_code", [
@@ -341,6 +341,48 @@ def test_restore_where_others_can_rename(
     (keyed.bin / "duplicity").unlink()
     assert (keyed.scratch / "away").exists() and tree_of(precious) == before
     assert list(keyed.scratch.glob("**/away/**/private.pem")) or (target / "private.pem").exists()
+
+
+def test_restore_to_what_was_exchanged_at_once(keyed: Store, first_night: FirstNight) -> None:
+    """The owner of DIR puts a directory of his own in place of root's before root has opened it."""
+    first_night(keyed)
+    line = "    with utils.opened(fresh, parent=place) as descriptor:\n"
+    program = keyed.changed_program(line, (
+        "    os.rename(fresh, 'away', src_dir_fd=place, dst_dir_fd=place)\n"
+        f"    os.mkdir(fresh, dir_fd=place); os.chown(fresh, 65534, 65534, dir_fd=place)\n{line}"))
+    target = keyed.scratch / "target"
+    result = keyed.run(PYTHON, program, *keyed.command("--restore", str(target))[2:], exit_code=2)
+    assert "not owned by root" in result.stderr and not list(target.rglob("restored"))
+
+
+@pytest.mark.parametrize("below", ["", "alice"])
+def test_restore_follows_no_link_of_others(made: Store, tmp_path: Path, below: str) -> None:
+    """A mail user may have put one where root is about to restore; root's own are followed."""
+    precious, link = tmp_path / "precious", tmp_path / "link"
+    precious.mkdir()
+    link.symlink_to(precious)
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    before = tree_of(precious)
+    result = reads(made, "--restore", str(link / below), exit_code=2)
+    assert f"{link} is a symbolic link that is not root's" in result.stderr
+    assert tree_of(precious) == before
+    os.chown(link, 0, 0, follow_symlinks=False)
+    reads(made, "--restore", str(link / below), "--path", "ssl")
+    assert (precious / below / "private.pem").exists()
+
+
+def test_gpg_that_is_killed_finds_no_damage(keyed: Store, first_night: FirstNight) -> None:
+    """Neither by --verify nor by a night: nothing is to be moved aside for it."""
+    first_night(keyed)
+    before = (keyed.backups / "last-verify.json").read_text()
+    keyed.stand_in("gpg", """#!/bin/sh
+case $* in *--status-fd*) kill -9 $$;; esac
+exec REAL "$@"
+""")
+    for option in ("--full", "--verify"):
+        errors = keyed.backup(option, exit_code=1).stderr
+        assert "gpg could not check" in errors and "damaged" not in errors
+    assert (keyed.backups / "last-verify.json").read_text() == before
 
 
 def test_restore_of_nothing_keeps_the_directory(made: Store, tmp_path: Path) -> None:

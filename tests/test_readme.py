@@ -217,7 +217,7 @@ def test_getting_back_what_was_deleted(keyed: Store) -> None:
     assert compared == "mail/mailboxes/example.com/alice/cur/170000.M1P1.host,S=20\n"
 
     before = tree_of(mailbox)
-    recipe, message = sh_block("cp -an /root/old/. "), sh_block("grep -rl")
+    recipe, message = sh_block("cp -anT /root/old "), sh_block("grep -rl")
     assert recipe.count("/opt/backup/backup.py ") == 2 and recipe.startswith('folder="mail/mailboxes/example.com/alice"\n')
     for folder in ("alice", "alice/.Sent Items"):
         assert f"`{folder}`" in README or folder == "alice"

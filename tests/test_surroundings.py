@@ -77,10 +77,19 @@ def test_storage_root_that_is_gone(keyed: Store) -> None:
     (keyed.scratch / "elsewhere").rename(keyed.root)
 
 
-def test_storage_root_mounted_inside_itself(keyed: Store) -> None:
-    """It would be refused by the copy, and by duplicity with mail down, night after night."""
+@pytest.mark.parametrize("source", ["", "/.."])
+def test_storage_root_mounted_inside_itself(keyed: Store, source: str) -> None:
+    """It would be refused by the copy, and by duplicity with mail down, or hold its own backups."""
     (keyed.root / "again").mkdir()
-    script = 'mount --bind "$0" "$0/again" && exec "$@"'
+    script = f'mount --bind "$0{source}" "$0/again" && exec "$@"'
     result = keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command(),
                        exit_code=2)
     assert f"unmount {keyed.root}/again" in result.stderr and not keyed.calls()
+
+
+def test_mount_that_is_hidden_by_another(keyed: Store) -> None:
+    """The kernel lists it, and nothing leads there: a backup is made."""
+    (keyed.root / "disk").mkdir()
+    script = ('cd "$0" && mount -t tmpfs none disk && mkdir disk/inner && mount -t tmpfs none '
+              'disk/inner && mount -t tmpfs none disk && exec "$@"')
+    keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command())

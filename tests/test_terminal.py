@@ -7,10 +7,13 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import termios
+import time
 
 from conftest import FirstNight, Store
+from test_services import wait_for
 
 # Waits until the line of progress has been drawn twice, while duplicity reads.
 SLOW = """#!/bin/sh
@@ -70,19 +73,39 @@ def test_steps_of_a_verbose_run(keyed: Store) -> None:
     assert all(line.startswith("backup: ") for line in on_terminal(keyed, "-v"))
 
 
-def test_terminal_that_takes_nothing(keyed: Store) -> None:
-    """Ctrl-S, or a stalled connection: mail comes back, and the run ends all the same.
+def direct(store: Store) -> list[str]:
+    """Return a command that runs a night in which duplicity reads the tree, mail being down."""
+    (store.root / "elsewhere").mkdir()
+    store.stand_in("duplicity", SLOW)
+    return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"',
+            str(store.root / "elsewhere"), *store.command()]
 
-    Here duplicity reads the tree itself, mail is down for as long as that takes.
-    """
-    keyed.stand_in("duplicity", SLOW)
-    (keyed.root / "elsewhere").mkdir()
+
+def test_terminal_that_takes_nothing(keyed: Store) -> None:
+    """Ctrl-S, or a stalled connection: mail comes back, and the run ends all the same."""
     master, slave = pty.openpty()
     termios.tcflow(slave, termios.TCOOFF)
-    mounted = 'mount -t tmpfs none "$0" && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", mounted, str(keyed.root / "elsewhere")]
-    subprocess.run([*command, *keyed.command()], env=keyed.environment, stdin=subprocess.DEVNULL,
+    subprocess.run(direct(keyed), env=keyed.environment, stdin=subprocess.DEVNULL,
                    stdout=slave, stderr=slave, timeout=60, check=True)
+    assert keyed.last_run()["source"] == "direct" and keyed.running() == ["dovecot", "postfix"]
+    with subprocess.Popen(keyed.command("--verify"), env=keyed.environment, stdout=slave) as verify:
+        time.sleep(2)
+        verify.terminate()
+        try:
+            assert verify.wait(10) == -signal.SIGTERM
+        finally:
+            verify.kill()
     os.close(slave)
     os.close(master)
-    assert keyed.last_run()["source"] == "direct" and keyed.running() == ["dovecot", "postfix"]
+
+
+def test_suspended_while_mail_is_down(keyed: Store) -> None:
+    """Ctrl-Z waits: mail is not down until somebody types fg."""
+    with subprocess.Popen(direct(keyed), env=keyed.environment, preexec_fn=os.setpgrp) as process:
+        wait_for(lambda: keyed.calls("stop") != [] and keyed.running() == [], seconds=30)
+        os.killpg(process.pid, signal.SIGTSTP)
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert keyed.running() == ["dovecot", "postfix"]

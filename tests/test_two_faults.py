@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from conftest import FirstNight, Store
+from conftest import FirstNight, Store, tree_of
 from test_bad_mornings import put_hook
 
 
@@ -104,3 +104,51 @@ def test_wrong_exclusions_do_not_keep_from_restoring(
     first_night(keyed)
     keyed.settings.write_text(keyed.settings.read_text() + "BACKUP_EXCLUDE='x\n")
     keyed.backup("--restore", str(keyed.scratch / "rescue"))
+
+
+def test_verify_finds_the_loss_before_the_night(keyed: Store, first_night: FirstNight) -> None:
+    """The night tells of it nevertheless, once, and mirrors nothing."""
+    first_night(keyed)
+    mark, volume = put_hook(keyed), next(keyed.encrypted.glob("*full.*vol1*"))
+    volume.unlink()
+    assert f"{volume} is missing; fetch it" in keyed.backup("--verify", exit_code=3).stderr
+    assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr
+    assert not mark.exists() and "-full." in keyed.manifests()[-1]
+    assert keyed.backup().stderr == "" and mark.exists()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_lost_manifest_keeps_what_is_older_than_it(keyed: Store, cache: bool) -> None:
+    """Without it what was before looks like a chain that is over, and old: nothing is pruned."""
+    for age in ("6 days ago", "5 days ago", "1 day ago", "12 hours ago"):
+        keyed.run("faketime", age, *keyed.command())
+    mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[2]
+    content, before = manifest.read_bytes(), set(keyed.encrypted.iterdir())
+    manifest.unlink()
+    if not cache:
+        shutil.rmtree(keyed.backups / "cache")
+    keyed.backup(exit_code=3)
+    assert before - set(keyed.encrypted.iterdir()) == {manifest} and not mark.exists()
+    manifest.write_bytes(content)
+    assert keyed.backup("--verify").stderr == ""
+    keyed.backup("--restore", str(keyed.scratch / "old"), "--time", "11h")
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_lost_signatures(keyed: Store, first_night: FirstNight, lost: int) -> None:
+    """They are told, the others kept, and every backup is restored whole without them."""
+    first_night(keyed)
+    (keyed.root / "second").touch()
+    keyed.backup()
+    (keyed.root / "third").touch()
+    keyed.backup()
+    signatures = sorted(keyed.encrypted.glob("*.sigtar.gpg"), key=lambda path: path.name[-28:])
+    mark = put_hook(keyed)
+    signatures[lost].unlink()
+    keyed.backup("--restore", str(keyed.scratch / "whole"))
+    assert tree_of(keyed.scratch / "whole") == tree_of(keyed.root)
+    assert "the files cannot be listed, but restored" in keyed.backup("--list", exit_code=1).stderr
+    result = keyed.backup(exit_code=3)
+    assert "the signatures of" in result.stderr and str(keyed.root) + " could" not in result.stderr
+    assert "-full." in keyed.manifests()[-1] and not mark.exists()
+    assert all(path.exists() for number, path in enumerate(signatures) if number != lost)
