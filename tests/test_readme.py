@@ -100,11 +100,6 @@ def help_section(help_text: str, name: str) -> Table:
     return entries
 
 
-def test_table_of_commands_is_that_of_help(help_text: str) -> None:
-    """The same examples with the same words in the same order."""
-    assert list(table("Command").items()) == list(help_section(help_text, "examples").items())
-
-
 def test_every_option_is_one_of_help(help_text: str) -> None:
     """No command and no sentence names an option that backup.py lacks; what other programs are given is not looked at."""
     known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(help_section(help_text, "options"))))
