@@ -1598,7 +1598,9 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     code.
     """
     last = read_last_run(LAST_RUN) or {}
-    record = Record(last.get("newest_set"), told=set(last.get("told", [])))
+    told = last.get("told")  # which somebody may have edited
+    record = Record(last.get("newest_set"),
+                    told=set(map(str, told)) if isinstance(told, list) else set())
     try:
         yield record
         utils.raise_if_interrupted()
