@@ -186,7 +186,8 @@ class Record:
 
     newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)  # the names of which an earlier run has warned
+    known: set[str] = field(default_factory=set)  # the losses of which an earlier run has warned
+    told: Optional[set[str]] = None  # those that this one knows of, once it has looked
     loss_found: bool = False  # for the first time
     kind: Optional[str] = None
     source: Optional[str] = None
@@ -203,11 +204,17 @@ class Record:
             log.warning(message)
             self.attention.append(message)
 
-    def warn_of_loss(self, message: str) -> None:
-        """Warn of what an after-backup hook that mirrors would delete elsewhere, too."""
-        self.loss_found = True
-        self.warn(f"{message}; fetch it from your copy elsewhere and run --verify: the hook "
-                  "after-backup is not run now, lest it delete that, too")
+    def tell_of_loss(self, name: str, message: str) -> None:
+        """Warn, in the run that finds it, of what a hook that mirrors would delete elsewhere, too.
+
+        name: tells it from others.
+        """
+        if self.told is not None:
+            self.told.add(name)
+        if name not in self.known:
+            self.loss_found = True
+            self.warn(f"{message}; fetch it from your copy elsewhere and run --verify: the hook "
+                      "after-backup is not run now, lest it delete that, too")
 
 
 def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
@@ -584,7 +591,7 @@ def check_newest_set(night: Night, record: Record) -> None:
         raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
     if answer.exit_code and newest not in read_last_verify(LAST_VERIFY)["damaged"]:
         record_checks([], {newest: "is damaged"})
-        record.told.add(newest)
+        record.known.add(newest)
         raise Failure(f"the newest backup's {night.backup / ENCRYPTED / newest} is damaged; fetch "
                       "it from your copy elsewhere, or the next run makes a full backup, and "
                       f"check the disk: gpg ended with {answer}")
@@ -1041,7 +1048,7 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
     record.broken = broken_files(sets, night.keep_days, night=night)
-    record.told.intersection_update(record.broken)  # what is whole again can break again
+    record.told = set()
     tell_of_broken(night, record, record.broken)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
@@ -1049,10 +1056,8 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
 
 def tell_of_broken(work: Work, record: Record, broken: Mapping[str, str]) -> None:
     """Warn of files that are damaged or missing, unless an earlier run has."""
-    for name, why in broken.items():
-        if why and name not in record.told:
-            record.warn_of_loss(f"{work.backup / ENCRYPTED / name} {why}")
-            record.told.add(name)
+    for name in filter(broken.get, broken):
+        record.tell_of_loss(name, f"{work.backup / ENCRYPTED / name} {broken[name]}")
 
 
 def reason_for_full(
@@ -1546,8 +1551,11 @@ def is_waiting(night: Night, record: Record) -> bool:
     kept = night.now - timedelta(days=night.keep_days)
     lacking = [sentence for sentence, date in what_sets_lack(read_sets(ENCRYPTED)[0]).items()
                if date > kept]
+    for sentence in lacking:
+        record.tell_of_loss(sentence, f"in {night.backup / ENCRYPTED} {sentence}")
     if lacking:
-        record.warn_of_loss(f"in {night.backup / ENCRYPTED} {first_of(lacking)}")
+        record.warn("no old backups were deleted because others lack a file, and would go, too: "
+                    f"{first_of(lacking)}")
     return bool(lacking)
 
 
@@ -1598,9 +1606,9 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     code.
     """
     last = read_last_run(LAST_RUN) or {}
-    told = last.get("told")  # which somebody may have edited
+    known = last.get("told")  # which somebody may have edited
     record = Record(last.get("newest_set"),
-                    told=set(map(str, told)) if isinstance(told, list) else set())
+                    known=set(map(str, known)) if isinstance(known, list) else set())
     try:
         yield record
         utils.raise_if_interrupted()
@@ -1658,7 +1666,7 @@ def write_last_run(
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
-        "told": sorted(record.told),
+        "told": sorted(record.known if record.told is None else record.told),
     }
     save_json(LAST_RUN, content, night.user.pw_gid)
 

@@ -129,6 +129,8 @@ def test_lost_manifest_keeps_what_is_older_than_it(keyed: Store, cache: bool) ->
         shutil.rmtree(keyed.backups / "cache")
     keyed.backup(exit_code=3)
     assert before - set(keyed.encrypted.iterdir()) == {manifest} and not mark.exists()
+    assert "no old backups were deleted" in keyed.backup(exit_code=3).stderr
+    assert before - set(keyed.encrypted.iterdir()) == {manifest} and mark.exists()
     manifest.write_bytes(content)
     assert keyed.backup("--verify").stderr == ""
     keyed.backup("--restore", str(keyed.scratch / "old"), "--time", "11h")
