@@ -186,8 +186,7 @@ class Record:
 
     newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
-    known: set[str] = field(default_factory=set)  # the losses of which an earlier run has warned
-    told: Optional[set[str]] = None  # those that this one knows of, once it has looked
+    lacking: list[str] = field(default_factory=list)  # what sets lack that may be whole again
     loss_found: bool = False  # for the first time
     kind: Optional[str] = None
     source: Optional[str] = None
@@ -203,18 +202,6 @@ class Record:
         if message not in self.attention:
             log.warning(message)
             self.attention.append(message)
-
-    def tell_of_loss(self, name: str, message: str) -> None:
-        """Warn, in the run that finds it, of what a hook that mirrors would delete elsewhere, too.
-
-        name: tells it from others.
-        """
-        if self.told is not None:
-            self.told.add(name)
-        if name not in self.known:
-            self.loss_found = True
-            self.warn(f"{message}; fetch it from your copy elsewhere and run --verify: the hook "
-                      "after-backup is not run now, lest it delete that, too")
 
 
 def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
@@ -396,7 +383,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
         start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
-            check_newest_set(night, record)                                     # 2
+            check_newest_set(night)                                             # 2
             check_nothing_lost(night, record.newest_set, force_full)
             recover_from_dead_run(night)                                        # 3
             make_directories(night)
@@ -417,8 +404,9 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
                     make_set(night, record, kind, copy)                         # 11
             write_last_run(night, record)  # which names the new set, should this run be killed
             delete_migrated_backups(night, record, migrated)
-            delete_old_chains(night, record, sets)                              # 12
-            clean_up(night, record)                                             # 13
+            if not is_waiting(record):
+                delete_old_chains(night, record, sets)                          # 12
+                run_pruning(night, record, "cleanup")                           # 13
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
         write_last_run(night, record)                                           # 15
@@ -454,19 +442,24 @@ def begin_night(settings: Mapping[str, str]) -> Night:
     return night
 
 
-def check_mounts(work: Work) -> None:
+def check_mounts(night: Night) -> None:
     """Check that what /etc/fstab mounts at or below backup/ is mounted. Raises Failure.
 
     The key and last-run.json may lie there, too: it would look like a first night. And
     check that STORAGE_ROOT, or what holds it, is not mounted inside it: that has no end.
     """
     for place in utils.mount_points(Path("/proc/self/mounts")):
+        above = [place, *place.parents]
+        if night.root not in above or any(night.root / name in above for name in night.excluded):
+            continue
         with contextlib.suppress(OSError):  # as of a user's file system in user space
-            if work.root in place.parents and any(map(place.samefile, [
-                    work.root, *work.root.parents])):
-                raise Failure(f"{work.root} is mounted inside itself; unmount {place}", 2)
+            if place != night.root and any(map(place.samefile, [night.root, *night.root.parents])):
+                raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
+                              "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
     for place in utils.mount_points(Path("/etc/fstab")):
-        if work.backup in (place, *place.parents) and (
+        # What is mounted itself is not looked at: a server that is gone would not answer.
+        place = Path(os.path.realpath(place.parent), place.name)
+        if night.backup in (place, *place.parents) and (
                 not place.exists() or place.is_dir() and utils.on_one_mount(place, place.parent)):
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
@@ -570,7 +563,7 @@ def duplicity_version(work: Work) -> str:
     return match[1]
 
 
-def check_newest_set(night: Night, record: Record) -> None:
+def check_newest_set(night: Night) -> None:
     """Check that the key opens the newest set's manifest, and that the set is not of the future.
 
     duplicity 0.8.22 would add a set under another key, or an orphan before a set of the
@@ -589,9 +582,9 @@ def check_newest_set(night: Night, record: Record) -> None:
     answer = run_gpg(night, newest)
     if is_wrong_key(answer):
         raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
-    if answer.exit_code and newest not in read_last_verify(LAST_VERIFY)["damaged"]:
-        record_checks([], {newest: "is damaged"})
-        record.known.add(newest)
+    last_verify = read_last_verify(LAST_VERIFY)
+    if answer.exit_code and newest not in last_verify["damaged"]:
+        record_checks([], {newest: "is damaged"}, {*last_verify["told"], newest})
         raise Failure(f"the newest backup's {night.backup / ENCRYPTED / newest} is damaged; fetch "
                       "it from your copy elsewhere, or the next run makes a full backup, and "
                       f"check the disk: gpg ended with {answer}")
@@ -740,7 +733,8 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
     stamp is new in encrypted/ and in the archive directory, too: an admin may copy sets
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     After a failure that directory goes as well: duplicity makes it anew, and a damaged one
-    would have every night fail (seen: 0.8.22, 3.2.1).
+    would have every night fail (seen: 0.8.22, 3.2.1). Not where encrypted/ is damaged, from
+    which it would have to be made.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
     try:
@@ -752,7 +746,7 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
                 # If it is more than one, others have come from elsewhere: none is to be lost.
                 for path in dead_files(ours if len(ours) == 1 else ()):
                     utils.remove(path)
-                if isinstance(failure, Exception):  # and not a signal
+                if isinstance(failure, Exception) and not record.broken:  # and no signal
                     utils.remove(ARCHIVE)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
@@ -966,21 +960,23 @@ def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
     return [found for found in sets if found not in chained]
 
 
-def what_sets_lack(sets: Sequence[BackupSet]) -> dict[str, datetime]:
-    """Return what sets lack, in sentences, and up to when they would be needed.
+def waited_for(sets: Sequence[BackupSet], keep_days: int) -> list[BackupSet]:
+    """Return which of the sets that nothing can be restored from may be whole again.
 
-    sets: complete or not, oldest first.
+    They are younger than BACKUP_KEEP_DAYS, or than the newest full backup. sets: complete or
+    not, oldest first. keep_days: see keep_days_of.
     """
-    lacking = {f"the signatures of {found.stamp} are missing": chain[-1].date
-               for chain in chains_of([found for found in sets if found.complete])
-               for found in chain if not found.signed}
-    for found in loose_sets(sets):
-        sentence = f"the manifest of {found.stamp} is missing"
-        if found.complete:
-            sentence = (f"the increment of {found.stamp} leads back to no full backup: what it "
-                        "builds on is missing")
-        lacking[sentence] = found.date
-    return lacking
+    kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
+    fulls = [found.date for found in sets if found.complete and found.full]
+    return [found for found in loose_sets(sets) if not fulls or found.date > min(kept, fulls[-1])]
+
+
+def what_is_missing(loose: BackupSet) -> str:
+    """Return, of a set that nothing can be restored from, what it lacks."""
+    if loose.complete:
+        return (f"the increment of {loose.stamp} leads back to no full backup: what it builds on "
+                "is missing")
+    return f"the manifest of {loose.stamp} is missing"
 
 
 def newest_chain(sets: Sequence[BackupSet]) -> list[BackupSet]:
@@ -1000,17 +996,20 @@ def missing_files(
     """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
 
     The manifests tell what there was, also those that only the archive directory has, of
-    sets too young to have been deleted for their age. sets: the complete ones, oldest
-    first. keep_days: see keep_days_of. backup: the directory. night: for gpg, which opens
-    the manifests that are not in the archive directory; without it nothing is told of
-    their sets.
+    sets too young to have been deleted for their age. Chains that are old enough for that
+    are passed over, but not the newest, which needs its signatures, too. sets: the complete
+    ones, oldest first. keep_days: see keep_days_of. backup: the directory. night: for gpg,
+    which opens the manifests that are not in the archive directory; without it nothing is
+    told of their sets.
     """
     there = utils.regular_files(backup / ENCRYPTED)
-    kept = (datetime.now(timezone.utc) - timedelta(days=keep_days)).strftime(STAMP_FORMAT)
-    manifests = {found.manifest for found in sets}
-    manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest")
-                     if sets and kept < stamp_of(path) < sets[-1].stamp)
-    missing = {}
+    kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
+    manifests = {found.manifest for chain in chains_of(sets) for found in chain
+                 if chain[-1].date > kept or chain[-1] == sets[-1]}
+    manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest") if sets
+                     and kept.strftime(STAMP_FORMAT) < stamp_of(path) < sets[-1].stamp)
+    missing = {f"{found.signatures}.gpg": "is missing" for found in newest_chain(sets)
+               if not found.signed}
     for manifest in sorted(manifests):
         names = [manifest, *read_manifest(manifest, backup, night)]
         missing.update({name: "is missing" for name in names if name not in there})
@@ -1029,8 +1028,9 @@ def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, st
             for line in stream:
                 take_line(line.rstrip("\n"))
     except OSError:
-        if work and run_gpg(work, name, take_line).exit_code:
-            return {}
+        pass
+    if not checksums and work and run_gpg(work, name, take_line).exit_code:
+        return {}
     return checksums
 
 
@@ -1038,26 +1038,38 @@ def broken_files(
     sets: Sequence[BackupSet], keep_days: int, backup: Path = Path(), night: Optional[Night] = None
 ) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
-    return {**read_last_verify(backup / LAST_VERIFY)["damaged"],
+    damaged = read_last_verify(backup / LAST_VERIFY)["damaged"]
+    return {**{name: why for name, why in damaged.items() if why != "is missing"},
             **missing_files(sets, keep_days, backup, night)}
 
 
 def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
-    """Return the kind of the next backup, full or incremental, and tell which volumes are lost.
+    """Return the kind of the next backup, full or incremental, and tell which files are lost.
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
     record.broken = broken_files(sets, night.keep_days, night=night)
-    record.told = set()
-    tell_of_broken(night, record, record.broken)
+    record.lacking = [what_is_missing(found)
+                      for found in waited_for(read_sets(ENCRYPTED)[0], night.keep_days)]
+    tell_of_losses(night, record, {**record.broken, **dict.fromkeys(record.lacking, "")})
+    whole_again = dict.fromkeys(read_last_verify(LAST_VERIFY)["damaged"], "")
+    record_checks([], {**whole_again, **record.broken}, {*record.broken, *record.lacking})
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
 
-def tell_of_broken(work: Work, record: Record, broken: Mapping[str, str]) -> None:
-    """Warn of files that are damaged or missing, unless an earlier run has."""
-    for name in filter(broken.get, broken):
-        record.tell_of_loss(name, f"{work.backup / ENCRYPTED / name} {broken[name]}")
+def tell_of_losses(work: Work, record: Record, losses: Mapping[str, str]) -> None:
+    """Warn of what is lost, and would be elsewhere by a hook that mirrors, unless a run has.
+
+    losses: what is wrong with files, by name; or nothing, by a sentence of its own.
+    """
+    told = read_last_verify(LAST_VERIFY)["told"]
+    for name, why in losses.items():
+        if name not in told:
+            record.loss_found = True
+            what = f"{work.backup / ENCRYPTED / name} {why}" if why else name
+            record.warn(f"{what}; fetch it from your copy elsewhere and run --verify: the hook "
+                        "after-backup is not run now, lest it delete that, too")
 
 
 def reason_for_full(
@@ -1520,9 +1532,9 @@ def delete_old_chains(
 ) -> None:
     """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS.
 
-    Where the clock may have jumped ahead none is deleted: it would be all of them; nor where
-    something lacks a file, see is_waiting. sets: the complete ones from before this run.
-    begin: that of a chain which is to stay, however old its newest set is.
+    Where the clock may have jumped ahead none is deleted: it would be all of them. sets: the
+    complete ones from before this run. begin: that of a chain which is to stay, however old
+    its newest set is.
     """
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
@@ -1531,34 +1543,23 @@ def delete_old_chains(
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
                     "will delete them")
-    elif not is_waiting(night, record):
+    else:
         run_pruning(night, record, "remove-older-than", age)
 
 
-@needs_attention_at_most
-def clean_up(night: Night, record: Record) -> None:
-    """Have duplicity delete files of no complete set."""
-    if not is_waiting(night, record):
-        run_pruning(night, record, "cleanup")
+def is_waiting(record: Record) -> bool:
+    """Tell, and warn, whether a file that sets lack is waited for.
 
-
-def is_waiting(night: Night, record: Record) -> bool:
-    """Tell, and warn, whether sets younger than BACKUP_KEEP_DAYS lack a file.
-
-    With it they are whole again: until then nothing is deleted, for duplicity would take
-    what is left of them for old or for useless.
+    Duplicity would delete what is left of them, or what is before them as a chain that is
+    over, and with that file all of it would be whole again.
     """
-    kept = night.now - timedelta(days=night.keep_days)
-    lacking = [sentence for sentence, date in what_sets_lack(read_sets(ENCRYPTED)[0]).items()
-               if date > kept]
-    for sentence in lacking:
-        record.tell_of_loss(sentence, f"in {night.backup / ENCRYPTED} {sentence}")
-    if lacking:
-        record.warn("no old backups were deleted because others lack a file, and would go, too: "
-                    f"{first_of(lacking)}")
-    return bool(lacking)
+    if record.lacking:
+        record.warn(f"no old backups were deleted, for {first_of(record.lacking)}; put what is "
+                    "missing back from your copy elsewhere")
+    return bool(record.lacking)
 
 
+@needs_attention_at_most
 def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
     """Run remove-older-than or cleanup; that it fails needs attention, no more."""
     log.info("deleting old backups: %s", action)
@@ -1583,7 +1584,7 @@ def grant_group_read(night: Night, record: Record) -> None:
 @needs_attention_at_most
 def check_a_share(night: Night, record: Record) -> None:
     """Check a seventh of the backup files as --verify does: those not checked for longest."""
-    checked = read_last_verify(LAST_VERIFY)["checked"]
+    checked: dict[str, str] = read_last_verify(LAST_VERIFY)["checked"]
     share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
     sets = complete_sets(ENCRYPTED)
     log.info("checking a seventh of the backup files")
@@ -1591,8 +1592,9 @@ def check_a_share(night: Night, record: Record) -> None:
     with utils.low_priority():
         for found in sets:
             results.update(check_set(night, found, [share]))
-    tell_of_broken(night, record, results)
-    record_checks([share], results)
+    wrong = {name: why for name, why in results.items() if why}
+    tell_of_losses(night, record, wrong)
+    record_checks([share], results, {*read_last_verify(LAST_VERIFY)["told"], *wrong})
 
 
 # Step 15: how the run went
@@ -1605,10 +1607,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     A service that could not be started again is told of, and outranks every other exit
     code.
     """
-    last = read_last_run(LAST_RUN) or {}
-    known = last.get("told")  # which somebody may have edited
-    record = Record(last.get("newest_set"),
-                    known=set(map(str, known)) if isinstance(known, list) else set())
+    record = Record((read_last_run(LAST_RUN) or {}).get("newest_set"))
     try:
         yield record
         utils.raise_if_interrupted()
@@ -1666,7 +1665,6 @@ def write_last_run(
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
-        "told": sorted(record.known if record.told is None else record.told),
     }
     save_json(LAST_RUN, content, night.user.pw_gid)
 
@@ -1676,11 +1674,12 @@ def save_json(path: Path, content: Mapping[str, Any], group: int) -> None:
     utils.write_atomically(path, json.dumps(content, indent=1) + "\n", 0o640, group)
 
 
-def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
+def read_last_verify(path: Path) -> dict[str, Any]:
     """Return what last-verify.json holds.
 
     checked: by the number of a share, when it was checked last. damaged: what is wrong with
-    files, by name. Both are empty where there is no such file.
+    files, by name. told: of what a run has warned. All are empty where there is no such
+    file.
     """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
                              RecursionError):  # as of a file that somebody edited
@@ -1688,16 +1687,19 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
         now = datetime.now(timezone.utc)
         checked = {share: date for share, date in content["checked"].items()
                    if datetime.fromisoformat(date) <= now}  # a clock may have been ahead
-        return {"checked": checked, "damaged": {
+        return {"checked": checked, "told": list(map(str, content.get("told", []))), "damaged": {
             str(name): str(why) for name, why in content["damaged"].items()}}
-    return {"checked": {}, "damaged": {}}
+    return {"checked": {}, "damaged": {}, "told": []}
 
 
-def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
+def record_checks(
+    shares: Collection[int], results: Mapping[str, str], told: Optional[Collection[str]] = None
+) -> None:
     """Add to last-verify.json which shares of the files were checked just now.
 
     results: what is wrong with files, by name, empty if nothing is. What was wrong before
-    stays so until it was checked again, or is in no complete set any more.
+    stays so until it was checked again, or is in no complete set any more. told: all of
+    what a run has warned now; by default nothing new.
     """
     last = read_last_verify(LAST_VERIFY)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -1705,6 +1707,8 @@ def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
     wrong = {**last["damaged"], **results}
     last["damaged"] = {name: wrong[name] for name in broken_in(complete_sets(ENCRYPTED), wrong)
                        if wrong[name]}
+    last["told"] = sorted(name for name in set(last["told"] if told is None else told)
+                          if results.get(name) != "")
     save_json(LAST_VERIFY, last, ENCRYPTED.stat().st_gid)
 
 
@@ -2235,10 +2239,6 @@ def missing_sets(work: Work, keep_days: int) -> list[str]:
     sets = read_sets(ENCRYPTED)[0]
     complete = [found for found in sets if found.complete]
     newest = max((found.stamp for found in complete), default="")
-    unfinished = {found.stamp for found in loose_sets(sets)
-                  if found.stamp > max(newest, newest_set)}
-    for stamp in sorted(unfinished):
-        print(f"the backup of {stamp} is unfinished: it is being made, or the next run deletes it")
     encrypted = work.backup / ENCRYPTED
     wrong = [f"the newest backup, of {newest_set}, is missing"] if newest_set > newest else []
     there = {found.stamp for found in sets}
@@ -2246,9 +2246,17 @@ def missing_sets(work: Work, keep_days: int) -> list[str]:
     wrong += [f"{encrypted / name} {why}" for name, why in lost.items()
               if stamp_of(Path(name)) not in there]
     kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
-    begun = [found for found in sets if found.stamp not in unfinished]
-    for sentence, date in what_sets_lack(begun).items():
-        if date > kept:
+    lacking = {f"the signatures of {found.stamp} are missing":
+               chain[-1].date > kept or chain[-1] == complete[-1]
+               for chain in chains_of(complete) for found in chain if not found.signed}
+    for found in loose_sets(sets):
+        if found.stamp > max(newest, newest_set):
+            print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
+                  "deletes it")
+        else:
+            lacking[what_is_missing(found)] = found in waited_for(sets, keep_days)
+    for sentence, needed in lacking.items():
+        if needed:
             wrong.append(f"{sentence} from {encrypted}")
         else:
             print(f"{sentence}; it is old enough to be deleted")
@@ -2345,9 +2353,9 @@ def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
 
     chain: see chain_at. Raises Failure.
     """
-    if lacking := what_sets_lack(chain):
-        raise Failure(f"{'; '.join(lacking)} from {reader.backup / ENCRYPTED}: the files cannot be "
-                      "listed, but restored; put back your copy, or take an older backup with "
+    if unsigned := [found.signatures for found in chain if not found.signed]:
+        raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]}.gpg is missing: the files cannot "
+                      "be listed, but restored; put back your copy, or take an older backup with "
                       "--time")
     lines: list[str] = []
     command = duplicity_command(
@@ -2428,14 +2436,13 @@ def restore(
     fresh = f".restoring-{os.getpid()}"
     os.mkdir(fresh, 0o700, dir_fd=place)
     with utils.opened(fresh, parent=place) as descriptor:
-        # In a directory that is theirs it may be exchanged before it is opened.
-        utils.check_owned_directory(directory / fresh, os.fstat(descriptor))
         target = utils.path_of(descriptor) / "restored"
         lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
         command = duplicity_command(
             "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))
         try:
+            check_own(descriptor, directory / fresh)
             with progress() as draw:
                 answer = run_duplicity(reader, command, lines, watch_restore(chain, draw, not part))
             if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(target):
@@ -2454,6 +2461,20 @@ def restore(
         raise Failure(f"not all could be restored to {directory}; try another disk: "
                       f"{first_of(lost)}")
     log.info("restored to %s", directory)
+
+
+def check_own(directory: int, path: Path) -> None:
+    """Check that a directory which was just made by its path is what was opened. Raises Failure.
+
+    What root makes in it belongs to who made it, on disks of other owners, too. directory:
+    its descriptor.
+    """
+    os.mkdir("own", dir_fd=directory)
+    own = os.stat("own", dir_fd=directory, follow_symlinks=False).st_uid
+    os.rmdir("own", dir_fd=directory)
+    if own != os.fstat(directory).st_uid:
+        raise Failure(f"somebody has put another directory in place of {path}; restore to where "
+                      "only root can write")
 
 
 def watch_restore(chain: Sequence[BackupSet], draw: Optional[Draw], all_of_it: bool) -> utils.Watch:
@@ -2482,15 +2503,17 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
     Yields its descriptor. If the block fails and it was made and is empty, it goes.
     Raises Failure (exit code 2) or OSError.
     """
-    directory = utils.resolved(Path(os.path.abspath(name)))
+    directory = utils.resolved(Path(os.getcwd(), name))
     if directory == work.root or work.backup in (directory, *directory.parents):
         raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
                       "directory", 2)
     made = not os.path.lexists(name)
-    if made:
-        with utils.opened_there(directory.parent) as parent:
-            os.mkdir(directory.name, 0o700, dir_fd=parent)
-    with utils.opened_there(directory) as place:
+    with contextlib.ExitStack() as stack:
+        parent = stack.enter_context(utils.opened_there(directory.parent))
+        with utils.whole_path_told(parent):
+            if made:
+                os.mkdir(directory.name, 0o700, dir_fd=parent)
+        place = stack.enter_context(utils.opened(directory.name or ".", parent=parent))
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -2506,7 +2529,7 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
         except BaseException:
             if made:
                 with contextlib.suppress(OSError):
-                    directory.rmdir()
+                    os.rmdir(directory.name, dir_fd=parent)
             raise
 
 

@@ -124,7 +124,7 @@ def path_in(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _whole_path_told(directory: Optional[int]) -> Iterator[None]:
+def whole_path_told(directory: Optional[int]) -> Iterator[None]:
     """Make an OSError about an entry of a directory that is open name its whole path.
 
     directory: its descriptor, None for a path.
@@ -205,20 +205,20 @@ def owned_directory(path: Path) -> Iterator[int]:
         yield directory
 
 
-def resolved(path: Path) -> Path:
-    """Return an absolute path with symbolic links of root's followed.
+def resolved(path: Path, links: int = 40) -> Path:
+    """Return an absolute path with symbolic links of root's followed, so many at most.
 
     Raises Failure (exit code 2) for one of somebody else's, who may have put it there for
     root to write where it leads.
     """
     found = Path("/")
     for part in path.parts[1:]:
-        found /= part
+        found = found.parent if part == ".." else found / part
         if found.is_symlink():
-            if found.lstat().st_uid != 0:
-                raise Failure(f"{found} is a symbolic link that is not root's; name the directory "
-                              "that is meant", 2)
-            found = resolved(Path(os.path.normpath(found.parent / os.readlink(found))))
+            if found.lstat().st_uid != 0 or not links:
+                raise Failure(f"{found} is a symbolic link that is not root's, or a loop; name the "
+                              "directory that is meant", 2)
+            found = resolved(found.parent / os.readlink(found), links - 1)
     return found
 
 
@@ -295,7 +295,7 @@ def _mount_of(path: Path) -> list[int]:
 
 
 def mount_points(path: Path) -> list[Path]:
-    """Return where file systems are mounted, symbolic links followed.
+    """Return where file systems are mounted.
 
     path: a table of them, see fstab(5) and proc(5), which may be missing.
     """
@@ -305,7 +305,7 @@ def mount_points(path: Path) -> list[Path]:
     targets = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)", table, re.MULTILINE)
     names = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), target)
              for target in targets]
-    return [Path(os.path.realpath(name)) for name in names]
+    return list(map(Path, names))
 
 
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
@@ -420,7 +420,7 @@ def remove(path: Union[str, Path], directory: Optional[int] = None) -> None:
 
     directory: the descriptor of one that is open, to which path is relative.
     """
-    with _whole_path_told(directory):
+    with whole_path_told(directory):
         try:
             os.unlink(path, dir_fd=directory)
         except FileNotFoundError:
@@ -579,7 +579,7 @@ def opened(
 
     parent: the descriptor of the directory that holds it.
     """
-    with _whole_path_told(parent):
+    with whole_path_told(parent):
         descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
     try:
         yield descriptor

@@ -334,15 +334,17 @@ def test_restore_beside_an_unfinished_set(keyed: Store, home: Path) -> None:
 def test_new_key(keyed: Store, first_night: FirstNight) -> None:
     """With a key that others know, and with one that is lost: the nights go on under a new one; old backups restore with the old key."""
     first_night(keyed)
-    key, old = keyed.backups / "secret_key.txt", keyed.backups / "old-key"
-    block = in_test(sh_block("old-key/backup/"), {"/opt/backup": PROJECT, "/home/user-data": keyed.root}).replace(
+    key, old = keyed.backups / "secret_key.txt", keyed.backups / f"old-key-{time.strftime('%F')}"
+    block = in_test(sh_block("mv encrypted cache"), {"/opt/backup": PROJECT, "/home/user-data": keyed.root}).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")
     before, old_key = keyed.manifests(), key.read_text()
     assert block.endswith(" --full\n")  # a night refuses to begin anew unasked
     result = keyed.run("sh", "-c", block)
     assert result.stderr.startswith("backup: made a new key") and key.read_text() != old_key
     assert [path.name for path in (old / "backup" / "encrypted").glob("*.manifest.gpg")] == before
-    assert "`backup.py --storage-root /home/user-data/backup/old-key`" in README
+    keyed.run("sh", "-c", block, exit_code=None)  # once more on that day
+    assert (old / "backup" / "secret_key.txt").read_text() == old_key
+    assert "`backup.py --storage-root /home/user-data/backup/old-key-DATE --restore /root/old`" in README
     keyed.run(PYTHON, SCRIPT, "--storage-root", old, "--restore", keyed.scratch / "old")
     assert tree_of(keyed.scratch / "old") == tree_of(keyed.root)
 
@@ -352,7 +354,7 @@ def test_new_key(keyed: Store, first_night: FirstNight) -> None:
     assert "is missing although there are backups" in keyed.backup(exit_code=2).stderr
     result = keyed.run("sh", "-c", block)
     assert "cannot stat 'secret_key.txt'" in result.stderr and "made a new key" in result.stderr
-    assert [path.name for path in (old / "backup" / "encrypted").glob("*.manifest.gpg")] == before
+    assert {path.name for path in (old / "backup" / "encrypted").glob("*.manifest.gpg")} == set(before)
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert [name.split(".")[0] for name in keyed.manifests()] == ["duplicity-full", "duplicity-inc"]
@@ -366,7 +368,7 @@ def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
     keyed.backup()
     older = {path.name for path in keyed.encrypted.iterdir()}
     assert len(older) == 6
-    shutil.copytree(keyed.encrypted, keyed.backups / "old-key" / "backup" / "encrypted")
+    shutil.copytree(keyed.encrypted, keyed.backups / "old-key-2026-11-20" / "backup" / "encrypted")
     (keyed.backups / "legacy").mkdir()
     keyed.backup("--full")
     newer = {path.name for path in keyed.encrypted.iterdir()} - older
@@ -377,7 +379,7 @@ def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
     told = [keyed.run("sh", "-e", "-c", in_test(block, paths).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")).stdout for block in blocks]
     assert "Total: " in told[0] and re.search(rf"^\S+\t{keyed.encrypted}$", told[0], re.MULTILINE)
-    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key", "cache"}
+    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key-2026-11-20", "cache"}
     assert {path.name for path in keyed.encrypted.iterdir()} == newer
     moved = disk / "old" / "backup"
     assert {path.name for path in (moved / "encrypted").iterdir()} == older

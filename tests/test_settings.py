@@ -291,7 +291,7 @@ def test_damaged_manifest(keyed: Store, first_night: FirstNight) -> None:
     content[-10] ^= 1
     manifest.write_bytes(content)
     keyed.forget_calls()
-    (keyed.backups / "last-run.json").write_text('{"told": 5}')
+    (keyed.backups / "last-verify.json").write_text('{"told": 5, "checked": {}, "damaged": {}}')
     assert f"{manifest} is damaged" in keyed.backup(exit_code=1).stderr
     assert keyed.calls() == []
     shutil.rmtree(keyed.backups / "cache")

@@ -166,7 +166,7 @@ def test_keys(by_hand: ByHand) -> None:
         "directory": str(by_hand.encrypted),
         "encpwfile": str(by_hand.root / "backup/secret_key.txt"),
         "tz": "UTC", "unmatched_file_size": 7, "last_run": None,
-        "last_verify": {"checked": {}, "damaged": {}}, "excluded": {}, "ok": True,
+        "last_verify": {"checked": {}, "damaged": {}, "told": []}, "excluded": {}, "ok": True,
         "headline": "OK: last backup 1 day, 0 hours ago, full on Saturday, 1 increment since"}
     for row in (newer, older):
         assert row.pop("date_str") and row.pop("deleted_in")

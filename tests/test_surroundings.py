@@ -84,7 +84,10 @@ def test_storage_root_mounted_inside_itself(keyed: Store, source: str) -> None:
     script = f'mount --bind "$0{source}" "$0/again" && exec "$@"'
     result = keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command(),
                        exit_code=2)
-    assert f"unmount {keyed.root}/again" in result.stderr and not keyed.calls()
+    assert f"{keyed.root}/again shows it once more" in result.stderr and not keyed.calls()
+    with keyed.settings.open("a") as stream:
+        stream.write("BACKUP_EXCLUDE=again\n")
+    keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command())
 
 
 def test_mount_that_is_hidden_by_another(keyed: Store) -> None:
