@@ -960,8 +960,8 @@ def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
     return [found for found in sets if found not in chained]
 
 
-def waited_for(sets: Sequence[BackupSet], keep_days: int) -> list[BackupSet]:
-    """Return which of the sets that nothing can be restored from may be whole again.
+def lost_sets(sets: Sequence[BackupSet], keep_days: int) -> list[BackupSet]:
+    """Return which of the sets that nothing can be restored from are not just old.
 
     They are younger than BACKUP_KEEP_DAYS, or than the newest full backup. sets: complete or
     not, oldest first. keep_days: see keep_days_of.
@@ -1049,11 +1049,13 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
     record.broken = broken_files(sets, night.keep_days, night=night)
-    record.lacking = [what_is_missing(found)
-                      for found in waited_for(read_sets(ENCRYPTED)[0], night.keep_days)]
-    tell_of_losses(night, record, {**record.broken, **dict.fromkeys(record.lacking, "")})
+    lost = lost_sets(read_sets(ENCRYPTED)[0], night.keep_days)
+    kept = night.now - timedelta(days=night.keep_days)
+    record.lacking = [what_is_missing(found) for found in lost if found.date > kept]
+    losses = {**record.broken, **{what_is_missing(found): "" for found in lost}}
+    tell_of_losses(night, record, losses)
     whole_again = dict.fromkeys(read_last_verify(LAST_VERIFY)["damaged"], "")
-    record_checks([], {**whole_again, **record.broken}, {*record.broken, *record.lacking})
+    record_checks([], {**whole_again, **record.broken}, losses.keys())
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
@@ -2116,8 +2118,8 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
     for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
         utils.find_program(program, work.environment)
     if not complete_sets(work.backup / ENCRYPTED):
-        raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; make "
-                      "one, or put your copy of the backups there")
+        raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; mount its disk, "
+                      "put your copy of the backups there, or make one")
     temporary = tempfile.gettempdir()  # which may be relative to where we are now
     utils.work_inside(work.backup)
     read_passphrase()
@@ -2254,7 +2256,7 @@ def missing_sets(work: Work, keep_days: int) -> list[str]:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
         else:
-            lacking[what_is_missing(found)] = found in waited_for(sets, keep_days)
+            lacking[what_is_missing(found)] = found in lost_sets(sets, keep_days)
     for sentence, needed in lacking.items():
         if needed:
             wrong.append(f"{sentence} from {encrypted}")
