@@ -443,23 +443,26 @@ def begin_night(settings: Mapping[str, str]) -> Night:
 
 
 def check_mounts(night: Night) -> None:
-    """Check that what /etc/fstab mounts at or below backup/ is mounted. Raises Failure.
+    """Check that what /etc/fstab mounts in STORAGE_ROOT is mounted. Raises Failure.
 
-    The key and last-run.json may lie there, too: it would look like a first night. And
-    check that STORAGE_ROOT, or what holds it, is not mounted inside it: that has no end.
+    Else all mail there would count as deleted; and with the key and last-run.json on a disk
+    that is missing it would look like a first night. And check that STORAGE_ROOT, or what
+    holds it, is not mounted inside it: that has no end.
     """
-    for place in utils.mount_points(Path("/proc/self/mounts")):
-        above = [place, *place.parents]
-        if night.root not in above or any(night.root / name in above for name in night.excluded):
-            continue
+    left_out = {night.root / name for name in night.excluded}
+    for place in utils.mounts_in(Path("/proc/self/mounts")):
+        above = {place, *place.parents}
         with contextlib.suppress(OSError):  # as of a user's file system in user space
-            if place != night.root and any(map(place.samefile, [night.root, *night.root.parents])):
+            if place != night.root and night.root in above and not left_out & above and any(
+                    map(place.samefile, [night.root, *night.root.parents])):
                 raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
                               "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
-    for place in utils.mount_points(Path("/etc/fstab")):
+    for place, options in utils.mounts_in(Path("/etc/fstab")).items():
         # What is mounted itself is not looked at: a server that is gone would not answer.
         place = Path(os.path.realpath(place.parent), place.name)
-        if night.backup in (place, *place.parents) and (
+        above = {place, *place.parents}
+        needed = night.root in above and not left_out & above and "noauto" not in options.split(",")
+        if (needed or night.backup in above) and (
                 not place.exists() or place.is_dir() and utils.on_one_mount(place, place.parent)):
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")

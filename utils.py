@@ -294,18 +294,17 @@ def _mount_of(path: Path) -> list[int]:
         return found
 
 
-def mount_points(path: Path) -> list[Path]:
-    """Return where file systems are mounted.
+def mounts_in(path: Path) -> dict[Path, str]:
+    """Return the options of file systems by where they are mounted.
 
     path: a table of them, see fstab(5) and proc(5), which may be missing.
     """
     table = ""
     with contextlib.suppress(FileNotFoundError):  # as in a container
         table = os.fsdecode(content_of(path))
-    targets = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)", table, re.MULTILINE)
-    names = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), target)
-             for target in targets]
-    return list(map(Path, names))
+    found = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)(?:[ \t]+\S+[ \t]+(\S+))?", table, re.MULTILINE)
+    return {Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name)): options
+            for name, options in found}
 
 
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
@@ -341,8 +340,8 @@ def sync_directory(path: Path) -> None:
 def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -1) -> None:
     """Write a file so that at any instant the old or the new content is there, whole.
 
-    A symbolic link at path is replaced. content: the new text. mode: its permissions.
-    group: its group id, -1 for the caller's.
+    On a full disk what it holds is written over. A symbolic link at path is replaced.
+    content: the new text. mode: its permissions. group: its group id, -1 for the caller's.
     """
     temporary = path.with_name(f".{path.name}.new")  # so that a killed run leaves one at most
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -354,9 +353,13 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
                 stream.write(content)
             os.fsync(descriptor)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not full or not path.exists():
+            raise
+        with opened(path, os.O_WRONLY) as descriptor:  # the room of the old content is left
+            os.ftruncate(descriptor, os.write(descriptor, content.encode()))
     sync_directory(path.parent)
 
 
@@ -828,7 +831,8 @@ def exclusive_process(path: Path) -> Iterator[int]:
                           f"the lock {path.absolute()}; wait for it to end", 4) from error
         os.ftruncate(descriptor, 0)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        os.write(descriptor, f"process {os.getpid()}, since {since}".encode())
+        with contextlib.suppress(OSError):  # a full disk is told of later
+            os.write(descriptor, f"process {os.getpid()}, since {since}".encode())
         yield descriptor
 
 

@@ -94,6 +94,18 @@ def test_disk_that_is_not_mounted(keyed: Store, first_night: FirstNight, below: 
     keyed.run("unshare", "--mount", "sh", "-c", mounts, "sh", *keyed.command())
 
 
+def test_disk_of_mail_that_is_not_mounted(keyed: Store) -> None:
+    """Its mail is not taken for deleted; a disk that is mounted by hand may be missing."""
+    table = keyed.scratch / "fstab"
+    run = ["unshare", "--mount", "sh", "-c", f'mount --bind {table} /etc/fstab && "$@"', "sh",
+           *keyed.command()]
+    for place, options, exit_code in (("mail", "defaults,nofail", 1), ("mail", "ro,noauto", 0),
+                                      ("../mail", "defaults", 0), ("", "defaults", 1)):
+        table.write_text(f"UUID=1 {keyed.root}/{place} ext4 {options} 0 2\n")
+        result = keyed.run(*run, exit_code=exit_code)
+        assert (f"{keyed.root / place} is not mounted" in result.stderr) == (exit_code == 1)
+
+
 def test_lost_volume_is_not_built_on(keyed: Store, first_night: FirstNight) -> None:
     """A full backup is made, the volume named and nothing mirrored: in that night only."""
     first_night(keyed)
@@ -203,6 +215,20 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
     result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command())
     assert result.stderr == ""
     assert old not in result.stdout and new in result.stdout
+
+
+def test_disk_without_a_free_byte(keyed: Store, first_night: FirstNight) -> None:
+    """What failed for that is told by --status, too: last-run.json is written over."""
+    first_night(keyed)
+    script = (
+        'cp -a "$0" "$0.aside" && mount -t tmpfs -o size=20M,mode=750 none "$0" &&'
+        ' cp -a "$0.aside/." "$0" && chgrp nogroup "$0" &&'
+        ' ! dd if=/dev/zero of="$0/filler" bs=4k 2> /dev/null && "$@"; code=$?;'
+        ' "$@" --status; exit $code')
+    result = keyed.run("unshare", "--mount", "sh", "-c", script, keyed.backups, *keyed.command(),
+                       exit_code=1)
+    assert "has 0 bytes free and a backup needs" in result.stderr
+    assert result.stdout.startswith("FAILED: the last run failed")
 
 
 def test_refused_night_is_told(keyed: Store, first_night: FirstNight) -> None:
