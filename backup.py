@@ -449,11 +449,11 @@ def check_mounts(night: Night) -> None:
     that is missing it would look like a first night. And check that STORAGE_ROOT, or what
     holds it, is not mounted inside it: that has no end.
     """
-    left_out = {night.root / name for name in night.excluded}
+    excluded = {night.root / name for name in night.excluded}
     for place in utils.mounts_in(Path("/proc/self/mounts")):
         above = {place, *place.parents}
         with contextlib.suppress(OSError):  # as of a user's file system in user space
-            if place != night.root and night.root in above and not left_out & above and any(
+            if place != night.root and night.root in above and not excluded & above and any(
                     map(place.samefile, [night.root, *night.root.parents])):
                 raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
                               "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
@@ -461,7 +461,7 @@ def check_mounts(night: Night) -> None:
         # What is mounted itself is not looked at: a server that is gone would not answer.
         place = Path(os.path.realpath(place.parent), place.name)
         above = {place, *place.parents}
-        needed = night.root in above and not left_out & above and "noauto" not in options.split(",")
+        needed = night.root in above and not excluded & above and "noauto" not in options.split(",")
         if (needed or night.backup in above) and (
                 not place.exists() or place.is_dir() and utils.on_one_mount(place, place.parent)):
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
@@ -963,13 +963,18 @@ def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
     return [found for found in sets if found not in chained]
 
 
+def kept_since(keep_days: int) -> datetime:
+    """Return the time before which backups are old enough to be deleted. See keep_days_of."""
+    return datetime.now(timezone.utc) - timedelta(days=keep_days)
+
+
 def lost_sets(sets: Sequence[BackupSet], keep_days: int) -> list[BackupSet]:
     """Return which of the sets that nothing can be restored from are not just old.
 
     They are younger than BACKUP_KEEP_DAYS, or than the newest full backup. sets: complete or
     not, oldest first. keep_days: see keep_days_of.
     """
-    kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
+    kept = kept_since(keep_days)
     fulls = [found.date for found in sets if found.complete and found.full]
     return [found for found in loose_sets(sets) if not fulls or found.date > min(kept, fulls[-1])]
 
@@ -1006,7 +1011,7 @@ def missing_files(
     told of their sets.
     """
     there = utils.regular_files(backup / ENCRYPTED)
-    kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
+    kept = kept_since(keep_days)
     manifests = {found.manifest for chain in chains_of(sets) for found in chain
                  if chain[-1].date > kept or chain[-1] == sets[-1]}
     manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest") if sets
@@ -1053,7 +1058,7 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
     """
     record.broken = broken_files(sets, night.keep_days, night=night)
     lost = lost_sets(read_sets(ENCRYPTED)[0], night.keep_days)
-    kept = night.now - timedelta(days=night.keep_days)
+    kept = kept_since(night.keep_days)
     record.lacking = [what_is_missing(found) for found in lost if found.date > kept]
     losses = {**record.broken, **{what_is_missing(found): "" for found in lost}}
     tell_of_losses(night, record, losses)
@@ -1531,7 +1536,6 @@ def delete_migrated_backups(
     migrated.rmdir()
 
 
-@needs_attention_at_most
 def delete_old_chains(
     night: Night, record: Record, sets: Sequence[BackupSet], begin: Optional[datetime] = None
 ) -> None:
@@ -1593,7 +1597,7 @@ def check_a_share(night: Night, record: Record) -> None:
     share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
     sets = complete_sets(ENCRYPTED)
     log.info("checking a seventh of the backup files")
-    results = missing_files(sets, night.keep_days)
+    results = missing_files(sets, night.keep_days)  # the new set's volumes, too
     with utils.low_priority():
         for found in sets:
             results.update(check_set(night, found, [share]))
@@ -2250,16 +2254,17 @@ def missing_sets(work: Work, keep_days: int) -> list[str]:
     lost = missing_files(complete, keep_days)
     wrong += [f"{encrypted / name} {why}" for name, why in lost.items()
               if stamp_of(Path(name)) not in there]
-    kept = datetime.now(timezone.utc) - timedelta(days=keep_days)
+    kept = kept_since(keep_days)
     lacking = {f"the signatures of {found.stamp} are missing":
                chain[-1].date > kept or chain[-1] == complete[-1]
                for chain in chains_of(complete) for found in chain if not found.signed}
+    needed_sets = lost_sets(sets, keep_days)
     for found in loose_sets(sets):
         if found.stamp > max(newest, newest_set):
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
         else:
-            lacking[what_is_missing(found)] = found in lost_sets(sets, keep_days)
+            lacking[what_is_missing(found)] = found in needed_sets
     for sentence, needed in lacking.items():
         if needed:
             wrong.append(f"{sentence} from {encrypted}")
