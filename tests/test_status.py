@@ -6,7 +6,6 @@ It does so from names and sizes alone.
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +165,7 @@ def test_keys(by_hand: ByHand) -> None:
         "directory": str(by_hand.encrypted),
         "encpwfile": str(by_hand.root / "backup/secret_key.txt"),
         "tz": "UTC", "unmatched_file_size": 7, "last_run": None,
-        "last_verify": {"checked": {}, "damaged": {}, "told": []}, "excluded": {}, "ok": True,
+        "last_verify": {"checked": {}, "damaged": {}}, "excluded": {}, "ok": True,
         "headline": "OK: last backup 1 day, 0 hours ago, full on Saturday, 1 increment since"}
     for row in (newer, older):
         assert row.pop("date_str") and row.pop("deleted_in")
@@ -646,22 +645,6 @@ def test_text(keyed: Store, kept: ByHand) -> None:
     assert any(re.match(r"Free: .* [MG]B", line) for line in lines)
     assert lines[0] == f"OK: last backup 1 day, 1 hour ago, full on {full:%A}, 1 increment since"
     assert "\x1b" not in text
-
-
-@pytest.mark.parametrize(
-    "variable, colour", [({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)])
-def test_colour(
-    keyed: Store, kept: ByHand, variable: dict[str, str], colour: bool
-) -> None:
-    """On a terminal the first line is green or red, and never with NO_COLOR."""
-    kept.put_set(recent())
-    green, red = ("\x1b[32m", "\x1b[31m") if colour else ("", "")
-    shown = shlex.join(keyed.command("--status"))
-    command = ["script", "--quiet", "--return", "--command", shown, "/dev/null"]
-    assert keyed.run(*command, environment=variable).stdout.startswith(f"{green}OK: ")
-    kept.last_run.write_text('{"exit_code": 1, "message": "no"}')
-    failed = keyed.run(*command, environment=variable, exit_code=3)
-    assert failed.stdout.startswith(f"{red}FAILED: ")
 
 
 def test_headline(zone: Callable[[str], None]) -> None:

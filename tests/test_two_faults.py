@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 
 import pytest
 
@@ -152,10 +153,11 @@ def test_lost_signatures(keyed: Store, first_night: FirstNight, lost: int) -> No
     assert "the files cannot be listed, but restored" in keyed.backup("--list", exit_code=1).stderr
     result = keyed.backup(exit_code=3)
     assert result.stderr.startswith(f"backup: {signatures[lost]} is missing; fetch it")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("\n") == 2 and "no old backups were deleted" in result.stderr
     assert "-full." in keyed.manifests()[-1] and not mark.exists()
+    assert all(path.exists() for path in signatures if path != signatures[lost])
     assert keyed.backup().stderr == "" and mark.exists()
-    assert "the signatures of" in keyed.backup("--verify", exit_code=3).stderr
+    assert f"{signatures[lost]} is missing" in keyed.backup("--verify", exit_code=3).stderr
 
 
 def test_second_loss_is_told_again(keyed: Store, first_night: FirstNight) -> None:
@@ -209,3 +211,54 @@ def test_known_damage_outlives_a_night_that_failed(keyed: Store, first_night: Fi
     (keyed.bin / "duplicity").unlink()
     keyed.backup(exit_code=None)
     assert "-full." in keyed.manifests()[-1]
+
+
+def test_volume_of_an_old_chain_is_lost(keyed: Store) -> None:
+    """The night that finds it tells of it, and not each seventh that finds it anew."""
+    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in remove*) ;; *) exec REAL \"$@\";; esac\n")
+    for age in ("9 days ago", "1 hour ago"):
+        keyed.run("faketime", age, *keyed.command("--full"))
+    volume = next(keyed.encrypted.glob(keyed.manifests()[0].replace("manifest", "vol1.difftar")))
+    volume.unlink()
+    share = str(zlib.crc32(volume.name.encode()) % 7)
+    checks = keyed.backups / "last-verify.json"
+
+    def night() -> str:
+        known = json.loads(checks.read_text())
+        known["checked"] = {str(number): "2026-01-01T00:00:00+00:00" for number in range(7)}
+        known["checked"].pop(share)
+        checks.write_text(json.dumps(known))
+        return keyed.backup(exit_code=None).stderr
+
+    assert f"{volume} is missing" in night()
+    assert night() == ""
+    assert keyed.backup().stderr == "" and night() == ""
+
+
+def test_clock_that_jumps_while_duplicity_runs(keyed: Store) -> None:
+    """What is young by the clock at the begin of the run is not deleted as old."""
+    for age in ("42 days ago", "40 days ago"):
+        keyed.run("faketime", age, *keyed.command("--full"))
+    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|remove*) unset LD_PRELOAD FAKETIME;; "
+                   'esac\nexec REAL "$@"\n')
+    before = set(keyed.encrypted.iterdir())
+    result = keyed.run("faketime", "40 days ago", *keyed.command("--full"), exit_code=3)
+    assert "check the clock" in result.stderr and before < set(keyed.encrypted.iterdir())
+
+
+def test_gpg_without_room_for_its_keybox_finds_no_damage(
+    keyed: Store, first_night: FirstNight
+) -> None:
+    """It exits with 2 although it has opened the file: /run is almost full."""
+    first_night(keyed)
+    keyed.stand_in("gpg", '#!/bin/sh\nREAL "$@"; exit 2\n')
+    assert keyed.backup("--verify").stderr == ""
+
+
+@pytest.mark.parametrize("size", [3, 13, 20])
+def test_file_of_a_few_bytes_is_damaged(keyed: Store, first_night: FirstNight, size: int) -> None:
+    """Of one that ends after its first packet gpg says nothing, and exits with 0."""
+    first_night(keyed)
+    signatures = next(keyed.encrypted.glob("*.sigtar.gpg"))
+    signatures.write_bytes(signatures.read_bytes()[:size])
+    assert f"{signatures} is damaged" in keyed.backup("--verify", exit_code=3).stderr
