@@ -24,7 +24,6 @@ if __name__ == "__main__":  # until something is held ^C ends it at once, while 
 import argparse
 import ast
 import base64
-import contextlib
 import difflib
 import fcntl
 import filecmp
@@ -52,10 +51,11 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NoReturn, Optional, Union
+from typing import Any, NoReturn
 
 from dateutil.parser import isoparse
 from dateutil.relativedelta import relativedelta
@@ -144,7 +144,9 @@ DUPLICITY_EXIT_CODES = {
 LOW_PRIORITY = ["nice", "-n", "19", "ionice", "-t", "-c", "3"]  # -t: a container may forbid it
 
 log = logging.getLogger("backup")
-Draw = Callable[[int, Optional[int]], None]
+Draw = Callable[[int, int | None], None]
+Settings = Mapping[str, str]  # of the file, as load_environment returns them
+Status = Mapping[str, Any]  # as backup_status returns it
 
 
 # What a run knows
@@ -167,7 +169,7 @@ class Work:
 class Night(Work):
     """What a run knows from the start. settings: those of the file. now: when it began."""
 
-    settings: Mapping[str, str]
+    settings: Settings
     user: pwd.struct_passwd
     keep_days: int
     services: tuple[str, ...]
@@ -184,13 +186,13 @@ class Record:
     """
 
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
-    newest_set: Optional[str] = None  # the stamp of the newest complete set, as far as is known
+    newest_set: str | None = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
     told: frozenset[str] = frozenset()  # of which files runs have warned before
-    kind: Optional[str] = None
-    source: Optional[str] = None
+    kind: str | None = None
+    source: str | None = None
     size: int = 0  # of the new set, in bytes
-    duplicity_version: Optional[str] = None
+    duplicity_version: str | None = None
     downtime: Downtime = field(default_factory=Downtime)
     unread: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
@@ -214,7 +216,7 @@ def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
     return taken
 
 
-SetKey = tuple[Optional[str], str]
+SetKey = tuple[str | None, str]
 DirectoryState = tuple[int, int, int]
 
 
@@ -227,7 +229,7 @@ class BackupSet:
     """
 
     stamp: str
-    previous: Optional[str]
+    previous: str | None
     complete: bool
     files: frozenset[str]
     size: int
@@ -273,7 +275,10 @@ class BackupSet:
         return stamp_date(self.stamp)
 
 
-def work_of(settings: Mapping[str, str]) -> Work:
+Sets = Sequence[BackupSet]  # oldest first
+
+
+def work_of(settings: Settings) -> Work:
     """Compute what every command knows from STORAGE_ROOT.
 
     Raises Failure (exit code 2) if that is missing from the settings, not absolute or no
@@ -298,7 +303,7 @@ def work_of(settings: Mapping[str, str]) -> Work:
                 RUN_DIRECTORY / f"backup-stopped-{token}", program_environment())
 
 
-def keep_days_of(settings: Mapping[str, str]) -> int:
+def keep_days_of(settings: Settings) -> int:
     """Return BACKUP_KEEP_DAYS.
 
     Raises Failure (exit code 2) unless it is a number from 1 to 9999.
@@ -310,7 +315,7 @@ def keep_days_of(settings: Mapping[str, str]) -> int:
     return int(days)
 
 
-def excluded_of(settings: Mapping[str, str]) -> tuple[str, ...]:
+def excluded_of(settings: Settings) -> tuple[str, ...]:
     """Return the paths of BACKUP_EXCLUDE, relative to STORAGE_ROOT.
 
     Raises Failure (exit code 2) if it cannot be split as a shell splits words, or names
@@ -330,7 +335,7 @@ def excluded_of(settings: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(map(os.path.normpath, paths))
 
 
-def night_of(settings: Mapping[str, str]) -> Night:
+def night_of(settings: Settings) -> Night:
     """Check the settings and put together what a run knows.
 
     settings: as load_environment returns them. Raises Failure (exit code 2) if a setting
@@ -372,7 +377,7 @@ def program_environment() -> dict[str, str]:
 # The night
 
 
-def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int:
+def perform_backup(settings: Settings, force_full: bool = False) -> int:
     """Make the nightly backup: the steps of the night, one line each.
 
     settings: see night_of. force_full: make a full backup even if an incremental would do.
@@ -421,7 +426,7 @@ def perform_backup(settings: Mapping[str, str], force_full: bool = False) -> int
 # Steps 1 and 2: what can be checked before anything is touched
 
 
-def begin_night(settings: Mapping[str, str]) -> Night:
+def begin_night(settings: Settings) -> Night:
     """Check what needs no lock, and work in backup/. A refusal is written to last-run.json.
 
     settings: see night_of. Raises Failure.
@@ -432,7 +437,7 @@ def begin_night(settings: Mapping[str, str]) -> Night:
         check_mounts(night)
     except Exception as error:
         refusal = failure_of(error)
-        with contextlib.suppress(Failure, OSError):  # backup/ may be missing, or not sound
+        with suppress(Failure, OSError):  # backup/ may be missing, or not sound
             utils.work_inside(work_of(settings).backup)
             write_last_run(Path().stat().st_gid, new_record(), refusal.exit_code, str(refusal))
         raise
@@ -448,15 +453,15 @@ def check_mounts(night: Night) -> None:
     holds it, is not mounted inside it: that has no end.
     """
     excluded = {night.root / name for name in night.excluded}
-    mounted = utils.mounts_in(Path("/proc/self/mounts"))
+    mounted = utils.mounts()
     for place in mounted:
         above = {place, *place.parents}
-        with contextlib.suppress(OSError):  # as of a user's file system in user space
+        with suppress(OSError):  # as of a user's file system in user space
             if place != night.root and night.root in above and not excluded & above and any(
                     map(place.samefile, [night.root, *night.root.parents])):
                 raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
                               "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
-    for place, options in utils.mounts_in(Path("/etc/fstab")).items():
+    for place, options in utils.mounts("/etc/fstab").items():
         # The place itself is not looked at: a server that is gone would not answer.
         place = Path(os.path.realpath(place.parent), place.name)
         above = {place, *place.parents}
@@ -505,7 +510,7 @@ def check_surroundings(night: Night) -> str:
         utils.find_program(program, night.environment)
     for directory in (ENCRYPTED, CACHE, ARCHIVE, SNAPSHOT, TEMPORARY, PLAIN, LEGACY,
                       night.copy_beside, night.migrated):
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             utils.check_owned_directory(directory)
     if os.path.lexists(KEY):
         check_key()
@@ -585,7 +590,7 @@ def check_newest_set(night: Night, record: Record) -> None:
         record.broken[sets[-1].manifest] = "is damaged"
 
 
-def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
+def check_clock(night: Night, sets: Sets) -> float:
     """Return how many seconds the newest set is dated in the future.
 
     sets: the complete ones, oldest first. Raises Failure if that is more than a minute.
@@ -598,7 +603,7 @@ def check_clock(night: Night, sets: Sequence[BackupSet]) -> float:
     return ahead
 
 
-def check_nothing_lost(work: Work, newest_set: Optional[str], force_full: bool) -> None:
+def check_nothing_lost(work: Work, newest_set: str | None, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
     Else a disk that was not mounted would pass for a first night. newest_set: the stamp of
@@ -622,7 +627,7 @@ def way_out_of(work: Work) -> str:
     return f"move {work.backup / ENCRYPTED} and {work.backup / CACHE} aside and run --full"
 
 
-def run_gpg(work: Work, name: str, take_text: Optional[utils.TakeLine] = None) -> Finished:
+def run_gpg(work: Work, name: str, take_text: utils.TakeLine | None = None) -> Finished:
     """Have gpg open a file of encrypted/ and check its integrity.
 
     take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended; its exit
@@ -656,7 +661,7 @@ def gpg_environment(work: Work) -> dict[str, str]:
     return {**work.environment, "GNUPGHOME": str(work.gnupg)}
 
 
-@contextlib.contextmanager
+@contextmanager
 def gpg_home(work: Work) -> Iterator[None]:
     """Keep gpg's home while the block runs, and leave neither it nor its agent behind."""
     with utils.own_directory(work.gnupg):
@@ -723,7 +728,7 @@ def stamp_of(path: Path) -> str:
     return match[3] if match else ""
 
 
-@contextlib.contextmanager
+@contextmanager
 def failed_set_thrown_away(record: Record) -> Iterator[None]:
     """Delete the set that the block was making when it failed, that a full disk gets free.
 
@@ -762,21 +767,21 @@ def make_directories(night: Night) -> None:
                     "backup can be opened", KEY.absolute())
 
 
-@contextlib.contextmanager
+@contextmanager
 def temporary_directory() -> Iterator[None]:
     """Keep duplicity's temporary directory while the block runs."""
     utils.make_owned_directory(TEMPORARY, 0o700, 0)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the next run will
+        with suppress(OSError):  # the next run will
             utils.remove(TEMPORARY)
 
 
 # Step 4: the layout of old
 
 
-def migrate_legacy_layout(work: Work) -> Optional[DirectoryState]:
+def migrate_legacy_layout(work: Work) -> DirectoryState | None:
     """Move plain backups to where the next backup contains them, and remove their openssl copies.
 
     Each change leaves a state from which the next run goes on. Returns the state of the
@@ -790,11 +795,11 @@ def migrate_legacy_layout(work: Work) -> Optional[DirectoryState]:
             utils.sync_directory(place)
     for path in PLAIN.glob("*"):  # of which there is a copy now
         utils.remove(path)
-    with contextlib.suppress(OSError):  # one that is a mount point stays, empty
+    with suppress(OSError):  # one that is a mount point stays, empty
         PLAIN.rmdir()
     originals: dict[str, int] = {}
     state = None
-    with contextlib.suppress(FileNotFoundError), utils.owned_directory(work.migrated) as directory:
+    with suppress(FileNotFoundError), utils.owned_directory(work.migrated) as directory:
         os.fchmod(directory, 0o700)
         state = directory_state(os.fstat(directory))
         originals = {entry.name: entry.stat(follow_symlinks=False).st_size
@@ -831,7 +836,7 @@ def move_plain_backups(work: Work) -> None:
         if len(equal) == len(os.listdir(PLAIN)):  # a run was killed before it had deleted all
             return
         target = unused(target / "again")  # no name of a backup's: the directory may hold none
-    with contextlib.suppress(OSError):  # as where it is a mount point
+    with suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
         return
     if utils.content_size(PLAIN) + reserve_bytes(work.root) > utils.free_bytes(work.root):
@@ -891,25 +896,26 @@ def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
     for name in sizes:
         if key := key_of(name):
             members.setdefault(key, set()).add(name)
-    signatures = {key: names for key, names in members.items()
-                  if all(".sigtar." in name for name in names)}
-    complete = {key for key, names in members.items()
-                if any(".manifest." in name for name in names)}
-    for wanted in sorted(complete, key=lambda key: key[1]):
-        near = [(abs(stamp_date(key[1]) - stamp_date(wanted[1])), key) for key in signatures
-                if (key[0] is None) == (wanted[0] is None)]
-        signed = any(".sigtar." in name for name in members[wanted])
-        if near and not signed and min(near)[0] <= timedelta(seconds=SIGNATURE_SECONDS):
-            members[wanted] |= signatures.pop(min(near)[1])
-    sets = [BackupSet(stamp, previous, (previous, stamp) in complete, frozenset(names),
-                      sum(sizes[name] for name in names))
-            for (previous, stamp), names in members.items()
-            if any(".sigtar." not in name for name in names)]
+    loose = {key for key, names in members.items() if all(".sigtar." in name for name in names)}
+    sets = []
+    for (previous, stamp), names in members.items():
+        if (previous, stamp) in loose:
+            continue
+        complete = any(".manifest." in name for name in names)
+        if complete and not any(".sigtar." in name for name in names):
+            near = [key for key in sorted(loose, key=str) if (key[0] is None) == (previous is None)
+                    and abs(stamp_date(key[1]) - stamp_date(stamp)).total_seconds()
+                    <= SIGNATURE_SECONDS]
+            for key in near[:1]:
+                loose.remove(key)
+                names = names | members[key]
+        sets.append(BackupSet(stamp, previous, complete, frozenset(names),
+                              sum(sizes[name] for name in names)))
     sets.sort(key=lambda found: (found.stamp, found.previous or ""))
     return sets, sum(sizes.values()) - sum(found.size for found in sets if found.complete)
 
 
-def key_of(name: str) -> Optional[SetKey]:
+def key_of(name: str) -> SetKey | None:
     """Return what tells a set from others, of the name of a file in encrypted/.
 
     These are the stamps of the set it builds on, if any, and its own. None of a stray
@@ -917,7 +923,7 @@ def key_of(name: str) -> Optional[SetKey]:
     """
     match = FILE.fullmatch(name)
     if match and match[4] == ".gpg" and match[1].startswith("full") == (match[2] is None):
-        with contextlib.suppress(ValueError):  # a stray name may hold a month 13
+        with suppress(ValueError):  # a stray name may hold a month 13
             stamp_date(match[2] or match[3])
             stamp_date(match[3])
             return match[2], match[3]
@@ -934,7 +940,7 @@ def stamp_date(stamp: str) -> datetime:
     return datetime.strptime(stamp, STAMP_FORMAT).replace(tzinfo=timezone.utc)
 
 
-def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
+def chains_of(sets: Sets) -> list[list[BackupSet]]:
     """Group complete sets, oldest first, into chains: a full and the increments that lead to it.
 
     Orphans are in none.
@@ -951,7 +957,7 @@ def chains_of(sets: Sequence[BackupSet]) -> list[list[BackupSet]]:
     return chains
 
 
-def loose_sets(sets: Sequence[BackupSet]) -> list[BackupSet]:
+def loose_sets(sets: Sets) -> list[BackupSet]:
     """Return the sets that nothing can be restored from. sets: complete or not, oldest first."""
     complete = [found for found in sets if found.complete]
     chained = {found for chain in chains_of(complete) for found in chain}
@@ -963,19 +969,19 @@ def kept_since(keep_days: int) -> datetime:
     return datetime.now(timezone.utc) - timedelta(days=keep_days)
 
 
-def newest_chain(sets: Sequence[BackupSet]) -> list[BackupSet]:
+def newest_chain(sets: Sets) -> list[BackupSet]:
     """Return the chain that ends with the newest set, empty if none does. sets: see chains_of."""
     return next((chain for chain in chains_of(sets) if chain[-1] == sets[-1]), [])
 
 
-def broken_in(chain: Sequence[BackupSet], broken: Collection[str]) -> list[str]:
+def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
     """Return which files of those that are damaged or missing, by their names, are a chain's."""
     stamps = {found.stamp for found in chain}
     return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
 
 
 def missing_files(
-    keep_days: int, backup: Path = Path(), night: Optional[Night] = None
+    keep_days: int, backup: Path = Path(), night: Night | None = None
 ) -> dict[str, str]:
     """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
 
@@ -1007,7 +1013,7 @@ def missing_files(
     return dict.fromkeys(sorted(names - there.keys()), "is missing")
 
 
-def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, str]:
+def read_manifest(name: str, backup: Path, work: Work | None) -> dict[str, str]:
     """Return the checksums in a manifest, see take_checksums.
 
     It is read in the archive directory if it is there. backup, work: see missing_files.
@@ -1026,7 +1032,7 @@ def read_manifest(name: str, backup: Path, work: Optional[Work]) -> dict[str, st
 
 
 def broken_files(
-    keep_days: int, backup: Path = Path(), night: Optional[Night] = None
+    keep_days: int, backup: Path = Path(), night: Night | None = None
 ) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
     known = read_last_verify(backup / LAST_VERIFY)["damaged"]
@@ -1036,7 +1042,7 @@ def broken_files(
             **missing_files(keep_days, backup, night)}
 
 
-def decide(night: Night, record: Record, sets: Sequence[BackupSet], force_full: bool) -> str:
+def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
     """Return the kind of the next backup, full or incremental, and tell which files are lost.
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
@@ -1056,9 +1062,9 @@ def tell_of_losses(work: Work, record: Record) -> None:
 
 
 def reason_for_full(
-    sets: Sequence[BackupSet], now: datetime, broken: Collection[str] = (),
+    sets: Sets, now: datetime, broken: Collection[str] = (),
     force_full: bool = False,
-) -> Optional[str]:
+) -> str | None:
     """Return why the next backup must be a full one, None if an incremental will do.
 
     sets: the complete ones, oldest first. broken: the names of files that are damaged or
@@ -1082,7 +1088,7 @@ def reason_for_full(
     return None
 
 
-def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) -> bool:
+def should_force_full(env: Settings, now: datetime | None = None) -> bool:
     """Tell whether the next backup of the STORAGE_ROOT in env must be a full one.
 
     now: the time, with its zone; default the clock's.
@@ -1094,7 +1100,7 @@ def should_force_full(env: Mapping[str, str], now: Optional[datetime] = None) ->
     return reason_for_full(sets, now, broken) is not None
 
 
-def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str) -> None:
+def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
     """Check the room; where it is lacking delete chains that are old enough first.
 
     Not while the newest chain is damaged or incomplete, or a file is waited for, and never
@@ -1112,7 +1118,7 @@ def make_room(night: Night, record: Record, sets: Sequence[BackupSet], kind: str
 
 
 def check_room(
-    work: Work, sets: Sequence[BackupSet], kind: str, freed: int = 0, disk: Path = Path()
+    work: Work, sets: Sets, kind: str, freed: int = 0, disk: Path = Path()
 ) -> None:
     """Check that there is room for the next backup and for duplicity's temporary files.
 
@@ -1177,8 +1183,8 @@ def run_hook(night: Night, name: str, record: Record) -> None:
 # Steps 7 to 10: the copy
 
 
-@contextlib.contextmanager
-def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror]]:
+@contextmanager
+def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     """Keep a copy of STORAGE_ROOT while the block runs; its first pass is made here, mail running.
 
     Yields None where it cannot be had: then duplicity has to read STORAGE_ROOT itself
@@ -1189,7 +1195,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
     log.info("copying %s while mail runs", night.root)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
         try:
             copy = stack.enter_context(
@@ -1203,11 +1209,12 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[Optional[utils.Mirror
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
-    """Return the directory for the copy: it must be on the tree's own disk, for the links.
+    """Return the directory for the copy: it must be on the tree's own mount, for the links.
 
     backup: a directory on the disk of backup/.
     """
-    return SNAPSHOT if utils.on_one_mount(backup, work.root) else work.copy_beside
+    one_disk = backup.stat().st_dev == work.root.stat().st_dev
+    return SNAPSHOT if one_disk and work.backup not in utils.mounts() else work.copy_beside
 
 
 @needs_attention_at_most
@@ -1232,7 +1239,7 @@ def remove_copy(place: Path) -> None:
     place.rmdir()
 
 
-@contextlib.contextmanager
+@contextmanager
 def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
     """Keep mail stopped while the block runs, see utils.services_stopped.
 
@@ -1289,7 +1296,7 @@ def duplicity_command(action: str, *arguments: str, low_priority: bool = False) 
 TARGET = f"file://{ENCRYPTED}"
 
 
-def set_command(night: Night, action: str, copy: Optional[Path] = None) -> list[str]:
+def set_command(night: Night, action: str, copy: Path | None = None) -> list[str]:
     """Return the command that makes a set.
 
     action: full or incremental. copy: to read, with mail running, in place of
@@ -1322,7 +1329,7 @@ def pruning_command(action: str, *age: str) -> list[str]:
 
 
 def run_duplicity(
-    work: Work, command: Sequence[str], log_lines: Optional[list[str]] = None,
+    work: Work, command: Sequence[str], log_lines: list[str] | None = None,
     watch: utils.Watch = lambda process: None,
 ) -> Finished:
     """Run a duplicity command in the working directory.
@@ -1373,7 +1380,7 @@ def explain(action: str, answer: Finished) -> str:
 
 
 def make_set(
-    night: Night, record: Record, action: str, copy: Optional[utils.Mirror] = None
+    night: Night, record: Record, action: str, copy: utils.Mirror | None = None
 ) -> None:
     """Have duplicity make a set, and believe it only when it is proved.
 
@@ -1424,7 +1431,7 @@ def make_set(
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
-def watch_set(work: Work, draw: Optional[Draw], total: Optional[int]) -> utils.Watch:
+def watch_set(work: Work, draw: Draw | None, total: int | None) -> utils.Watch:
     """Return a watch on duplicity that ends it before it takes the last room.
 
     It also draws how much of the tree duplicity has read. total: how much there is to
@@ -1451,7 +1458,7 @@ def first_of(texts: Sequence[str]) -> str:
     return "; ".join(texts[:20]) + more
 
 
-def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
+def read_machine_log(lines: Sequence[str]) -> tuple[int | None, list[str]]:
     """Read duplicity's machine log.
 
     It has records of `LEVEL code`, and then of lines that begin with a full stop.
@@ -1461,7 +1468,7 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
     those about other sets in the target: with codes 2 to 6 (duplicity's log.py), and one
     with code 1, of a set without signatures.
     """
-    entries: Optional[int] = None
+    entries: int | None = None
     warnings: list[str] = []
     level = ""
     for line in lines:
@@ -1478,7 +1485,7 @@ def read_machine_log(lines: Sequence[str]) -> tuple[Optional[int], list[str]]:
 
 @needs_attention_at_most
 def delete_migrated_backups(
-    night: Night, record: Record, state: Optional[DirectoryState]
+    night: Night, record: Record, state: DirectoryState | None
 ) -> None:
     """Delete the plain backups of the legacy layout, now that a backup contains them.
 
@@ -1511,7 +1518,7 @@ def delete_migrated_backups(
 
 
 def delete_old_chains(
-    night: Night, record: Record, sets: Sequence[BackupSet], begin: Optional[datetime] = None
+    night: Night, record: Record, sets: Sets, begin: datetime | None = None
 ) -> None:
     """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS.
 
@@ -1563,7 +1570,7 @@ def grant_group_read(night: Night, record: Record) -> None:
     wanted = (0, night.user.pw_gid, 0o640)
     for name in utils.regular_files(ENCRYPTED):
         path = ENCRYPTED / name
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             status = path.lstat()
             if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != wanted:
                 os.chown(path, 0, night.user.pw_gid)
@@ -1588,7 +1595,7 @@ def check_a_share(night: Night, record: Record) -> None:
 # Step 15: how the run went
 
 
-@contextlib.contextmanager
+@contextmanager
 def last_run_recorded(night: Night) -> Iterator[Record]:
     """Write last-run.json when the block ends, however it ends.
 
@@ -1643,7 +1650,7 @@ def tell_what_was_made(night: Night, record: Record) -> None:
 
 @needs_attention_at_most
 def write_last_run(
-    group: int, record: Record, exit_code: Optional[int] = None, message: str = ""
+    group: int, record: Record, exit_code: int | None = None, message: str = ""
 ) -> None:
     """Write last-run.json.
 
@@ -1677,8 +1684,8 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     checked: by the number of a share, when it was checked last. damaged: what is wrong with
     files, by name. Both are empty where there is no such file.
     """
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
-                             RecursionError):  # as of a file that somebody edited
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # A file that somebody edited may hold anything.
         content = json.loads(utils.content_of(path))
         now = datetime.now(timezone.utc)
         return {"checked": {share: date for share, date in content["checked"].items()
@@ -1702,7 +1709,7 @@ def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
                     if wrong[name]}}, ENCRYPTED.stat().st_gid)
 
 
-def read_last_run(path: Path) -> Optional[dict[str, Any]]:
+def read_last_run(path: Path) -> dict[str, Any] | None:
     """Return what last-run.json holds, None if there was no run yet.
 
     If it cannot be read, a failed run that says so.
@@ -1728,7 +1735,7 @@ def read_last_run(path: Path) -> Optional[dict[str, Any]]:
 NO_BACKUPS = "No backups have been made yet."
 
 
-def backup_status(env: Mapping[str, str], now: Optional[datetime] = None) -> dict[str, Any]:
+def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
     """Tell what backups there are, how big, when each will be deleted and how the last run went.
 
     env: settings with STORAGE_ROOT. now: the time, with its zone; default the clock's.
@@ -1786,7 +1793,7 @@ def span(begin: datetime, end: datetime) -> str:
 
 
 def tell_deletions(
-    sets: Sequence[BackupSet], keep: timedelta, now: datetime, broken: Collection[str] = ()
+    sets: Sets, keep: timedelta, now: datetime, broken: Collection[str] = ()
 ) -> dict[BackupSet, str]:
     """Tell when each set will be deleted, in texts such as "2 days, 3 hours".
 
@@ -1823,7 +1830,7 @@ def human_size(size_bytes: int) -> str:
 
 
 def headline_of(
-    status: Mapping[str, Any], now: datetime, trouble: str = ""
+    status: Status, now: datetime, trouble: str = ""
 ) -> tuple[bool, str]:
     """Return whether all is well, and in a line how it stands: OK, or why --status has exit code 3.
 
@@ -1850,7 +1857,7 @@ def headline_of(
     return True, f"OK: {told}"
 
 
-def status_text(status: Mapping[str, Any]) -> str:
+def status_text(status: Status) -> str:
     """Return backup_status's answer for people, with no line break at its end."""
     lines = [status["headline"], ""]
     row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
@@ -1876,7 +1883,7 @@ def status_text(status: Mapping[str, Any]) -> str:
         *(f"{name + ':':<9} {printable(text)}" for name, text in checks_text(status).items())])
 
 
-def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
+def checks_text(status: Status) -> dict[str, str]:
     """Return up to when backup files were checked, and what is damaged or left out.
 
     Each is under a heading. status: backup_status's answer.
@@ -1885,13 +1892,11 @@ def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
     for name, why in status["last_verify"]["damaged"].items():
         needing = [backup for backup in reversed(status["backups"])
                    if backup["date"] >= stamp_of(Path(name))]
-        later = itertools.takewhile(lambda backup: not backup["full"], needing[1:])
         if ".sigtar." in name:
             damaged.append(f"{name} {why}: no increment can be made on it")
         elif needing:
-            begin, end = needing[0]["date_str"], [needing[0], *later][-1]["date_str"]
-            damaged.append(f"{name} {why}: the backups from {begin} to {end} cannot be restored "
-                           "whole, all others can")
+            damaged.append(f"{name} {why}: the backups from {needing[0]['date_str']} to the next "
+                           "full one cannot be restored whole, all others can")
     told = {"Damaged": first_of(damaged)} if damaged else {}
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
@@ -1903,7 +1908,7 @@ def checks_text(status: Mapping[str, Any]) -> dict[str, str]:
     return told
 
 
-def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
+def last_run_text(last: Status | None) -> str:
     """Return in a line when the last run ended, in local ISO time, and how it went.
 
     last: of last-run.json, None if there was no run.
@@ -1911,7 +1916,7 @@ def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
     if last is None:
         return "none yet"
     end, seconds = str(last.get("end", "unknown")), last.get("downtime_seconds")
-    with contextlib.suppress(ValueError, OverflowError):
+    with suppress(ValueError, OverflowError):
         end = datetime.fromisoformat(end).astimezone().isoformat()
     source = {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source")))
     told = [f"exit code {last.get('exit_code')}", last.get("kind"), source,
@@ -1919,7 +1924,7 @@ def last_run_text(last: Optional[Mapping[str, Any]]) -> str:
     return f"{end}: {', '.join(str(part) for part in told if part)}"
 
 
-def show_status(env: Mapping[str, str], as_json: bool, as_html: bool) -> int:
+def show_status(env: Settings, as_json: bool, as_html: bool) -> int:
     """Print the status. Returns the exit code: 0, or 3 if not all is well, see headline_of."""
     now = datetime.now().astimezone()
     status = backup_status(env, now)
@@ -2016,7 +2021,7 @@ needs those below it in its chain.</caption>
 </table>"""
 
 
-def status_page(status: Mapping[str, Any], now: datetime) -> str:
+def status_page(status: Status, now: datetime) -> str:
     """Return backup_status's answer as a web page without a script, which fetches nothing.
 
     It is ASCII, whatever the locale. now: the time, with its zone, at which the answer
@@ -2047,7 +2052,7 @@ def clock_time(text: str) -> str:
     return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)[+-]\d\d:\d\d", r"\1 \2", text)
 
 
-def table(status: Mapping[str, Any]) -> str:
+def table(status: Status) -> str:
     """Return the page's table of the backups, a part for each chain, and of their sums.
 
     A bar in each row is as wide, in percent of its cell, as the backup is big beside the
@@ -2085,11 +2090,11 @@ class Reader(Work):
     sets: those that were complete when it began, oldest first.
     """
 
-    sets: Sequence[BackupSet]
+    sets: Sets
 
 
-@contextlib.contextmanager
-def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
+@contextmanager
+def reader_of(settings: Settings) -> Iterator[Reader]:
     """Put together what a command that reads needs, and work in a directory of its own.
 
     That has hard links to the files of the sets that are complete now, and to
@@ -2112,7 +2117,7 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         check_key()
     except Failure as error:  # a rescue is no time for manners
         log.warning("what is read may be somebody else's: %s", error)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(temporary))
         reader = Reader(**vars(work), sets=link_sets(own, backup))
@@ -2123,14 +2128,14 @@ def reader_of(settings: Mapping[str, str]) -> Iterator[Reader]:
         yield reader
 
 
-@contextlib.contextmanager
+@contextmanager
 def reader_directory(temporary: str) -> Iterator[Path]:
     """Make a directory for a command that reads: in backup/, or in temporary if that has room."""
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         own = Path(temporary, name)
         if utils.free_bytes(Path()) >= min(TEMPORARY_BYTES, utils.free_bytes(own.parent)):
-            with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+            with suppress(OSError):  # as on a disk that is mounted for reading only
                 own = stack.enter_context(utils.own_directory(Path(name)))
         if not own.exists():
             stack.enter_context(utils.own_directory(own))
@@ -2311,7 +2316,7 @@ def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
             if not f"{line.removesuffix(' is missing')}/".startswith(missing)]
 
 
-def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
+def list_files(reader: Reader, chain: Sets) -> list[str]:
     """Return the paths in a backup, in order, escaped.
 
     chain: see chain_at. Raises Failure.
@@ -2335,12 +2340,12 @@ def list_files(reader: Reader, chain: Sequence[BackupSet]) -> list[str]:
         elif re.match(r"\. [\"']\w{3} \w{3} [ \d]\d ", line):
             # Records that were lost, for names that are not UTF-8, are the date in 24
             # characters and the name, as Python shows a string.
-            with contextlib.suppress(ValueError, SyntaxError):  # a name can look like one
+            with suppress(ValueError, SyntaxError):  # a name can look like one
                 names.append(printable(str(ast.literal_eval(line[2:]))[25:]))
     return sorted(names)
 
 
-def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSet:
+def set_of_time(sets: Sets, time: str, now: datetime) -> BackupSet:
     """Return the set that was the newest at a time. sets: the complete ones, oldest first.
 
     time: an age such as 3D or 1D12h, where a month (M) has 30 days, or what dateutil's
@@ -2349,8 +2354,8 @@ def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSe
     before the first set, of which duplicity (0.8.22, 3.2.1) would say nothing and take
     that one.
     """
-    asked: Optional[datetime] = None
-    with contextlib.suppress(ValueError, OverflowError):
+    asked: datetime | None = None
+    with suppress(ValueError, OverflowError):
         if re.fullmatch(r"(\d+[smhDWMYdwy])+", time):
             ages = re.findall(r"(\d+)(.)", time)
             seconds = sum(int(number) * AGE_SECONDS[unit] for number, unit in ages)
@@ -2368,7 +2373,7 @@ def set_of_time(sets: Sequence[BackupSet], time: str, now: datetime) -> BackupSe
     return older[-1]
 
 
-def chain_at(reader: Reader, time: Optional[str]) -> list[BackupSet]:
+def chain_at(reader: Reader, time: str | None) -> list[BackupSet]:
     """Return the set that is the newest, or was at a time, and before it those that it needs.
 
     time: see set_of_time. Raises Failure.
@@ -2383,7 +2388,7 @@ def chain_at(reader: Reader, time: Optional[str]) -> list[BackupSet]:
 
 
 def restore(
-    reader: Reader, chain: Sequence[BackupSet], path: Optional[str], place: int
+    reader: Reader, chain: Sets, path: str | None, place: int
 ) -> None:
     """Restore a backup, or one directory or file of it.
 
@@ -2441,7 +2446,7 @@ def check_own(directory: int, path: Path) -> None:
                       "only root can write")
 
 
-def watch_restore(chain: Sequence[BackupSet], draw: Optional[Draw], all_of_it: bool) -> utils.Watch:
+def watch_restore(chain: Sets, draw: Draw | None, all_of_it: bool) -> utils.Watch:
     """Return a watch on duplicity that draws how much of a chain's volumes it is done with.
 
     A copy of each is in its temporary directory for as long as it reads it (seen: 0.8.22,
@@ -2460,7 +2465,7 @@ def watch_restore(chain: Sequence[BackupSet], draw: Optional[Draw], all_of_it: b
     return watch
 
 
-@contextlib.contextmanager
+@contextmanager
 def restore_directory(work: Work, name: str) -> Iterator[int]:
     """Make the directory to restore to, or take an empty one, and keep it open and locked.
 
@@ -2472,7 +2477,7 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
         raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
                       "directory", 2)
     made = not os.path.lexists(directory)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         parent = stack.enter_context(utils.opened(os.path.realpath(directory.parent)))
         # Who put a link there may want root to write where it leads.
         if utils.path_of(parent).readlink() != directory.parent or directory.is_symlink():
@@ -2496,7 +2501,7 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
             yield place
         except BaseException:
             if made:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     os.rmdir(directory.name, dir_fd=parent)
             raise
 
@@ -2542,7 +2547,7 @@ def show_plan(night: Night, force_full: bool) -> None:
     """
     check_root()
     check_mounts(night)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         if os.path.lexists(night.backup):
             utils.work_inside(night.backup)
             disk = Path()
@@ -2621,8 +2626,8 @@ def listen_to_messages() -> logging.handlers.QueueListener:
     return listener
 
 
-@contextlib.contextmanager
-def progress() -> Iterator[Optional[Draw]]:
+@contextmanager
+def progress() -> Iterator[Draw | None]:
     """Yield a function that draws how far something has come.
 
     It takes the bytes done, and of how many if that is known, and draws one line over
@@ -2632,7 +2637,7 @@ def progress() -> Iterator[Optional[Draw]]:
         yield None
         return
 
-    def draw(done: int, total: Optional[int]) -> None:
+    def draw(done: int, total: int | None) -> None:
         text = human_size(max(0, min(done, total or done)))
         log.log(PROGRESS, f"        {text}" + (f" of {human_size(total)}" if total else ""))
 
@@ -2741,7 +2746,7 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     return {**settings, "STORAGE_ROOT": root, "STORAGE_USER": owner}
 
 
-def failure_of(error: BaseException) -> Union[Failure, Interrupted]:
+def failure_of(error: BaseException) -> Failure | Interrupted:
     """Return what the operating system refused, or nobody foresaw, as a sentence.
 
     A failure is returned as it is, and so is a signal.
@@ -2784,7 +2789,7 @@ def run(arguments: Sequence[str]) -> int:
         return perform_backup(settings, options.full)
 
 
-def show_damage(settings: Mapping[str, str], with_live_files: bool) -> int:
+def show_damage(settings: Settings, with_live_files: bool) -> int:
     """Verify, and tell what is wrong. Returns the exit code: 0, or 3 for damage or differences.
 
     with_live_files: compare these, too. Raises Failure or OSError.
@@ -2797,7 +2802,7 @@ def show_damage(settings: Mapping[str, str], with_live_files: bool) -> int:
           f"{human_size(sum(found.size for found in reader.sets))}")
     # Now backup/ is the working directory again.
     results.update(missing_files(keep_days))
-    with contextlib.suppress(OSError):  # as on a disk that is mounted for reading only
+    with suppress(OSError):  # as on a disk that is mounted for reading only
         record_checks(range(SHARES), results)
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
              "before the next night" for name, why in results.items() if why]
@@ -2814,10 +2819,10 @@ def show_damage(settings: Mapping[str, str], with_live_files: bool) -> int:
     return 3 if wrong or different else 0
 
 
-def list_or_restore(options: argparse.Namespace, settings: Mapping[str, str]) -> None:
+def list_or_restore(options: argparse.Namespace, settings: Settings) -> None:
     """List the files in a backup, or restore it. Raises Failure or OSError."""
     names: list[str] = []
-    with utils.ended_in_good_order(), contextlib.ExitStack() as stack:
+    with utils.ended_in_good_order(), ExitStack() as stack:
         if options.restore:
             place = stack.enter_context(restore_directory(work_of(settings), options.restore))
         reader = stack.enter_context(reader_of(settings))

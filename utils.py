@@ -6,7 +6,6 @@ as a program this file is the keeper: the small process that stops services and 
 them again.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -27,12 +26,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import Optional, TextIO, Union
+from typing import TextIO
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
@@ -117,13 +117,13 @@ def path_in(error: OSError) -> str:
     if not isinstance(error.filename, (str, bytes)):
         return ""
     name = os.fsdecode(error.filename)
-    with contextlib.suppress(FileNotFoundError):  # of a working directory that is gone
+    with suppress(FileNotFoundError):  # of a working directory that is gone
         name = os.path.abspath(name)
     return printable(name)
 
 
-@contextlib.contextmanager
-def whole_path_told(directory: Optional[int]) -> Iterator[None]:
+@contextmanager
+def whole_path_told(directory: int | None) -> Iterator[None]:
     """Make an OSError about an entry of a directory that is open name its whole path.
 
     directory: its descriptor, None for a path.
@@ -132,7 +132,7 @@ def whole_path_told(directory: Optional[int]) -> Iterator[None]:
         yield
     except OSError as error:
         if directory is not None and isinstance(error.filename, str):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 error.filename = os.path.join(os.readlink(path_of(directory)), error.filename)
         raise
 
@@ -172,7 +172,7 @@ def system_path(path: str) -> str:
 # Files and directories
 
 
-def check_owned_directory(path: Path, status: Optional[os.stat_result] = None) -> None:
+def check_owned_directory(path: Path, status: os.stat_result | None = None) -> None:
     """Check that path is a directory, not a symbolic link, that only root can write to.
 
     status: that of what was opened by this path. Raises Failure (exit code 2) if it is
@@ -192,7 +192,7 @@ def check_owned_directory(path: Path, status: Optional[os.stat_result] = None) -
                       f"it, then run: chmod go-w {name}", 2)
 
 
-@contextlib.contextmanager
+@contextmanager
 def owned_directory(path: Path) -> Iterator[int]:
     """Keep a directory of root's open while the block runs, so that no renaming leads elsewhere.
 
@@ -221,58 +221,40 @@ def path_of(directory: int) -> Path:
 def remove_abandoned(directory: Path, pattern: str) -> None:
     """Remove what own_directory made for processes that were killed: nobody holds its lock."""
     for path in directory.glob(pattern):
-        with (contextlib.suppress(FileNotFoundError, NotADirectoryError, BlockingIOError),
+        with (suppress(FileNotFoundError, NotADirectoryError, BlockingIOError),
               opened(path) as locked):
             fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def own_directory(path: Path) -> Iterator[Path]:
     """Make a directory of this process's own, and remove it after the block.
 
     It is locked meanwhile, so that others see that it is in use. path: nothing is there
     yet; a relative one must lead there after the block, too. Yields it. Raises OSError.
     """
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         while not path.exists():  # somebody may have taken it for abandoned before it was locked
             path.mkdir(mode=0o700)
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 fcntl.flock(stack.enter_context(opened(path)), fcntl.LOCK_EX)
         try:
             yield path
         finally:
-            with contextlib.suppress(OSError):  # the next backup removes what is left
+            with suppress(OSError):  # the next backup removes what is left
                 remove(path)
 
 
-def on_one_mount(path: Path, other: Path) -> bool:
-    """Tell whether files of one directory can be linked into another.
-
-    Both must be on one file system and, where /proc tells, on one mount of it.
-    """
-    return _mount_of(path) == _mount_of(other)
-
-
-def _mount_of(path: Path) -> list[int]:
-    """Return the numbers of the file system that a directory is on, and of its mount."""
-    with opened(path) as descriptor:
-        found = [os.fstat(descriptor).st_dev]
-        with contextlib.suppress(FileNotFoundError):
-            told = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
-            found += map(int, re.findall(r"mnt_id:\s*(\d+)", told))
-        return found
-
-
-def mounts_in(path: Path) -> dict[Path, str]:
+def mounts(table: str = "/proc/self/mounts") -> dict[Path, str]:
     """Return the options of file systems by where they are mounted.
 
-    path: a table of them, see fstab(5) and proc(5), which may be missing.
+    table: a file that lists them, see fstab(5) and proc(5), which may be missing.
     """
-    table = ""
-    with contextlib.suppress(FileNotFoundError):  # as in a container
-        table = os.fsdecode(content_of(path))
-    found = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)(?:[ \t]+\S+[ \t]+(\S+))?", table, re.MULTILINE)
+    text = ""
+    with suppress(FileNotFoundError):  # as in a container
+        text = os.fsdecode(content_of(Path(table)))
+    found = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)(?:[ \t]+\S+[ \t]+(\S+))?", text, re.MULTILINE)
     return {Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name)): options
             for name, options in found}
 
@@ -282,7 +264,7 @@ def make_owned_directory(path: Path, mode: int, group: int) -> None:
 
     Raises Failure (exit code 2) if something else stands there.
     """
-    with contextlib.suppress(FileExistsError):
+    with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     with owned_directory(path) as directory:
         os.fchown(directory, -1, group)
@@ -340,9 +322,9 @@ def regular_files(directory: Path) -> dict[str, int]:
     There are none if it is missing. Links are not followed.
     """
     sizes: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 if entry.is_file(follow_symlinks=False):
                     sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
     return sizes
@@ -357,7 +339,7 @@ def walk_entries(root: Path, excluded: Collection[Path] = ()) -> Iterator["os.Di
     pending = [os.fspath(root)]
     while pending:
         raise_if_interrupted()
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 try:
                     if entry.path in left_out or not entry.is_file(follow_symlinks=False) and (
@@ -379,13 +361,13 @@ def content_size(root: Path, excluded: Collection[Path] = ()) -> int:
     """Return the bytes in the regular files of a tree, see walk_entries."""
     total = 0
     for entry in walk_entries(root, excluded):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if entry.is_file(follow_symlinks=False):
                 total += entry.stat(follow_symlinks=False).st_size
     return total
 
 
-def remove(path: Union[str, Path], directory: Optional[int] = None) -> None:
+def remove(path: str | Path, directory: int | None = None) -> None:
     """Remove a file, or a directory with all that is in it, if it is there.
 
     directory: the descriptor of one that is open, to which path is relative.
@@ -412,7 +394,7 @@ def sha1_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def free_bytes(path: Union[Path, int]) -> int:
+def free_bytes(path: Path | int) -> int:
     """Return the bytes free for everybody, not only for root, on the file system of path.
 
     path: may be a descriptor.
@@ -472,7 +454,7 @@ def allow_any_depth() -> None:
     sys.setrecursionlimit(NESTED_CALLS)
 
 
-@contextlib.contextmanager
+@contextmanager
 def mirror_of(
     source: Path, place: Path, excluded: Collection[str], may_link: MayLink, spare_bytes: int
 ) -> Iterator[Mirror]:
@@ -540,10 +522,10 @@ def update_mirror(mirror: Mirror) -> None:
                       f"{error.strerror}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def opened(
-    name: Union[str, Path], flags: int = os.O_RDONLY | os.O_DIRECTORY,
-    parent: Optional[int] = None,
+    name: str | Path, flags: int = os.O_RDONLY | os.O_DIRECTORY,
+    parent: int | None = None,
 ) -> Iterator[int]:
     """Keep a file open while the block runs; a symbolic link is refused.
 
@@ -577,7 +559,7 @@ def _mirror_directory(
     found = {}
     for name in others:
         if name not in excluded:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
     # A Maildir of which one directory is left out is a Maildir still.
     directories = excluded.union(
@@ -608,7 +590,7 @@ def _mirror_directory(
 
 def _copy_of_unchanged(
     mirror: Mirror, name: str, status: os.stat_result, copy: int
-) -> Optional[os.stat_result]:
+) -> os.stat_result | None:
     """Return the status of an entry's copy if the entry is what it was in the last pass.
 
     That the directories on the way to it are is for the caller to tell. status: that of
@@ -617,10 +599,13 @@ def _copy_of_unchanged(
     if status.st_ctime_ns >= mirror.settled_ns:
         return None
     then = os.stat(name, dir_fd=copy, follow_symlinks=False)
-    same_kind = stat.S_IFMT(status.st_mode) == stat.S_IFMT(then.st_mode)
-    same_size = status.st_size == then.st_size or stat.S_ISDIR(status.st_mode)
-    same_time = status.st_mtime_ns == then.st_mtime_ns
-    return then if same_kind and same_size and same_time else None
+    return then if _likeness(then) == _likeness(status) else None
+
+
+def _likeness(status: os.stat_result) -> tuple[int, int, int]:
+    """Return the kind of an entry, its mtime and, of what is no directory, its size."""
+    kind = stat.S_IFMT(status.st_mode)
+    return kind, status.st_mtime_ns, 0 if kind == stat.S_IFDIR else status.st_size
 
 
 def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
@@ -663,7 +648,7 @@ def _mirror_child(
 ) -> None:
     """Make a directory equal, see _mirror_directory. settled, live, copy: of what holds it."""
     name = os.path.basename(path)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         try:
             below = stack.enter_context(opened(name, parent=live))
         except OSError as error:
@@ -673,7 +658,7 @@ def _mirror_child(
         status = os.fstat(below)
         if os.path.samestat(status, mirror.working):
             return
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=copy)
         if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=copy)
@@ -778,7 +763,7 @@ def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
 # The lock
 
 
-@contextlib.contextmanager
+@contextmanager
 def exclusive_process(path: Path) -> Iterator[int]:
     """Hold the lock file while the block runs.
 
@@ -795,7 +780,7 @@ def exclusive_process(path: Path) -> Iterator[int]:
                           f"the lock {path.absolute()}; wait for it to end", 4) from error
         os.ftruncate(descriptor, 0)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        with contextlib.suppress(OSError):  # a full disk is told of later
+        with suppress(OSError):  # a full disk is told of later
             os.write(descriptor, f"process {os.getpid()}, since {since}".encode())
         yield descriptor
 
@@ -806,11 +791,11 @@ def exclusive_process(path: Path) -> Iterator[int]:
 class _Signals:
     """Which signal has come, and whether it was told of; a handler can keep that nowhere else."""
 
-    came: Optional[int] = None
+    came: int | None = None
     raised = False
 
 
-def _on_signal(number: int, _frame: Optional[FrameType]) -> None:
+def _on_signal(number: int, _frame: FrameType | None) -> None:
     _Signals.came = _Signals.came or number
 
 
@@ -823,7 +808,7 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-@contextlib.contextmanager
+@contextmanager
 def ended_in_good_order() -> Iterator[None]:
     """Have SIGTERM, SIGINT and SIGHUP end the block only at calls of raise_if_interrupted.
 
@@ -851,7 +836,7 @@ def raise_if_interrupted() -> None:
         raise Interrupted(_Signals.came)
 
 
-@contextlib.contextmanager
+@contextmanager
 def not_suspended() -> Iterator[None]:
     """Have Ctrl-Z not suspend this process in the block."""
     # Not SIG_IGN, which daemons would inherit.
@@ -896,7 +881,7 @@ def give_up_if_broken(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@contextlib.contextmanager
+@contextmanager
 def low_priority() -> Iterator[None]:
     """Let programs that are started in the block, and this one, give way to all others.
 
@@ -907,7 +892,7 @@ def low_priority() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(PermissionError):  # as in some containers
+        with suppress(PermissionError):  # as in some containers
             os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
@@ -932,7 +917,7 @@ def bytes_read_by(process: int) -> int:
 
     That is rchar in proc(5), which comes first there.
     """
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return int(Path(f"/proc/{process}/io").read_text().split()[1])
     return 0
 
@@ -961,7 +946,7 @@ def shell(
     interruptible: bool = True,
     timeout_seconds: float = math.inf,
     on_line: TakeLine = lambda line: None,
-    on_log: Optional[TakeLine] = None,
+    on_log: TakeLine | None = None,
     watch: Watch = lambda process: None,
 ) -> Finished:
     """Run a program and wait for it: the one gateway for all of them.
@@ -992,7 +977,7 @@ def shell(
             raise_if_interrupted()
         watch(process)
 
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         output = stack.enter_context((_file_to if starts_daemons else _pipe_to)(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
         arguments = [f"--log-fd={log[0]}" if part == "--log-fd=LOG" else part for part in command]
@@ -1007,7 +992,7 @@ def shell(
             return Finished(NOT_EXECUTABLE, (f"{printable(command[0])}: {error.strerror}",))
         stack.callback(_end_group, process)
         if process.stdin:
-            with contextlib.suppress(BrokenPipeError), process.stdin as stream:
+            with suppress(BrokenPipeError), process.stdin as stream:
                 stream.write(standard_input.encode("utf-8", "surrogateescape"))
         in_time = _wait(process, timeout_seconds, check)
         if interruptible:
@@ -1017,7 +1002,7 @@ def shell(
     return Finished(process.returncode if in_time else TIMED_OUT, tuple(tail))
 
 
-@contextlib.contextmanager
+@contextmanager
 def _pipe_to(take_line: TakeLine) -> Iterator[int]:
     """Yield the writing end of a pipe whose lines a thread passes on.
 
@@ -1034,7 +1019,7 @@ def _pipe_to(take_line: TakeLine) -> Iterator[int]:
         reader.join(BACKGROUND_SECONDS)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _file_to(take_line: TakeLine) -> Iterator[int]:
     """Yield a file in memory, for a full disk must not keep a service down.
 
@@ -1076,7 +1061,7 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Wat
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """End a program that still runs, with its process group: SIGTERM, ten seconds later SIGKILL."""
     if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
             _wait(process, ENDING_SECONDS, lambda process: None)
             os.killpg(process.pid, signal.SIGKILL)
@@ -1314,7 +1299,7 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
     missing.
     """
     listed: list[str] = []
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         listed = os.fsdecode(content_of(list_path)).splitlines()
     return list(dict.fromkeys([*stopped, *listed]))
 
@@ -1333,7 +1318,7 @@ def start_services(
         if failed:
             time.sleep(min(attempt, 1))
             failed = manager.start(list(failed))
-    with contextlib.suppress(OSError):  # it is gone already; where /run is full it stays
+    with suppress(OSError):  # it is gone already; where /run is full it stays
         if failed:
             write_atomically(list_path, "\n".join(failed))
         else:
@@ -1341,7 +1326,7 @@ def start_services(
     return failed
 
 
-@contextlib.contextmanager
+@contextmanager
 def services_stopped(
     manager: ServiceManager, lines: Sequence[str], list_path: Path, lock: int, downtime: Downtime
 ) -> Iterator[None]:
@@ -1416,7 +1401,7 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
 
 def _tell(answer: object) -> None:
     """Print an answer of the keeper's; nobody may be there any more to read it."""
-    with contextlib.suppress(BrokenPipeError):
+    with suppress(BrokenPipeError):
         os.write(1, json.dumps(answer).encode() + b"\n")
 
 

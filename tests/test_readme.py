@@ -58,14 +58,6 @@ def sh_block(words: str) -> str:
     return found[0]
 
 
-def table(first_heading: str) -> Table:
-    """Return the first and the last column of the table with this heading, less the marks of code, in the order of its rows."""
-    rows = re.search(rf"^\| {first_heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE)
-    assert rows, f"no table in the README begins with {first_heading}"
-    cells = [line.strip("| ").split(" | ") for line in rows[1].replace("`", "").splitlines()]
-    return {row[0]: row[-1] for row in cells}
-
-
 def in_test(block: str, paths: Mapping[str, Path]) -> str:
     """Return shell commands with every path of a real system replaced by one of the test's; one that is not named fails the test."""
     def replace(match: re.Match[str]) -> str:
@@ -110,25 +102,25 @@ def test_every_option_is_one_of_help(help_text: str) -> None:
     assert named - known == set()
 
 
-def test_table_of_settings_is_that_of_the_program() -> None:
+def test_settings_are_those_of_the_program() -> None:
     """The names are those that the program knows, the defaults its own."""
-    rows = re.findall(r"^\| `((?:STORAGE|BACKUP)_[A-Z_]+)` \| (.*?) \|", README, re.MULTILINE)
-    assert {name for name, _ in rows} == set(re.findall(r'"((?:STORAGE|BACKUP)_[A-Z_]+)"', SCRIPT.read_text()))
-    assert {name: default.strip("`") for name, default in rows if default.startswith("`")} == {
+    told = dict(re.findall(r"^- `((?:STORAGE|BACKUP)_[A-Z_]+)`(?:, else `(.*?)`)?", README, re.MULTILINE))
+    assert told.keys() == set(re.findall(r'"((?:STORAGE|BACKUP)_[A-Z_]+)"', SCRIPT.read_text()))
+    assert {name: default for name, default in told.items() if default} == {
         "BACKUP_KEEP_DAYS": backup.KEEP_DAYS, "BACKUP_SERVICES": backup.SERVICES}
 
 
-def test_table_of_files_names_all_that_a_backup_makes(keyed: Store) -> None:
-    """What is in backup/ during a run and after it is in the table."""
-    known = {name.rstrip("/") for row in table("File") for name in row.split(", ")}
+def test_all_that_a_backup_makes_is_told(keyed: Store) -> None:
+    """What is in backup/ during a run and after it is in the list of files."""
+    entries = re.findall("^- (.*?):", section("Files"), re.MULTILINE)
+    known = {name.rstrip("/") for entry in entries for name in re.findall("`(.+?)`", entry)}
     listing = keyed.scratch / "listing"
     listing.touch()
     listing.chmod(0o666)
     put_hook(keyed, "before-backup", f'#!/bin/sh\nls -A "$STORAGE_ROOT/backup" > {listing}\n')
     keyed.backup()
     seen = {*listing.read_text().splitlines(), *os.listdir(keyed.backups)}
-    assert "encrypted" in seen
-    assert {name for name in seen if f"STORAGE_ROOT/backup/{name}" not in known} == set()
+    assert "encrypted" in seen and seen - known == set()
 
 
 def test_each_test_file_tells_its_goal() -> None:
