@@ -2520,9 +2520,7 @@ def move_up(source: int, place: int, name: str) -> None:
         for child in os.listdir(restored):
             os.rename(child, child, src_dir_fd=restored, dst_dir_fd=place)
     os.rmdir("restored", dir_fd=source)
-    os.fchown(place, status.st_uid, status.st_gid)
-    os.fchmod(place, stat.S_IMODE(status.st_mode))
-    os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
+    utils.set_metadata(".", status, place)
 
 
 def near_paths(names: Sequence[str], wanted: str) -> list[str]:

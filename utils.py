@@ -583,7 +583,7 @@ def _mirror_directory(
             _replace(mirror, below, linked, entry, live, copy)
     for name in excluded.union(present):  # one that is excluded may have become a link
         remove(name, copy)
-    _set_metadata(".", status, copy)
+    set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
         os.utime(copy, ns=(0 if others else ONLY_LINKS_NS, status.st_mtime_ns))
 
@@ -697,7 +697,7 @@ def _replace(
             raise
         remove(name, copy)
         return
-    _set_metadata(name, status, copy)
+    set_metadata(name, status, copy)
     # Who compares whole seconds would take what is written later in this one for unchanged.
     if stat.S_ISREG(status.st_mode) and began <= status.st_mtime <= time.time():
         times = (status.st_atime_ns, status.st_mtime_ns - 1_000_000_000)
@@ -751,8 +751,8 @@ def _is_gone(error: OSError) -> bool:
         errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 
 
-def _set_metadata(name: str, status: os.stat_result, directory: int) -> None:
-    """Give an entry of a directory the owner, mode and mtime of another."""
+def set_metadata(name: str, status: os.stat_result, directory: int) -> None:
+    """Give an entry of a directory, by its descriptor, the owner, mode and times of another."""
     os.chown(name, status.st_uid, status.st_gid, dir_fd=directory, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=directory)
