@@ -609,11 +609,19 @@ def check_nothing_lost(work: Work, newest_set: str | None, force_full: bool) -> 
     Else a disk that was not mounted would pass for a first night. newest_set: the stamp of
     that one, if there was one. force_full: it may be lost.
     """
-    sets = complete_sets(ENCRYPTED)
-    if newest_set and not force_full and (not sets or sets[-1].stamp < newest_set):
-        raise Failure(f"the newest backup, of {newest_set}, is missing from "
-                      f"{work.backup / ENCRYPTED}; mount its disk, put it back from your copy "
-                      "elsewhere, or run --full to begin anew without it")
+    lost = newest_lost(complete_sets(ENCRYPTED), newest_set)
+    if lost and not force_full:
+        raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back from "
+                      "your copy elsewhere, or run --full to begin anew without it")
+
+
+def newest_lost(sets: Sets, newest_set: str | None) -> str:
+    """Return that the newest set of the last run is missing, empty if it is not.
+
+    sets: the complete ones. newest_set: the stamp of that one, if there was one.
+    """
+    newest = max((found.stamp for found in sets), default="")
+    return f"the newest backup, of {newest_set}, is missing" if (newest_set or "") > newest else ""
 
 
 def wrong_key_of(work: Work) -> str:
@@ -1623,7 +1631,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
 
 def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
-    last = read_last_run(LAST_RUN) or {}
+    last = read_last_run(LAST_RUN)
     told = last.get("told")
     return Record(newest_set=last.get("newest_set"),
                   told=frozenset(map(str, told if isinstance(told, list) else [])))
@@ -1709,20 +1717,20 @@ def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
                     if wrong[name]}}, ENCRYPTED.stat().st_gid)
 
 
-def read_last_run(path: Path) -> dict[str, Any] | None:
-    """Return what last-run.json holds, None if there was no run yet.
+def read_last_run(path: Path) -> dict[str, Any]:
+    """Return what last-run.json holds, nothing if there was no run yet.
 
     If it cannot be read, a failed run that says so.
     """
     try:
         content = json.loads(utils.content_of(path))
-        if isinstance(content, dict):
+        if content and isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
             return content
         why = f"{path} does not hold a run"
     except FileNotFoundError:
-        return None
+        return {}
     except PermissionError:  # to be told that only root may
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -1752,6 +1760,7 @@ def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
     now = (now or datetime.now(timezone.utc)).astimezone()
     sets, unmatched = read_sets(encrypted)
     sets = [found for found in sets if found.complete]
+    last_run = read_last_run(backup / LAST_RUN)
     last_verify = read_last_verify(backup / LAST_VERIFY)
     broken = broken_in(sets, last_verify["damaged"])
     deleted_in = tell_deletions(sets, timedelta(days=keep_days_of(env)), now, broken)
@@ -1765,15 +1774,12 @@ def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
         } for found in reversed(sets)],
         "excluded": {path: os.path.lexists(backup.parent / path) for path in excluded_of(env)},
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
-        "last_run": read_last_run(backup / LAST_RUN), "last_verify": last_verify}
+        "last_run": last_run or None, "last_verify": last_verify}
     chain = newest_chain(sets)
-    lost = (status["last_run"] or {}).get("newest_set") or ""
-    trouble = ""
-    if lost > max((found.stamp for found in sets), default=""):
-        trouble = f"the newest backup, of {lost}, is missing"
-    elif sets and not chain:
+    trouble = newest_lost(sets, last_run.get("newest_set"))
+    if not trouble and sets and not chain:
         trouble = "the newest backup leads back to no full one, the next run makes one"
-    elif wrong := broken_in(chain, broken):
+    elif not trouble and (wrong := broken_in(chain, broken)):
         trouble = f"damaged: {wrong[0]}, the next run makes a full backup"
     status["ok"], status["headline"] = headline_of(status, now, trouble)
     return status
@@ -2225,14 +2231,13 @@ def verify(reader: Reader, kept: datetime) -> dict[str, str]:
 
 def missing_sets() -> list[str]:
     """Return that the newest set is missing, if it is, and print which sets are unfinished."""
-    sets, _ = read_sets(ENCRYPTED)
-    newest = max((found.stamp for found in sets if found.complete), default="")
-    newest_set = (read_last_run(LAST_RUN) or {}).get("newest_set") or ""
-    for found in loose_sets(sets):
-        if found.stamp > max(newest, newest_set):
+    complete, newest_set = complete_sets(ENCRYPTED), new_record().newest_set
+    newest = max([newest_set or "", *(found.stamp for found in complete)])
+    for found in loose_sets(read_sets(ENCRYPTED)[0]):
+        if found.stamp > newest:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
-    return [f"the newest backup, of {newest_set}, is missing"] if newest_set > newest else []
+    return list(filter(None, [newest_lost(complete, newest_set)]))
 
 
 def check_set(
@@ -2557,8 +2562,7 @@ def show_plan(night: Night, force_full: bool) -> None:
         sets = complete_sets(ENCRYPTED)
         if sets:
             check_clock(night, sets)
-        last_run = read_last_run(LAST_RUN) or {}
-        check_nothing_lost(night, last_run.get("newest_set"), force_full)
+        check_nothing_lost(night, new_record().newest_set, force_full)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
         reason = reason_for_full(sets, night.now, broken_files(night.keep_days), force_full)
