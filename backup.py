@@ -488,7 +488,7 @@ def work_in_backup_directory(night: Night) -> None:
     if not os.path.lexists(night.backup):
         utils.make_owned_directory(night.backup, 0o750, group)
     utils.work_inside(night.backup)
-    names = set(os.listdir())
+    names = set(os.listdir()) - {"lost+found"}  # of a new disk
     if names and names.isdisjoint(map(str, (KEY, ENCRYPTED, PLAIN, LOCK, *HOOKS))):
         raise Failure(f"{night.backup} is no directory of backups, for it holds "
                       f"{printable(min(names))}; move it to where it belongs", 2)
@@ -1012,10 +1012,13 @@ def missing_files(
     manifests = {found.manifest for found in chained}
     manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest")
                      if kept.strftime(STAMP_FORMAT) < stamp_of(path) < newest.stamp)
+    loose = [found for found in loose_sets(sets)
+             if found.date >= needed and found.stamp <= newest.stamp]
+    manifests.update(found.manifest for found in loose)
+    known = {stamp_of(Path(name)) for name in manifests} | {found.stamp for found in complete}
     names = {found.signatures for found in newest_chain(complete) if not found.signed}
-    names.update(f"duplicity-*.{found.previous}.manifest.gpg" if found.complete else found.manifest
-                 for found in loose_sets(sets)
-                 if found.date >= needed and found.stamp <= newest.stamp)
+    names.update(f"duplicity-*.{found.previous}.manifest.gpg" for found in loose
+                 if found.previous and found.previous not in known)
     for manifest in sorted(manifests):
         names.update([manifest, *read_manifest(manifest, backup, night)])
     return dict.fromkeys(sorted(names - there.keys()), "is missing")
@@ -1558,8 +1561,8 @@ def is_waiting(night: Night, record: Record) -> bool:
     waiting = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
     waiting += [name for name in record.broken.keys() - record.told if ".sigtar." in name]
     if waiting:
-        record.warn(f"no old backups were deleted, for files are missing of {first_of(waiting)}; "
-                    "put them back from your copy elsewhere")
+        record.warn("no old backups were deleted, for with what is missing these would be whole "
+                    f"again: {first_of(waiting)}; put it back from your copy elsewhere")
     return bool(waiting)
 
 
@@ -1906,7 +1909,7 @@ def checks_text(status: Status) -> dict[str, str]:
     told = {"Damaged": first_of(damaged)} if damaged else {}
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
-        told["Verified"] = f"every backup file, since {date.isoformat()}"
+        told["Verified"] = f"every backup file, at {date.isoformat()} or later"
     excluded = [path if there else f"{path} (not found)"
                 for path, there in status["excluded"].items()]
     if excluded:
@@ -2717,11 +2720,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("restore", "path"):
         if vars(options)[name] == "":
             parser.error(f"--{name} is empty")
-    commands = given & {"status", "verify", "list", "restore"} or {"backup"}
-    belongs = {"full": {"backup"}, "dry_run": {"backup"}, "json": {"status"}, "html": {"status"},
-               "compare": {"verify"}, "path": {"restore"}, "time": {"list", "restore"}}
+    commands = {f"--{name}" for name in given & {"status", "verify", "list", "restore"}}
+    belongs = {"full": {"a backup"}, "dry_run": {"a backup"}, "json": {"--status"},
+               "html": {"--status"}, "compare": {"--verify"}, "path": {"--restore"},
+               "time": {"--list", "--restore"}}
     for option in sorted(given & belongs.keys()):
-        if not belongs[option] & commands:
+        if not belongs[option] & (commands or {"a backup"}):
             parser.error(f"--{option.replace('_', '-')} is an option of "
                          f"{' and '.join(sorted(belongs[option]))}")
     return options

@@ -339,7 +339,7 @@ def test_new_key(keyed: Store, first_night: FirstNight) -> None:
     keyed.run("sh", "-c", block)  # once more on that day
     assert (old / "backup" / "secret_key.txt").read_text() == old_key
     assert len(list(keyed.backups.glob("old-key-*"))) == 2
-    assert "`backup.py --storage-root /home/user-data/backup/old-key-DATE --restore /root/old`" in README
+    assert "`/opt/backup/backup.py --storage-root /home/user-data/backup/old-key-DATE --restore /root/old`" in README
     keyed.run(PYTHON, SCRIPT, "--storage-root", old, "--restore", keyed.scratch / "old")
     assert tree_of(keyed.scratch / "old") == tree_of(keyed.root)
 
@@ -512,17 +512,20 @@ def switch() -> Iterator[tuple[http.server.HTTPServer, list[str]]]:
 
 
 def test_disk_hook(keyed: Store) -> None:
-    """The hook copies what is in encrypted/ to the disk, keeps what is there already, and fails when the disk is not there."""
+    """The hook copies what is in encrypted/ to the disk, keeps what is there already, of a file that is damaged since the good one, and fails when the disk is not there."""
     disk = make_directory_of_user(keyed, "disk")
     (disk / "mail-server").mkdir()
     os.chown(disk / "mail-server", pwd.getpwnam(USER).pw_uid, -1)
-    put_hook(keyed, "after-backup", in_test(sh_block("cp -ru"), {"/media/usb-disk": disk}))
+    put_hook(keyed, "after-backup", in_test(sh_block("--ignore-existing"), {"/media/usb-disk": disk}))
     result = keyed.backup()
     assert (result.stdout, result.stderr) == ("", "")
     assert contents(disk / "mail-server" / "encrypted") == contents(keyed.encrypted)
     (disk / "mail-server" / "encrypted" / "older").touch()
-    keyed.backup()
-    assert contents(disk / "mail-server" / "encrypted") == {**contents(keyed.encrypted), "older": b""}
+    good = contents(disk / "mail-server" / "encrypted")
+    next(keyed.encrypted.glob("*.vol1.*")).write_text("damaged since")
+    keyed.backup(exit_code=None)
+    copied = contents(disk / "mail-server" / "encrypted")
+    assert copied == {**contents(keyed.encrypted), **good} and len(copied) > len(good)
     shutil.rmtree(disk)
     assert "after-backup" in keyed.backup(exit_code=3).stderr
 

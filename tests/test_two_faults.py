@@ -90,6 +90,32 @@ def test_root_takes_no_foreign_directory_for_backup(store: Store) -> None:
     assert store.backups.stat().st_mode & 0o777 == 0o700
 
 
+def test_first_night_on_a_new_disk(store: Store) -> None:
+    """It holds lost+found, and nothing that a backup has made."""
+    store.backups.mkdir()
+    (store.backups / "lost+found").mkdir()
+    store.backup()
+    assert len(store.manifests()) == 1
+
+
+def test_lost_manifest_is_named_once(keyed: Store, first_night: FirstNight) -> None:
+    """With what duplicity has noted and without; what needs it lacks nothing else."""
+    first_night(keyed)
+    keyed.backup()
+    keyed.backup()
+    full = keyed.encrypted / keyed.manifests()[0]
+    full.unlink()
+    stamp = full.name.split(".")[1]
+    errors = keyed.backup("--verify", exit_code=3).stderr
+    assert errors.count("is missing") == 1 and f"{full} is missing" in errors
+    shutil.rmtree(keyed.backups / "cache")
+    for path in keyed.encrypted.glob(f"*.{stamp}.*"):
+        if ".to." not in path.name:
+            path.unlink()
+    errors = keyed.backup("--verify", exit_code=3).stderr
+    assert errors.count("is missing") == 1 and f"duplicity-*.{stamp}.manifest.gpg is" in errors
+
+
 def test_rubbish_dates_in_last_verify(keyed: Store, first_night: FirstNight) -> None:
     """They are no traceback."""
     first_night(keyed)
