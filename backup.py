@@ -413,7 +413,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             delete_migrated_backups(night, record, migrated)
             if not is_waiting(night, record):
                 delete_old_chains(night, record, sets)                          # 12
-                run_pruning(night, record, "cleanup")                           # 13
+                clean_up(night, record)                                         # 13
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
         write_last_run(night.user.pw_gid, record)                               # 15
@@ -583,10 +583,9 @@ def check_newest_set(night: Night, record: Record) -> None:
         return
     # An increment that is not dated after the newest set would be an orphan.
     utils.pause(max(0.0, check_clock(night, sets) + 1))
-    answer = run_gpg(night, sets[-1].manifest)
-    if is_wrong_key(answer):
-        raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
-    if answer.exit_code:
+    if run_gpg(night, sets[-1].manifest).exit_code:
+        if is_of_another_key(night, sets[-1]):
+            raise Failure(f"{wrong_key_of(night)}, or {way_out_of(night)}")
         record.broken[sets[-1].manifest] = "is damaged"
 
 
@@ -638,13 +637,12 @@ def way_out_of(work: Work) -> str:
 def run_gpg(work: Work, name: str, take_text: utils.TakeLine | None = None) -> Finished:
     """Have gpg open a file of encrypted/ and check its integrity.
 
-    take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended; its exit
-    code is 0 for some files of a few bytes, and 2 where its home has no room for a keybox
-    that it does not need (seen: 2.2.40): its status lines are believed. Raises Failure if it
-    was killed or could not be executed.
+    take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended; of some
+    files of a few bytes its exit code is 0 and only its status lines tell (seen: 2.2.40).
+    Raises Failure if it was killed or could not be executed.
     """
-    command = ["gpg", "--batch", "--no-tty", "--quiet", "--pinentry-mode", "loopback",
-               "--passphrase-fd", "0", "--status-fd", "1", "--yes",
+    command = ["gpg", "--batch", "--no-tty", "--quiet", "--no-keyring", "--status-fd", "1", "--yes",
+               "--pinentry-mode", "loopback", "--passphrase-fd", "0",
                "--output", "-" if take_text else "/dev/null", "--decrypt", str(ENCRYPTED / name)]
     passphrase = read_passphrase()
     answer = utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
@@ -652,8 +650,8 @@ def run_gpg(work: Work, name: str, take_text: utils.TakeLine | None = None) -> F
     if answer.exit_code < 0 or answer.exit_code == utils.NOT_EXECUTABLE:
         raise Failure(f"gpg could not check {work.backup / ENCRYPTED / name}; run this again: it "
                       f"ended with {answer}")
-    good = any("] DECRYPTION_OKAY" in line for line in answer.last_lines)
-    return Finished(0 if good else answer.exit_code or 1, answer.last_lines)
+    opened = any("] DECRYPTION_OKAY" in line for line in answer.last_lines)
+    return answer if opened else Finished(answer.exit_code or 1, answer.last_lines)
 
 
 def is_wrong_key(answer: Finished) -> bool:
@@ -662,6 +660,11 @@ def is_wrong_key(answer: Finished) -> bool:
     Seen: gpg 2.2.40, 600 wrong ones of 600.
     """
     return answer.exit_code != 0 and any("BAD_PASSPHRASE" in line for line in answer.last_lines)
+
+
+def is_of_another_key(work: Work, found: BackupSet) -> bool:
+    """Tell whether the key opens nothing of a complete set: one file may be damaged."""
+    return all(is_wrong_key(run_gpg(work, name)) for name in found.metadata)
 
 
 def gpg_environment(work: Work) -> dict[str, str]:
@@ -744,8 +747,8 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
     stamp is new in encrypted/ and in the archive directory, too: an admin may copy sets
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     After a failure that directory goes as well: duplicity makes it anew, and a damaged one
-    would have every night fail (seen: 0.8.22, 3.2.1). Not where encrypted/ is damaged, from
-    which it would have to be made.
+    would have every night fail (seen: 0.8.22, 3.2.1). Not where more than volumes of
+    encrypted/ is damaged, from which it would have to be made.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
     try:
@@ -757,7 +760,8 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
                 # If it is more than one, others have come from elsewhere: none is to be lost.
                 for path in dead_files(ours if len(ours) == 1 else ()):
                     utils.remove(path)
-                if isinstance(failure, Exception) and not record.broken:  # and no signal
+                whole = all(".difftar." in name for name in record.broken)
+                if whole and isinstance(failure, Exception):  # and no signal
                     utils.remove(ARCHIVE)
         except OSError as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
@@ -993,11 +997,11 @@ def missing_files(
 ) -> dict[str, str]:
     """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
 
-    Those are what sets lack that lead nowhere, the volumes of chains, the signatures of the
-    newest, and manifests that only the archive directory has. Passed over is what is old
-    enough to be deleted, but not what is as young as the newest full backup. keep_days: see
-    keep_days_of. backup: the directory. night: for gpg, which opens the manifests that are
-    not in the archive directory; without it nothing is told of their volumes.
+    Those are what sets lack that lead nowhere, the volumes and signatures of chains, and
+    manifests that only the archive directory has. Passed over is what is old enough to be
+    deleted, but not what is as young as the newest full backup. keep_days: see keep_days_of.
+    backup: the directory. night: for gpg, which opens the manifests that are not in the
+    archive directory; without it nothing is told of their volumes.
     """
     there = utils.regular_files(backup / ENCRYPTED)
     sets, _ = read_sets(backup / ENCRYPTED)
@@ -1016,7 +1020,7 @@ def missing_files(
              if found.date >= needed and found.stamp <= newest.stamp]
     manifests.update(found.manifest for found in loose)
     known = {stamp_of(Path(name)) for name in manifests} | {found.stamp for found in complete}
-    names = {found.signatures for found in newest_chain(complete) if not found.signed}
+    names = {found.signatures for found in chained if not found.signed}
     names.update(f"duplicity-*.{found.previous}.manifest.gpg" for found in loose
                  if found.previous and found.previous not in known)
     for manifest in sorted(manifests):
@@ -1060,6 +1064,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
     """
     record.broken.update(broken_files(night.keep_days, night=night))
     tell_of_losses(night, record)
+    record_checks([], record.broken)  # should this run be killed
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
@@ -1553,17 +1558,24 @@ def delete_old_chains(
 def is_waiting(night: Night, record: Record) -> bool:
     """Tell, and warn, whether files that sets lack are waited for.
 
-    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and for a
-    night signatures. Duplicity would delete what is left of such sets, what is before them as
-    a chain that is over, and the signatures after those that are lost (seen: 0.8.22).
+    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere. Duplicity would
+    delete what is left of such sets, or what is before them as a chain that is over.
     """
     kept = kept_since(night.keep_days)
     waiting = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
-    waiting += [name for name in record.broken.keys() - record.told if ".sigtar." in name]
     if waiting:
         record.warn("no old backups were deleted, for with what is missing these would be whole "
                     f"again: {first_of(waiting)}; put it back from your copy elsewhere")
     return bool(waiting)
+
+
+def clean_up(night: Night, record: Record) -> None:
+    """Run duplicity's cleanup, but not where signatures are lost.
+
+    It would delete those after them, too (seen: 0.8.22, 3.2.1); the chain goes as a whole.
+    """
+    if not any(".sigtar." in name for name in record.broken):
+        run_pruning(night, record, "cleanup")
 
 
 @needs_attention_at_most
@@ -2203,18 +2215,15 @@ def check_reading_key(reader: Reader) -> None:
 
     Raises Failure if it opens nothing.
     """
-    for found in reversed(reader.sets):
-        if not all(is_wrong_key(run_gpg(reader, name)) for name in found.metadata):
-            return
-    raise Failure(wrong_key_of(reader))
+    if all(is_of_another_key(reader, found) for found in reversed(reader.sets)):
+        raise Failure(wrong_key_of(reader))
 
 
-def verify(reader: Reader, kept: datetime) -> dict[str, str]:
+def verify(reader: Reader) -> dict[str, str]:
     """Check every file of every backup.
 
     Volumes are checked against the checksums in their manifest, manifests and signatures
-    by gpg's own check. kept: see kept_since; a backup may be just deleting what is older,
-    signatures first. Returns what is wrong with each, by name, empty if nothing is.
+    by gpg's own check. Returns what is wrong with each, by name, empty if nothing is.
     """
     results: dict[str, str] = {}
     size = 0
@@ -2227,8 +2236,6 @@ def verify(reader: Reader, kept: datetime) -> dict[str, str]:
                     size += (ENCRYPTED / name).stat().st_size
                 if draw:
                     draw(size, total)
-            if not found.signed and found.date > kept:
-                results[found.signatures] = "is missing"
     return results
 
 
@@ -2406,8 +2413,8 @@ def restore(
     """
     directory = utils.path_of(place).readlink()
     wanted = f"{os.path.normpath(path or '.')}/".removeprefix(f"{reader.root}/").strip("/")
-    # Duplicity (0.8.22, 3.2.1) takes what is in a name as $NAME for a variable, but only once.
-    part = ["-r", "$WANTED"] if wanted not in ("", ".") else []
+    # Duplicity (0.8.22, 3.2.1) puts in what $NAME and ~ mean, once: of this it is what is wanted.
+    part = ["-r", "~"] if wanted not in ("", ".") else []
     # What others do in a directory that is theirs leads nowhere: duplicity writes to one
     # of root's, through a descriptor.
     fresh = f".restoring-{os.getpid()}"
@@ -2416,7 +2423,7 @@ def restore(
         target = utils.path_of(descriptor) / "restored"
         lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
-        command = ["env", f"WANTED={wanted}", *duplicity_command(
+        command = ["env", f"HOME={wanted}", *duplicity_command(
             "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))]
         try:
             check_own(descriptor, directory / fresh)
@@ -2480,7 +2487,7 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
     Yields its descriptor. If the block fails and it was made and is empty, it goes.
     Raises Failure (exit code 2) or OSError.
     """
-    directory = Path(os.path.abspath(name))
+    directory = Path(os.path.abspath(name).replace("//", "/"))
     if directory == work.root or work.backup in (directory, *directory.parents):
         raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
                       "directory", 2)
@@ -2802,7 +2809,7 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     """
     keep_days = keep_days_of(settings)
     with utils.ended_in_good_order(), reader_of(settings) as reader:
-        results = verify(reader, kept_since(keep_days))
+        results = verify(reader)
     utils.raise_if_interrupted()
     print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
           f"{human_size(sum(found.size for found in reader.sets))}")

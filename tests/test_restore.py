@@ -161,13 +161,13 @@ def test_interrupted_while_it_imports() -> None:
 
 def test_path_that_looks_like_a_variable(keyed: Store) -> None:
     """duplicity would put the value in its place, and restore another file."""
-    for name in ("$LANGUAGE", "C", "$WANTED"):
+    names = ("$LANGUAGE", "$HOME", "~", "~root", "a{b}$X${Y}\\")
+    for name in ("C", *names):
         (keyed.root / name).write_text(name)
     keyed.backup()
-    for name in ("$LANGUAGE", "$WANTED"):
-        target = keyed.scratch / "restored" / name[1:]
-        target.parent.mkdir(exist_ok=True)
-        keyed.backup("--restore", str(target), "--path", name)
+    for number, name in enumerate(names):
+        target = keyed.scratch / f"restored-{number}"
+        keyed.backup("--restore", f"/{target}", "--path", name)
         assert (target / name).read_text() == name
 
 
