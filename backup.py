@@ -401,7 +401,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
         check_cached_signatures(night, record)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), temporary_directory():
-            with copy_of_tree(night, record) as copy, failed_set_thrown_away(record):  # 7
+            with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, record):  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
                         utils.update_mirror(copy)                               # 9
@@ -663,8 +663,9 @@ def is_wrong_key(answer: Finished) -> bool:
 
 
 def is_of_another_key(work: Work, found: BackupSet) -> bool:
-    """Tell whether the key opens nothing of a complete set: one file may be damaged."""
-    return all(is_wrong_key(run_gpg(work, name)) for name in found.metadata)
+    """Tell whether the key opens nothing of a complete set, for some of it may be damaged."""
+    answers = [run_gpg(work, name) for name in found.metadata]
+    return any(map(is_wrong_key, answers)) and all(answer.exit_code for answer in answers)
 
 
 def gpg_environment(work: Work) -> dict[str, str]:
@@ -740,15 +741,15 @@ def stamp_of(path: Path) -> str:
 
 
 @contextmanager
-def failed_set_thrown_away(record: Record) -> Iterator[None]:
+def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     """Delete the set that the block was making when it failed, that a full disk gets free.
 
     It may be whole, and dated before others, where the clock was set back meanwhile. Its
     stamp is new in encrypted/ and in the archive directory, too: an admin may copy sets
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     After a failure that directory goes as well: duplicity makes it anew, and a damaged one
-    would have every night fail (seen: 0.8.22, 3.2.1). Not where more than volumes of
-    encrypted/ is damaged, from which it would have to be made.
+    would have every night fail (seen: 0.8.22, 3.2.1). Not where it could not be, for what it
+    would be made from is damaged, which is told.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
     try:
@@ -760,10 +761,15 @@ def failed_set_thrown_away(record: Record) -> Iterator[None]:
                 # If it is more than one, others have come from elsewhere: none is to be lost.
                 for path in dead_files(ours if len(ours) == 1 else ()):
                     utils.remove(path)
-                whole = all(".difftar." in name for name in record.broken)
-                if whole and isinstance(failure, Exception):  # and no signal
-                    utils.remove(ARCHIVE)
-        except OSError as error:
+                if isinstance(failure, Exception):  # and no signal
+                    chain = newest_chain(complete_sets(ENCRYPTED))
+                    damaged = [str(night.backup / ENCRYPTED / name) for found in chain
+                               for name in found.metadata if run_gpg(night, name).exit_code]
+                    if damaged:
+                        log.error("damaged: %s; fetch from your copy elsewhere", first_of(damaged))
+                    else:
+                        utils.remove(ARCHIVE)
+        except (OSError, Failure) as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
                       failure_of(error))
         raise
@@ -1018,7 +1024,8 @@ def missing_files(
                      if kept.strftime(STAMP_FORMAT) < stamp_of(path) < newest.stamp)
     loose = [found for found in loose_sets(sets)
              if found.date >= needed and found.stamp <= newest.stamp]
-    manifests.update(found.manifest for found in loose)
+    wanted = {stamp for found in loose for stamp in (found.stamp, found.previous)}
+    manifests.update(found.manifest for found in sets if found.stamp in wanted)
     known = {stamp_of(Path(name)) for name in manifests} | {found.stamp for found in complete}
     names = {found.signatures for found in chained if not found.signed}
     names.update(f"duplicity-*.{found.previous}.manifest.gpg" for found in loose
@@ -1558,11 +1565,14 @@ def delete_old_chains(
 def is_waiting(night: Night, record: Record) -> bool:
     """Tell, and warn, whether files that sets lack are waited for.
 
-    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere. Duplicity would
-    delete what is left of such sets, or what is before them as a chain that is over.
+    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and for a night
+    manifests of which nothing else is there. Duplicity would delete what is left of such sets,
+    or what is before them as a chain that is over.
     """
     kept = kept_since(night.keep_days)
-    waiting = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
+    loose = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
+    waiting = loose or [name for name, why in record.broken.items() if ".manifest." in name
+                        and why == "is missing" and name not in record.told]
     if waiting:
         record.warn("no old backups were deleted, for with what is missing these would be whole "
                     f"again: {first_of(waiting)}; put it back from your copy elsewhere")
@@ -1572,9 +1582,10 @@ def is_waiting(night: Night, record: Record) -> bool:
 def clean_up(night: Night, record: Record) -> None:
     """Run duplicity's cleanup, but not where signatures are lost.
 
-    It would delete those after them, too (seen: 0.8.22, 3.2.1); the chain goes as a whole.
+    It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
     """
-    if not any(".sigtar." in name for name in record.broken):
+    chained = [found for chain in chains_of(complete_sets(ENCRYPTED)) for found in chain]
+    if not any(".sigtar." in name for name in broken_in(chained, record.broken)):
         run_pruning(night, record, "cleanup")
 
 
@@ -2413,8 +2424,8 @@ def restore(
     """
     directory = utils.path_of(place).readlink()
     wanted = f"{os.path.normpath(path or '.')}/".removeprefix(f"{reader.root}/").strip("/")
-    # Duplicity (0.8.22, 3.2.1) puts in what $NAME and ~ mean, once: of this it is what is wanted.
-    part = ["-r", "~"] if wanted not in ("", ".") else []
+    # Duplicity (0.8.22, 3.2.1) takes what is in a name as $NAME for a variable, but only once.
+    part = ["-r", "$WANTED"] if wanted not in ("", ".") else []
     # What others do in a directory that is theirs leads nowhere: duplicity writes to one
     # of root's, through a descriptor.
     fresh = f".restoring-{os.getpid()}"
@@ -2423,7 +2434,7 @@ def restore(
         target = utils.path_of(descriptor) / "restored"
         lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
-        command = ["env", f"HOME={wanted}", *duplicity_command(
+        command = ["env", f"WANTED={wanted}", *duplicity_command(
             "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))]
         try:
             check_own(descriptor, directory / fresh)

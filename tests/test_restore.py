@@ -161,7 +161,7 @@ def test_interrupted_while_it_imports() -> None:
 
 def test_path_that_looks_like_a_variable(keyed: Store) -> None:
     """duplicity would put the value in its place, and restore another file."""
-    names = ("$LANGUAGE", "$HOME", "~", "~root", "a{b}$X${Y}\\")
+    names = ("$LANGUAGE", "$HOME", "$WANTED", "a{b}$X${Y}\\")
     for name in ("C", *names):
         (keyed.root / name).write_text(name)
     keyed.backup()

@@ -351,3 +351,77 @@ def test_file_of_a_few_bytes_is_damaged(keyed: Store, first_night: FirstNight, s
     signatures = next(keyed.encrypted.glob("*.sigtar.gpg"))
     signatures.write_bytes(signatures.read_bytes()[:size])
     assert f"{signatures} is damaged" in keyed.backup("--verify", exit_code=3).stderr
+
+
+@pytest.mark.parametrize("kind", [".sigtar.", ".manifest."])
+def test_unnoticed_damage_and_a_night_that_fails(
+    keyed: Store, first_night: FirstNight, kind: str
+) -> None:
+    """What duplicity has noted of it is kept, and the damage told: the next night makes a full."""
+    first_night(keyed)
+    keyed.backup()
+    keyed.backup()
+    path = next(keyed.encrypted.glob(f"duplicity-full*{kind}*"))
+    path.write_bytes(path.read_bytes()[:-10])
+    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exit 53;; esac\n"
+                   'exec REAL "$@"\n')
+    assert f"damaged: {path}; fetch" in keyed.backup(exit_code=1).stderr
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup(exit_code=None)
+    assert len(keyed.manifests()) == 4
+
+
+def test_damaged_note_beside_lost_signatures_of_an_older_chain(keyed: Store) -> None:
+    """What duplicity has noted can be made anew, for the newest chain is whole."""
+    for option in ("-v", "-v", "--full"):
+        keyed.backup(option)
+    next(keyed.encrypted.glob("*new-sig*")).unlink()
+    newest = keyed.manifests()[-1].removesuffix(".gpg")
+    (keyed.backups / "cache/backup" / newest).write_text("")
+    keyed.backup(exit_code=None)
+    keyed.backup(exit_code=None)
+    assert len(keyed.manifests()) >= 4
+
+
+def test_another_key_beside_a_damaged_file(keyed: Store, first_night: FirstNight) -> None:
+    """That one file is no file of gpg's does not make the key right."""
+    first_night(keyed)
+    next(keyed.encrypted.glob("*.sigtar.gpg")).write_bytes(b"")
+    (keyed.backups / "secret_key.txt").write_text("another" * 10 + "\n")
+    assert "made with another key" in keyed.backup(exit_code=1).stderr
+
+
+def test_lost_manifest_that_grows_old_is_told_once(keyed: Store) -> None:
+    """The full that lacks it is older than BACKUP_KEEP_DAYS before its increments are."""
+    for age in ("95 hours ago", "70 hours ago"):
+        keyed.run("faketime", age, *keyed.command())
+    (keyed.encrypted / keyed.manifests()[0]).unlink()
+    for hours, told in ((60, 1), (20, 0)):
+        errors = keyed.run("faketime", f"{hours} hours ago", *keyed.command(), exit_code=3).stderr
+        assert errors.count("is missing; fetch it") == told, errors
+
+
+def test_what_a_lost_set_would_complete_is_kept(keyed: Store) -> None:
+    """All of it is gone but what duplicity has noted: for a night nothing is deleted."""
+    for age in ("6 days ago", "5 days ago", "1 day ago"):
+        keyed.run("faketime", age, *keyed.command())
+    keyed.run("faketime", "12 hours ago", *keyed.command("--full"))
+    stamp = keyed.manifests()[2].split(".")[3]
+    for path in keyed.encrypted.glob(f"*.to.{stamp}.*"):
+        path.unlink()
+    before = set(keyed.encrypted.iterdir())
+    assert f"{stamp}.manifest.gpg is missing; fetch it" in keyed.backup(exit_code=3).stderr
+    assert before < set(keyed.encrypted.iterdir())
+
+
+def test_loose_sets_go_although_signatures_were_lost(keyed: Store) -> None:
+    """What leads nowhere is deleted when it is old, whatever was marked in it before."""
+    for age in ("9 days ago", "8 days ago", "7 days ago"):
+        keyed.run("faketime", age, *keyed.command())
+    full, increment = keyed.manifests()[0], keyed.manifests()[1]
+    next(keyed.encrypted.glob("*new-sig*")).unlink()
+    keyed.run("faketime", "7 days ago", *keyed.command("--verify"), exit_code=3)
+    (keyed.encrypted / full).unlink()
+    for age, code in (("6 days ago", 3), ("1 hour ago", None)):
+        keyed.run("faketime", age, *keyed.command(), exit_code=code)
+    assert not (keyed.encrypted / increment).exists()
