@@ -1572,7 +1572,8 @@ def is_waiting(night: Night, record: Record) -> bool:
     kept = kept_since(night.keep_days)
     loose = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
     waiting = loose or [name for name, why in record.broken.items() if ".manifest." in name
-                        and why == "is missing" and name not in record.told]
+                        and why == "is missing" and name not in record.told
+                        and stamp_of(Path(name)) > kept.strftime(STAMP_FORMAT)]
     if waiting:
         record.warn("no old backups were deleted, for with what is missing these would be whole "
                     f"again: {first_of(waiting)}; put it back from your copy elsewhere")
