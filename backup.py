@@ -747,9 +747,6 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     It may be whole, and dated before others, where the clock was set back meanwhile. Its
     stamp is new in encrypted/ and in the archive directory, too: an admin may copy sets
     into the one, and duplicity fetches into the other what that lacks of the old ones.
-    After a failure that directory goes as well: duplicity makes it anew, and a damaged one
-    would have every night fail (seen: 0.8.22, 3.2.1). Not where it could not be, for what it
-    would be made from is damaged, which is told.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
     try:
@@ -762,17 +759,25 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
                 for path in dead_files(ours if len(ours) == 1 else ()):
                     utils.remove(path)
                 if isinstance(failure, Exception):  # and no signal
-                    chain = newest_chain(complete_sets(ENCRYPTED))
-                    damaged = [str(night.backup / ENCRYPTED / name) for found in chain
-                               for name in found.metadata if run_gpg(night, name).exit_code]
-                    if damaged:
-                        log.error("damaged: %s; fetch from your copy elsewhere", first_of(damaged))
-                    else:
-                        utils.remove(ARCHIVE)
+                    throw_away_archive_directory(night)
         except (OSError, Failure) as error:
             log.error("the unfinished backup could not be deleted, the next run will: %s",
                       failure_of(error))
         raise
+
+
+def throw_away_archive_directory(work: Work) -> None:
+    """Delete what duplicity makes anew: damaged, it would have every night fail (seen: 0.8.22).
+
+    It is kept where what it would be made from is damaged, which is told.
+    """
+    damaged = [str(work.backup / ENCRYPTED / name)
+               for found in newest_chain(complete_sets(ENCRYPTED))
+               for name in found.metadata if run_gpg(work, name).exit_code]
+    if damaged:
+        log.error("damaged: %s; fetch from your copy elsewhere", first_of(damaged))
+    else:
+        utils.remove(ARCHIVE)
 
 
 def make_directories(night: Night) -> None:
@@ -1058,9 +1063,8 @@ def broken_files(
 ) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
     known = read_last_verify(backup / LAST_VERIFY)["damaged"]
-    found_again = {name for name in utils.regular_files(backup / ENCRYPTED)
-                   if known.get(name) == "is missing"}
-    return {**{name: why for name, why in known.items() if name not in found_again},
+    return {**{name: why for name, why in known.items()
+               if why != "is missing" or not (backup / ENCRYPTED / name).exists()},
             **missing_files(keep_days, backup, night)}
 
 
@@ -2645,7 +2649,10 @@ def listen_to_messages() -> logging.handlers.QueueListener:
     listener = logging.handlers.QueueListener(messages, handler)
     # In the background a terminal may suspend who writes to it, with mail down.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
-    listener.start()
+    try:
+        listener.start()
+    except RuntimeError:  # no thread can be had: they are printed at once
+        logging.getLogger().addHandler(handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
     return listener
 
@@ -2890,8 +2897,9 @@ def main(arguments: Sequence[str]) -> int:
     utils.give_up_if_broken(sys.stdout)
     unsaid = threading.Timer(UNSAID_SECONDS, os._exit, [code])  # where nobody takes them
     unsaid.daemon = True
-    unsaid.start()
-    listener.stop()
+    with suppress(RuntimeError):  # where no thread can be had nothing is unsaid
+        unsaid.start()
+        listener.stop()
     unsaid.cancel()
     utils.give_up_if_broken(sys.stderr)
     return code

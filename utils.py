@@ -956,14 +956,13 @@ def shell(
     command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of
     a descriptor whose lines go to on_log. environment: all of the program's environment.
     secret: hidden in whatever the program prints. standard_input: a few lines for it to
-    read. directory: where it runs. umask: -1
-    for the caller's. starts_daemons: they would hold an output pipe open for ever, so a
-    file takes the output, whose lines come at the end. interruptible: whether a signal to
-    this process ends it, and raises Interrupted. timeout_seconds: then it is ended, with
-    exit code 124. on_line, on_log: called for each line as it comes, escaped. watch:
-    called twice a second with its process id; what it raises ends the program. Returns
-    how it ended, with exit code 126 if it could not be executed. The program and its
-    process group have ended when an exception leaves.
+    read. directory: where it runs. umask: -1 for the caller's. starts_daemons: they would
+    hold an output pipe open for ever, so a file takes the output, whose lines come at the
+    end. interruptible: whether a signal to this process ends it, and raises Interrupted.
+    timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each
+    line as it comes, escaped. watch: called twice a second with its process id; what it
+    raises ends the program. Returns how it ended, with exit code 126 if it could not be
+    executed. The program and its process group have ended when an exception leaves.
     """
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 

@@ -96,3 +96,10 @@ def test_mount_that_is_hidden_by_another(keyed: Store) -> None:
     script = ('cd "$0" && mount -t tmpfs none disk && mkdir disk/inner && mount -t tmpfs none '
               'disk/inner && mount -t tmpfs none disk && exec "$@"')
     keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command())
+
+
+def test_no_thread_can_be_had(store: Store) -> None:
+    """Where processes are limited that is told in a sentence, too."""
+    result = store.run("setpriv", "--reuid=65534", "--clear-groups", "prlimit", "--nproc=1",
+                       *store.command("--verify"), exit_code=1)
+    assert result.stderr == "backup: only root can read the backups; run it as root\n"
