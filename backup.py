@@ -1544,6 +1544,7 @@ def delete_migrated_backups(
     migrated.rmdir()
 
 
+@needs_attention_at_most
 def delete_old_chains(
     night: Night, record: Record, sets: Sets, begin: datetime | None = None
 ) -> None:
@@ -1584,6 +1585,7 @@ def is_waiting(night: Night, record: Record) -> bool:
     return bool(waiting)
 
 
+@needs_attention_at_most
 def clean_up(night: Night, record: Record) -> None:
     """Run duplicity's cleanup, but not where signatures are lost.
 
@@ -1620,7 +1622,7 @@ def grant_group_read(night: Night, record: Record) -> None:
 def check_a_share(night: Night, record: Record) -> None:
     """Check a seventh of the backup files as --verify does: those not checked for longest."""
     last = read_last_verify(LAST_VERIFY)
-    share = min(range(SHARES), key=lambda number: str(last["checked"].get(str(number), "")))
+    share = min(range(SHARES), key=lambda number: last["checked"].get(str(number), ""))
     log.info("checking a seventh of the backup files")
     results = {**dict.fromkeys(last["damaged"], ""), **record.broken}  # or it is whole again
     with utils.low_priority():
@@ -1807,10 +1809,12 @@ def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
         "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
         "last_run": last_run or None, "last_verify": last_verify}
     chain = newest_chain(sets)
-    trouble = newest_lost(sets, last_run.get("newest_set"))
-    if not trouble and sets and not chain:
+    trouble = ""
+    if lost := newest_lost(sets, last_run.get("newest_set")):
+        trouble = lost
+    elif sets and not chain:
         trouble = "the newest backup leads back to no full one, the next run makes one"
-    elif not trouble and (wrong := broken_in(chain, broken)):
+    elif wrong := broken_in(chain, broken):
         trouble = f"damaged: {wrong[0]}, the next run makes a full backup"
     status["ok"], status["headline"] = headline_of(status, now, trouble)
     return status
@@ -2746,12 +2750,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("restore", "path"):
         if vars(options)[name] == "":
             parser.error(f"--{name} is empty")
-    commands = {f"--{name}" for name in given & {"status", "verify", "list", "restore"}}
+    commands = {f"--{name}" for name in given & {"status", "verify", "list", "restore"}} or {
+        "a backup"}
     belongs = {"full": {"a backup"}, "dry_run": {"a backup"}, "json": {"--status"},
                "html": {"--status"}, "compare": {"--verify"}, "path": {"--restore"},
                "time": {"--list", "--restore"}}
     for option in sorted(given & belongs.keys()):
-        if not belongs[option] & (commands or {"a backup"}):
+        if not belongs[option] & commands:
             parser.error(f"--{option.replace('_', '-')} is an option of "
                          f"{' and '.join(sorted(belongs[option]))}")
     return options
