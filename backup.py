@@ -663,8 +663,11 @@ def is_wrong_key(answer: Finished) -> bool:
 
 
 def is_of_another_key(work: Work, found: BackupSet) -> bool:
-    """Tell whether the key opens nothing of a complete set, for some of it may be damaged."""
-    answers = [run_gpg(work, name) for name in found.metadata]
+    """Tell whether the key opens nothing of a complete set, for some of it may be damaged.
+
+    Of the volumes one is tried.
+    """
+    answers = [run_gpg(work, name) for name in [*found.metadata, *sorted(found.volumes)[-1:]]]
     return any(map(is_wrong_key, answers)) and all(answer.exit_code for answer in answers)
 
 
@@ -769,15 +772,20 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
 def throw_away_archive_directory(work: Work) -> None:
     """Delete what duplicity makes anew: damaged, it would have every night fail (seen: 0.8.22).
 
-    It is kept where what it would be made from is damaged, which is told.
+    It is kept where what it would be made from is damaged, which is told and remembered, and
+    so is a manifest that alone tells of a set which is lost.
     """
-    damaged = [str(work.backup / ENCRYPTED / name)
-               for found in newest_chain(complete_sets(ENCRYPTED))
+    damaged = [name for found in newest_chain(complete_sets(ENCRYPTED))
                for name in found.metadata if run_gpg(work, name).exit_code]
     if damaged:
-        log.error("damaged: %s; fetch from your copy elsewhere", first_of(damaged))
-    else:
-        utils.remove(ARCHIVE)
+        log.error("damaged: %s; fetch from your copy elsewhere and run --verify",
+                  first_of([str(work.backup / ENCRYPTED / name) for name in damaged]))
+        record_checks([], dict.fromkeys(damaged, "is damaged"))
+        return
+    there = utils.regular_files(ENCRYPTED)
+    for path in ARCHIVE.glob("*"):
+        if ".manifest" not in path.name or f"{path.name}.gpg" in there:
+            utils.remove(path)
 
 
 def make_directories(night: Night) -> None:

@@ -367,8 +367,41 @@ def test_unnoticed_damage_and_a_night_that_fails(
                    'exec REAL "$@"\n')
     assert f"damaged: {path}; fetch" in keyed.backup(exit_code=1).stderr
     (keyed.bin / "duplicity").unlink()
-    keyed.backup(exit_code=None)
-    assert len(keyed.manifests()) == 4
+    mark = put_hook(keyed)
+    assert f"{path} is damaged; fetch it" in keyed.backup(exit_code=3).stderr
+    assert "-full." in keyed.manifests()[-1] and not mark.exists()
+
+
+def test_lost_set_and_a_night_that_fails(keyed: Store, first_night: FirstNight) -> None:
+    """Only duplicity's note tells of it: the next night tells it again, and mirrors nothing."""
+    first_night(keyed)
+    keyed.backup("--full")
+    mark, stamp = put_hook(keyed), keyed.manifests()[0].split(".")[1]
+    for path in keyed.encrypted.glob(f"*{stamp}*"):
+        path.unlink()
+    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exit 53;; esac\n"
+                   'exec REAL "$@"\n')
+    keyed.backup(exit_code=1)
+    (keyed.bin / "duplicity").unlink()
+    assert "is missing; fetch it" in keyed.backup(exit_code=3).stderr and not mark.exists()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_two_damaged_files_are_no_other_key(
+    keyed: Store, first_night: FirstNight, lost: bool
+) -> None:
+    """A manifest that looks like another key's beside signatures that are damaged or lost."""
+    first_night(keyed)
+    keyed.backup()
+    manifest = keyed.encrypted / keyed.manifests()[1]
+    content = bytearray(manifest.read_bytes())
+    content[8] ^= 1
+    manifest.write_bytes(content)
+    signatures = next(keyed.encrypted.glob("*new-sig*"))
+    signatures.write_bytes(signatures.read_bytes()[:-10])
+    if lost:
+        signatures.unlink()
+    assert f"{manifest} is damaged" in keyed.backup(exit_code=3).stderr
 
 
 def test_damaged_note_beside_lost_signatures_of_an_older_chain(keyed: Store) -> None:
