@@ -47,7 +47,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
@@ -88,6 +87,7 @@ READER_PREFIX = "reader-"
 COPY_BESIDE = ".backup-snapshot"
 MIGRATED = "migrated_unencrypted_backup"
 
+PROGRAMS = ("duplicity", "gpg")  # all others are on every Debian
 SETTINGS = ("BACKUP_EXCLUDE", "BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
@@ -107,7 +107,6 @@ CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 HANGING_SECONDS = 5
 UNSAID_SECONDS = 5
-OLDEST_DUPLICITY = (0, 8, 21)
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
                "M": 30 * DAY, "Y": 365 * DAY, "y": 365 * DAY}
@@ -140,8 +139,6 @@ DUPLICITY_EXIT_CODES = {
     53: "the disk is full; make room on it",
     utils.NOT_EXECUTABLE: "duplicity could not be executed; install it again",
 }
-
-LOW_PRIORITY = ["nice", "-n", "19", "ionice", "-t", "-c", "3"]  # -t: a container may forbid it
 
 log = logging.getLogger("backup")
 Draw = Callable[[int, int | None], None]
@@ -188,7 +185,7 @@ class Record:
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     newest_set: str | None = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
-    told: frozenset[str] = frozenset()  # of which files runs have warned before
+    told: dict[str, str] = field(default_factory=dict)  # of what is broken runs have warned before
     kind: str | None = None
     source: str | None = None
     size: int = 0  # of the new set, in bytes
@@ -356,7 +353,7 @@ def night_of(settings: Settings) -> Night:
             raise Failure(f"{key} is no setting, but {near} is; correct it in the settings", 2)
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
     for name in services:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9@._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9@._-]*[A-Za-z0-9_])?", name):
             raise Failure(f"{printable(name)} is not the name of a service; correct "
                           "BACKUP_SERVICES in the settings", 2)
     return Night(**vars(work), settings=settings, user=user,
@@ -370,7 +367,7 @@ def program_environment() -> dict[str, str]:
     It is the caller's, with the system directories on PATH and messages that are not
     translated.
     """
-    path = utils.system_path(os.environ.get("PATH", ""))
+    path = f"{os.environ.get('PATH') or os.defpath}:{utils.SYSTEM_DIRECTORIES}"
     return {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
 
 
@@ -395,12 +392,12 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             recover_from_dead_run(night)                                        # 3
             make_directories(night)
             migrated = migrate_legacy_layout(night)                             # 4
-            sets = complete_sets(ENCRYPTED)
+            sets = complete_sets()
             kind = decide(night, record, sets, force_full)                      # 5
             make_room(night, record, sets, kind)
         check_cached_signatures(night, record)
         run_hook(night, "before-backup", record)                                # 6
-        with gpg_home(night), temporary_directory():
+        with gpg_home(night), utils.own_directory(TEMPORARY):
             with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, record):  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
@@ -408,7 +405,8 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                     else:
                         make_set(night, record, kind)
                 if copy:                                                        # 10: mail is back
-                    make_set(night, record, kind, copy)                         # 11
+                    with utils.low_priority():
+                        make_set(night, record, kind, copy)                     # 11
             write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
             if not is_waiting(night, record):
@@ -417,7 +415,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
         write_last_run(night.user.pw_gid, record)                               # 15
-        if record.told.issuperset(record.broken):
+        if record.broken.items() <= record.told.items():
             run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
     return exit_code_of(record)
@@ -503,10 +501,7 @@ def check_surroundings(night: Night) -> str:
 
     Returns duplicity's version. Raises Failure (exit code 2).
     """
-    programs = ["duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice"]
-    if night.services:
-        programs.append(utils.service_manager(night.environment).program)
-    for program in programs:
+    for program in PROGRAMS:
         utils.find_program(program, night.environment)
     for directory in (ENCRYPTED, CACHE, ARCHIVE, SNAPSHOT, TEMPORARY, PLAIN, LEGACY,
                       night.copy_beside, night.migrated):
@@ -555,17 +550,13 @@ def check_key() -> None:
 def duplicity_version(work: Work) -> str:
     """Return duplicity's version, such as 0.8.22.
 
-    Raises Failure (exit code 2) if it does not run or is too old.
+    Raises Failure (exit code 2) if it does not run.
     """
     answer = utils.shell(["duplicity", "--version"], work.environment)
     match = re.match(r"duplicity (\S+)", answer.last_lines[-1] if answer.last_lines else "")
     if answer.exit_code or not match:
         raise Failure("duplicity does not run; install it again: "
                       f"duplicity --version ended with {answer}", 2)
-    numbers = tuple(int(number) for number in re.findall(r"\d+", match[1])[:3])
-    if numbers < OLDEST_DUPLICITY:
-        oldest = ".".join(map(str, OLDEST_DUPLICITY))
-        raise Failure(f"duplicity {match[1]} is too old; install {oldest} or newer", 2)
     return match[1]
 
 
@@ -573,12 +564,15 @@ def check_newest_set(night: Night, record: Record) -> None:
     """Check that the key opens the newest set's manifest, and that the set is not of the future.
 
     duplicity 0.8.22 would add a set under another key, or an orphan before a set of the
-    future, and exit 0. A manifest that is damaged is noted. Raises Failure.
+    future, and exit 0; a copy such as NAME~ beside a file ends every run of it. A manifest
+    that is damaged is noted. Raises Failure.
     """
     for path in ENCRYPTED.glob("duplicity-*"):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise Failure(f"{path.absolute()} is no regular file; see what it is, and remove it")
-    sets = complete_sets(ENCRYPTED)
+        mistaken = FILE.match(path.name) and not key_of(path.name) and path.suffix != ".enc"
+        if mistaken or not stat.S_ISREG(path.lstat().st_mode):
+            raise Failure(f"duplicity would take {path.absolute()} for a backup file; see what it "
+                          "is, and move it elsewhere")
+    sets = complete_sets()
     if not sets:
         return
     # An increment that is not dated after the newest set would be an orphan.
@@ -608,7 +602,7 @@ def check_nothing_lost(work: Work, newest_set: str | None, force_full: bool) -> 
     Else a disk that was not mounted would pass for a first night. newest_set: the stamp of
     that one, if there was one. force_full: it may be lost.
     """
-    lost = newest_lost(complete_sets(ENCRYPTED), newest_set)
+    lost = newest_lost(complete_sets(), newest_set)
     if lost and not force_full:
         raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back from "
                       "your copy elsewhere, or run --full to begin anew without it")
@@ -697,8 +691,8 @@ def start_services_left_stopped(night: Night, record: Record) -> None:
     An earlier run's keeper died, or they did not start.
     """
     if lines := utils.services_to_start(night.stopped):
-        log.warning("starting %s, which an earlier run left stopped, see %s", " and ".join(lines),
-                    night.stopped)
+        log.warning("starting %s, which an earlier run left stopped; delete %s if it is to stay so",
+                    " and ".join(lines), night.stopped)
         record.downtime.not_started = utils.start_services(
             utils.service_manager(night.environment), lines, night.stopped)
 
@@ -726,7 +720,7 @@ def dead_files(rejected: Collection[str] = ()) -> list[Path]:
     the time of a run. In cache/ it is also what is not duplicity's archive directory of
     today. rejected: stamps of sets that do not count although they may have a manifest.
     """
-    sets = [found for found in complete_sets(ENCRYPTED) if found.stamp not in rejected]
+    sets = [found for found in complete_sets() if found.stamp not in rejected]
     newest = sets[-1].stamp if sets else ""
     alive = {Path(name).stem for found in sets for name in found.files}
     files = [ENCRYPTED / name for name in utils.regular_files(ENCRYPTED) if name.endswith(".gpg")]
@@ -775,7 +769,7 @@ def throw_away_archive_directory(work: Work) -> None:
     It is kept where what it would be made from is damaged, which is told and remembered, and
     so is a manifest that alone tells of a set which is lost.
     """
-    damaged = [name for found in newest_chain(complete_sets(ENCRYPTED))
+    damaged = [name for found in newest_chain(complete_sets())
                for name in found.metadata if run_gpg(work, name).exit_code]
     if damaged:
         log.error("damaged: %s; fetch from your copy elsewhere and run --verify",
@@ -796,17 +790,6 @@ def make_directories(night: Night) -> None:
         utils.write_atomically(KEY, base64.b64encode(secrets.token_bytes(48)).decode() + "\n")
         log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no "
                     "backup can be opened", KEY.absolute())
-
-
-@contextmanager
-def temporary_directory() -> Iterator[None]:
-    """Keep duplicity's temporary directory while the block runs."""
-    utils.make_owned_directory(TEMPORARY, 0o700, 0)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # the next run will
-            utils.remove(TEMPORARY)
 
 
 # Step 4: the layout of old
@@ -870,7 +853,7 @@ def move_plain_backups(work: Work) -> None:
     with suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
         return
-    if utils.content_size(PLAIN) + reserve_bytes(work.root) > utils.free_bytes(work.root):
+    if utils.content_size(PLAIN) + reserve_bytes(work.root) > shutil.disk_usage(work.root).free:
         raise Failure(f"{work.root} has no room for the old backups in {PLAIN.absolute()}; make "
                       "room there")
     utils.make_owned_directory(part, 0o700, 0)
@@ -915,12 +898,11 @@ def openssl_size(size: int) -> int:
 # Step 5: full or incremental
 
 
-def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
+def read_sets(encrypted: Path = ENCRYPTED) -> list[BackupSet]:
     """Read from the names in encrypted/ what sets there are, oldest first, complete or not.
 
     A signature file that is dated up to 60 seconds off a complete set without one
-    belongs to that set: some versions date them so. Returns the sets, and the bytes of
-    the files that belong to none that is complete.
+    belongs to that set: some versions date them so.
     """
     sizes = utils.regular_files(encrypted)
     members: dict[SetKey, set[str]] = {}
@@ -942,8 +924,7 @@ def read_sets(encrypted: Path) -> tuple[list[BackupSet], int]:
                 names = names | members[key]
         sets.append(BackupSet(stamp, previous, complete, frozenset(names),
                               sum(sizes[name] for name in names)))
-    sets.sort(key=lambda found: (found.stamp, found.previous or ""))
-    return sets, sum(sizes.values()) - sum(found.size for found in sets if found.complete)
+    return sorted(sets, key=lambda found: (found.stamp, found.previous or ""))
 
 
 def key_of(name: str) -> SetKey | None:
@@ -961,9 +942,9 @@ def key_of(name: str) -> SetKey | None:
     return None
 
 
-def complete_sets(encrypted: Path) -> list[BackupSet]:
+def complete_sets(encrypted: Path = ENCRYPTED) -> list[BackupSet]:
     """Return the sets whose manifest, which duplicity writes last, is there, oldest first."""
-    return [found for found in read_sets(encrypted)[0] if found.complete]
+    return [found for found in read_sets(encrypted) if found.complete]
 
 
 def stamp_date(stamp: str) -> datetime:
@@ -1011,19 +992,16 @@ def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
     return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
 
 
-def missing_files(
-    keep_days: int, backup: Path = Path(), night: Night | None = None
-) -> dict[str, str]:
+def missing_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
     """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
 
     Those are what sets lack that lead nowhere, the volumes and signatures of chains, and
     manifests that only the archive directory has. Passed over is what is old enough to be
     deleted, but not what is as young as the newest full backup. keep_days: see keep_days_of.
-    backup: the directory. night: for gpg, which opens the manifests that are not in the
-    archive directory; without it nothing is told of their volumes.
+    work: for gpg, see read_manifest.
     """
-    there = utils.regular_files(backup / ENCRYPTED)
-    sets, _ = read_sets(backup / ENCRYPTED)
+    there = utils.regular_files(ENCRYPTED)
+    sets = read_sets()
     complete = [found for found in sets if found.complete]
     if not complete:
         return {}
@@ -1033,10 +1011,11 @@ def missing_files(
     chained = [found for chain in chains_of(complete) if chain[-1].date >= needed
                for found in chain]
     manifests = {found.manifest for found in chained}
-    manifests.update(f"{path.name}.gpg" for path in (backup / ARCHIVE).glob("*.manifest")
+    manifests.update(f"{path.name}.gpg" for path in ARCHIVE.glob("*.manifest")
                      if kept.strftime(STAMP_FORMAT) < stamp_of(path) < newest.stamp)
-    loose = [found for found in loose_sets(sets)
-             if found.date >= needed and found.stamp <= newest.stamp]
+    loose = [found for found in loose_sets(sets) if found.stamp <= newest.stamp]
+    if loose and loose[-1].date < needed:
+        loose = []
     wanted = {stamp for found in loose for stamp in (found.stamp, found.previous)}
     manifests.update(found.manifest for found in sets if found.stamp in wanted)
     known = {stamp_of(Path(name)) for name in manifests} | {found.stamp for found in complete}
@@ -1044,19 +1023,20 @@ def missing_files(
     names.update(f"duplicity-*.{found.previous}.manifest.gpg" for found in loose
                  if found.previous and found.previous not in known)
     for manifest in sorted(manifests):
-        names.update([manifest, *read_manifest(manifest, backup, night)])
+        names.update([manifest, *read_manifest(manifest, work)])
     return dict.fromkeys(sorted(names - there.keys()), "is missing")
 
 
-def read_manifest(name: str, backup: Path, work: Work | None) -> dict[str, str]:
+def read_manifest(name: str, work: Work | None) -> dict[str, str]:
     """Return the checksums in a manifest, see take_checksums.
 
-    It is read in the archive directory if it is there. backup, work: see missing_files.
+    It is read in the archive directory if it is there, else opened by gpg. work: for gpg;
+    without it there are none then.
     """
     checksums: dict[str, str] = {}
     take_line = take_checksums(name, checksums)
     try:
-        with open(backup / ARCHIVE / name.removesuffix(".gpg"), errors="replace") as stream:
+        with open(ARCHIVE / name.removesuffix(".gpg"), errors="replace") as stream:
             for line in stream:
                 take_line(line.rstrip("\n"))
     except OSError:
@@ -1066,14 +1046,12 @@ def read_manifest(name: str, backup: Path, work: Work | None) -> dict[str, str]:
     return checksums
 
 
-def broken_files(
-    keep_days: int, backup: Path = Path(), night: Night | None = None
-) -> dict[str, str]:
+def broken_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
-    known = read_last_verify(backup / LAST_VERIFY)["damaged"]
+    known = read_last_verify(LAST_VERIFY)["damaged"]
     return {**{name: why for name, why in known.items()
-               if why != "is missing" or not (backup / ENCRYPTED / name).exists()},
-            **missing_files(keep_days, backup, night)}
+               if why != "is missing" or not (ENCRYPTED / name).exists()},
+            **missing_files(keep_days, work)}
 
 
 def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
@@ -1081,19 +1059,21 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.broken.update(broken_files(night.keep_days, night=night))
+    record.broken.update(broken_files(night.keep_days, night))
     tell_of_losses(night, record)
-    record_checks([], record.broken)  # should this run be killed
+    with suppress(OSError):  # on a disk without a free byte what is old enough may still go
+        record_checks([], record.broken)  # should this run be killed
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
 
 
 def tell_of_losses(work: Work, record: Record) -> None:
     """Warn of what is lost, and would be elsewhere by a hook that mirrors, unless a run has."""
-    for name in sorted(record.broken.keys() - record.told):
-        record.warn(f"{work.backup / ENCRYPTED / name} {record.broken[name]}; fetch it from your "
-                    "copy elsewhere and run --verify: the hook after-backup is not run now, lest "
-                    "it delete that, too")
+    lost = [f"{work.backup / ENCRYPTED / name} {why}"
+            for name, why in sorted(record.broken.items() - record.told.items())]
+    if lost:
+        record.warn(f"{first_of(lost)}; fetch it from your copy elsewhere and run --verify: "
+                    "the hook after-backup is not run now, lest it delete that, too")
 
 
 def reason_for_full(
@@ -1126,13 +1106,13 @@ def reason_for_full(
 def should_force_full(env: Settings, now: datetime | None = None) -> bool:
     """Tell whether the next backup of the STORAGE_ROOT in env must be a full one.
 
-    now: the time, with its zone; default the clock's.
+    What is lost since the last run, or --verify, only the next one sees. now: the time,
+    with its zone; default the clock's.
     """
     backup = work_of(env).backup
-    sets = complete_sets(backup / ENCRYPTED)
+    broken = read_last_verify(backup / LAST_VERIFY)["damaged"]
     now = now or datetime.now(timezone.utc)
-    broken = broken_files(keep_days_of(env), backup)
-    return reason_for_full(sets, now, broken) is not None
+    return reason_for_full(complete_sets(backup / ENCRYPTED), now, broken) is not None
 
 
 def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
@@ -1147,7 +1127,7 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
     except Failure:
         if not chain or broken_in(chain, record.broken) or is_waiting(night, record):
             raise
-        with temporary_directory():
+        with utils.own_directory(TEMPORARY):
             delete_old_chains(night, record, sets, chain[0].date)
         check_room(night, sets, kind)
 
@@ -1163,11 +1143,8 @@ def check_room(
     """
     size = sum([found.size for found in sets if found.full == (kind == "full")][-1:])
     target = ENCRYPTED if ENCRYPTED.exists() else disk
-    needed = {target: size, disk: TEMPORARY_BYTES}
-    if target.stat().st_dev == disk.stat().st_dev:
-        needed = {disk: size + TEMPORARY_BYTES}
-    for place, room in needed.items():
-        free, room = utils.free_bytes(place) + freed, room + reserve_bytes(place)
+    for place, room in ((target, size + TEMPORARY_BYTES), (disk, TEMPORARY_BYTES)):
+        free, room = shutil.disk_usage(place).free + freed, room + reserve_bytes(place)
         if free < room:
             raise Failure(f"{work.backup if place == disk else place.absolute()} has "
                           f"{human_size(free)} free and a backup needs {human_size(room)} at "
@@ -1189,7 +1166,7 @@ def check_cached_signatures(night: Night, record: Record) -> None:
 
 def reserve_bytes(path: Path) -> int:
     """Return the room that a backup leaves to mail: 5 % of path's file system, at most 1 GB."""
-    return min(utils.total_bytes(path) // 20, RESERVE_BYTES)
+    return min(shutil.disk_usage(path).total // 20, RESERVE_BYTES)
 
 
 # Steps 6 and 15: hooks
@@ -1226,7 +1203,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     while mail is stopped.
     """
     place = place_of_copy(night, Path())
-    spare = min(utils.total_bytes(night.root) // 10, SPARE_BYTES)
+    spare = min(shutil.disk_usage(night.root).total // 10, SPARE_BYTES)
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
     log.info("copying %s while mail runs", night.root)
@@ -1237,10 +1214,15 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
                 utils.mirror_of(night.root, place, excluded, may_link, spare))
         except (Failure, OSError) as error:
             remove_copy(place)  # its room is duplicity's
-            record.remarks.append(f"mail was down while duplicity read {night.root} "
+            record.remarks.insert(0, f"mail was down while duplicity read {night.root} "
                                   f"itself, because it could not be copied: {error}")
-            log.info(record.remarks[-1])
-        yield copy
+            log.info(record.remarks[0])
+        try:
+            yield copy
+        finally:
+            if copy:
+                with suppress(OSError):  # which to look for it by its name then tells
+                    utils.remove("../tree", copy.copy)
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
@@ -1296,8 +1278,8 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
         raise
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
     if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
-        record.warn(f"{record.remarks.pop()}; make room there, or mount elsewhere what is mounted "
-                    "inside, or leave it out with BACKUP_EXCLUDE")
+        record.warn(f"{record.remarks.pop(0)}; make room there, or mount elsewhere what is "
+                    "mounted inside, or leave it out with BACKUP_EXCLUDE")
     if record.downtime.awake:
         record.warn("something started mail while it was to be down, "
                     f"{record.downtime.awake}: the backup may hold half of what it "
@@ -1318,14 +1300,14 @@ def may_link(path: str, siblings: Set[str]) -> bool:
 # Steps 11 to 14: duplicity
 
 
-def duplicity_command(action: str, *arguments: str, low_priority: bool = False) -> list[str]:
+def duplicity_command(action: str, *arguments: str) -> list[str]:
     """Return a duplicity command for what is in the working directory.
 
     The order is that of all versions: action, options, then the rest, the target last.
     The kernel kills it when this process dies, so that no orphan goes on writing.
     """
-    return ["setpriv", "--pdeathsig", "KILL", *(LOW_PRIORITY if low_priority else []),
-            "duplicity", action, "--archive-dir", str(CACHE), "--name", ARCHIVE.name, *arguments]
+    return ["setpriv", "--pdeathsig", "KILL", "duplicity", action, "--log-fd=LOG",
+            "--archive-dir", str(CACHE), "--name", ARCHIVE.name, *arguments]
 
 
 TARGET = f"file://{ENCRYPTED}"
@@ -1340,8 +1322,8 @@ def set_command(night: Night, action: str, copy: Path | None = None) -> list[str
     return duplicity_command(
         action, *([] if copy else exclusions(night, night.excluded)),
         "--volsize", str(VOLUME_MEGABYTES),
-        "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--log-fd=LOG",
-        "--num-retries", "1", str(copy or night.root), TARGET, low_priority=copy is not None)
+        "--gpg-options=--cipher-algo=AES256", "--allow-source-mismatch", "--num-retries", "1",
+        str(copy or night.root), TARGET)
 
 
 def left_out(work: Work, excluded: Sequence[str]) -> list[Path]:
@@ -1364,19 +1346,18 @@ def pruning_command(action: str, *age: str) -> list[str]:
 
 
 def run_duplicity(
-    work: Work, command: Sequence[str], log_lines: list[str] | None = None,
-    watch: utils.Watch = lambda process: None,
-) -> Finished:
+    work: Work, command: Sequence[str], watch: utils.Watch = lambda process: None
+) -> tuple[Finished, list[str]]:
     """Run a duplicity command in the working directory.
 
     The passphrase is in its environment; nothing but duplicity and its gpg ever has it.
-    log_lines: takes the lines of the machine log of a command that has one. A record
+    watch: see utils.shell. Returns how it ended, and the lines of its machine log. A record
     with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
-    prints it as an error of logging, from where it is put back as a WARNING. watch: see
-    utils.shell. Returns how it ended. After a fatal error it may hang for ever: a thread
-    waits for a gpg that nobody reads (seen: 0.8.22 to 3.2.1). It is ended then.
+    prints it as an error of logging, from where it is put back as a WARNING. After a fatal
+    error it may hang for ever: a thread waits for a gpg that nobody reads (seen: 0.8.22 to
+    3.2.1). It is ended then.
     """
-    lines = [] if log_lines is None else log_lines
+    lines: list[str] = []
     lost_records: list[str] = []
     fatal: dict[int, float] = {}  # when it told of an error, by the exit code for that
 
@@ -1403,8 +1384,9 @@ def run_duplicity(
     answer = utils.shell(
         command, environment, directory=".", secret=passphrase, umask=0o077, watch=end_if_hanging,
         on_line=take_line, on_log=take_record)
-    lines.extend(lost_records)
-    return Finished(max(fatal), answer.last_lines) if fatal and answer.exit_code < 0 else answer
+    if fatal and answer.exit_code < 0:
+        answer = Finished(max(fatal), answer.last_lines)
+    return answer, lines + lost_records
 
 
 def explain(action: str, answer: Finished) -> str:
@@ -1425,28 +1407,26 @@ def make_set(
     """
     root, tree = str(night.root), copy.target if copy else night.root
     record.kind, record.source = action, "copy" if copy else "direct"
-    before = complete_sets(ENCRYPTED)
+    before = {found.stamps for found in complete_sets()}
     excluded = [] if copy else left_out(night, night.excluded)
     if not copy and not os.path.samefile(".", night.backup):
         raise Failure(f"somebody renamed {night.backup}; give it its name back")
     entries = utils.count_entries(tree, excluded)
-    log_lines: list[str] = []
     log.info("duplicity makes the %s backup of %s", action, root)
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
         total = utils.content_size(tree, excluded) if draw and action == "full" else None
-        answer = run_duplicity(night, command, log_lines, watch_set(night, draw, total))
+        answer, log_lines = run_duplicity(night, command, watch_set(night, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
-    after = complete_sets(ENCRYPTED)
-    chain = newest_chain(after)
-    if after[:-1] != before or not chain or chain[-1].full != (action == "full") or (
-            read_manifest(chain[-1].manifest, Path(), night).keys() - chain[-1].volumes):
+    made = newest_chain(complete_sets())[-1:]
+    if not made or made[0].stamps in before or made[0].full != (action == "full") or (
+            read_manifest(made[0].manifest, night).keys() - made[0].volumes):
         raise Failure(f"duplicity ended well but no new {action} set is in "
                       f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
     early = [text for text in warnings
-             if re.fullmatch(r"(?i:warning): .* has negative mtime, treating as 0\.", text)]
+             if re.fullmatch(r"\W?(?i:warning): .* has negative mtime, treating as 0\.\W?", text)]
     if early:
         record.remarks.append(f"times before 1970 are 1970 in the backup: {first_of(early)}")
         warnings = [text for text in warnings if text not in early]
@@ -1458,7 +1438,7 @@ def make_set(
         raise Failure(f"duplicity read {reported} of the {entries} files and directories "
                       f"of {root}, and did not say why; see that nothing but mail writes "
                       "there, and run the backup again")
-    record.size, record.newest_set = after[-1].size, after[-1].stamp
+    record.size, record.newest_set = made[0].size, made[0].stamp
     unread = copy.unread if copy else {}
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
@@ -1477,7 +1457,7 @@ def watch_set(work: Work, draw: Draw | None, total: int | None) -> utils.Watch:
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
 
     def watch(process: int) -> None:
-        if any(utils.free_bytes(place) < reserve for place, reserve in reserves.items()):
+        if any(shutil.disk_usage(place).free < reserve for place, reserve in reserves.items()):
             raise Failure("duplicity was ended before it took the last room of "
                           f"{work.backup}; make room there")
         if draw:
@@ -1566,7 +1546,7 @@ def delete_old_chains(
     if begin and night.now - begin > timedelta(days=night.keep_days):
         age = str(int(begin.timestamp()))
     # A new set tells what the clock was for duplicity, should that have jumped meanwhile.
-    now = max([night.now, *(found.date for found in complete_sets(ENCRYPTED))])
+    now = max([night.now, *(found.date for found in complete_sets())])
     if sets and now - sets[-1].date > timedelta(days=FULL_DAYS):
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
@@ -1583,7 +1563,7 @@ def is_waiting(night: Night, record: Record) -> bool:
     or what is before them as a chain that is over.
     """
     kept = kept_since(night.keep_days)
-    loose = [found.stamp for found in loose_sets(read_sets(ENCRYPTED)[0]) if found.date > kept]
+    loose = [found.stamp for found in loose_sets(read_sets()) if found.date > kept]
     waiting = loose or [name for name, why in record.broken.items() if ".manifest." in name
                         and why == "is missing" and name not in record.told
                         and stamp_of(Path(name)) > kept.strftime(STAMP_FORMAT)]
@@ -1599,7 +1579,7 @@ def clean_up(night: Night, record: Record) -> None:
 
     It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
     """
-    chained = [found for chain in chains_of(complete_sets(ENCRYPTED)) for found in chain]
+    chained = [found for chain in chains_of(complete_sets()) for found in chain]
     if not any(".sigtar." in name for name in broken_in(chained, record.broken)):
         run_pruning(night, record, "cleanup")
 
@@ -1608,7 +1588,7 @@ def clean_up(night: Night, record: Record) -> None:
 def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
     """Run remove-older-than or cleanup; that it fails needs attention, no more."""
     log.info("deleting old backups: %s", action)
-    answer = run_duplicity(night, pruning_command(action, *age))
+    answer, _ = run_duplicity(night, pruning_command(action, *age))
     if answer.exit_code:
         record.warn(explain(action, answer))
 
@@ -1616,14 +1596,9 @@ def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
 @needs_attention_at_most
 def grant_group_read(night: Night, record: Record) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
-    wanted = (0, night.user.pw_gid, 0o640)
     for name in utils.regular_files(ENCRYPTED):
-        path = ENCRYPTED / name
-        with suppress(FileNotFoundError):
-            status = path.lstat()
-            if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != wanted:
-                os.chown(path, 0, night.user.pw_gid)
-                path.chmod(0o640)
+        os.chown(ENCRYPTED / name, 0, night.user.pw_gid)
+        os.chmod(ENCRYPTED / name, 0o640)
 
 
 @needs_attention_at_most
@@ -1634,7 +1609,7 @@ def check_a_share(night: Night, record: Record) -> None:
     log.info("checking a seventh of the backup files")
     results = {**dict.fromkeys(last["damaged"], ""), **record.broken}  # or it is whole again
     with utils.low_priority():
-        for found in complete_sets(ENCRYPTED):
+        for found in complete_sets():
             results.update(check_set(night, found, [share]))
     record.broken = {name: why for name, why in results.items() if why}
     tell_of_losses(night, record)
@@ -1655,7 +1630,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     try:
         yield record
         utils.raise_if_interrupted()
-        record.told = frozenset(record.broken)
+        record.told = record.broken
     except (Exception, Interrupted) as error:
         failure = failure_of(error)
         not_started = record.downtime.not_started
@@ -1674,8 +1649,7 @@ def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
     told = last.get("told")
-    return Record(newest_set=last.get("newest_set"),
-                  told=frozenset(map(str, told if isinstance(told, list) else [])))
+    return Record(newest_set=last.get("newest_set"), told=told if isinstance(told, dict) else {})
 
 
 def tell_of_services(record: Record) -> None:
@@ -1718,7 +1692,7 @@ def write_last_run(
         "message": "; ".join(text.splitlines()[0] for text in messages if text),
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
-        "told": sorted(record.told),
+        "told": record.told,
     }, group)
 
 
@@ -1747,14 +1721,14 @@ def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
     """Add to last-verify.json which shares of the files were checked just now.
 
     results: what is wrong with files, by name, empty if nothing is. What was wrong before
-    stays so until it was checked again, or is in no complete set any more.
+    stays so until it was checked again, or nothing of its set is there any more.
     """
     last = read_last_verify(LAST_VERIFY)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     wrong = {**last["damaged"], **results}
     save_json(LAST_VERIFY, {
         "checked": {**last["checked"], **{str(share): now for share in shares}},
-        "damaged": {name: wrong[name] for name in broken_in(complete_sets(ENCRYPTED), wrong)
+        "damaged": {name: wrong[name] for name in broken_in(read_sets(), wrong)
                     if wrong[name]}}, ENCRYPTED.stat().st_gid)
 
 
@@ -1799,8 +1773,8 @@ def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
     backup = work_of(env).backup
     encrypted = backup / ENCRYPTED
     now = (now or datetime.now(timezone.utc)).astimezone()
-    sets, unmatched = read_sets(encrypted)
-    sets = [found for found in sets if found.complete]
+    sets = complete_sets(encrypted)
+    matched = {name for found in sets for name in found.files}
     last_run = read_last_run(backup / LAST_RUN)
     last_verify = read_last_verify(backup / LAST_VERIFY)
     broken = broken_in(sets, last_verify["damaged"])
@@ -1814,7 +1788,9 @@ def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
             "size": found.size, "deleted_in": deleted_in[found],
         } for found in reversed(sets)],
         "excluded": {path: os.path.lexists(backup.parent / path) for path in excluded_of(env)},
-        "unmatched_file_size": unmatched, "free_size": utils.free_bytes(disk),
+        "unmatched_file_size": sum(size for name, size in utils.regular_files(encrypted).items()
+                                   if name not in matched),
+        "free_size": shutil.disk_usage(disk).free,
         "last_run": last_run or None, "last_verify": last_verify}
     chain = newest_chain(sets)
     trouble = ""
@@ -1939,13 +1915,9 @@ def checks_text(status: Status) -> dict[str, str]:
     """
     checked, damaged = status["last_verify"]["checked"], []
     for name, why in status["last_verify"]["damaged"].items():
-        needing = [backup for backup in reversed(status["backups"])
-                   if backup["date"] >= stamp_of(Path(name))]
-        if ".sigtar." in name:
-            damaged.append(f"{name} {why}: no increment can be made on it")
-        elif needing:
-            damaged.append(f"{name} {why}: the backups from {needing[0]['date_str']} to the next "
-                           "full one cannot be restored whole, all others can")
+        damaged.append(f"{name} {why}: " + (
+            "no increment can be made on it" if ".sigtar." in name else
+            "its backup, and those after it to the next full one, cannot be restored whole"))
     told = {"Damaged": first_of(damaged)} if damaged else {}
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
@@ -2153,12 +2125,12 @@ def reader_of(settings: Settings) -> Iterator[Reader]:
     or no key that opens any.
     """
     work = work_of(settings)
-    for program in ("duplicity", "gpg", "gpgconf", "setpriv"):
+    for program in PROGRAMS:
         utils.find_program(program, work.environment)
     if not complete_sets(work.backup / ENCRYPTED):
         raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; mount its disk, "
                       "put your copy of the backups there, or make one")
-    temporary = tempfile.gettempdir()  # which may be relative to where we are now
+    temporary = os.path.abspath(tempfile.gettempdir())
     utils.work_inside(work.backup)
     read_passphrase()
     try:
@@ -2183,7 +2155,8 @@ def reader_directory(temporary: str) -> Iterator[Path]:
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
     with ExitStack() as stack:
         own = Path(temporary, name)
-        if utils.free_bytes(Path()) >= min(TEMPORARY_BYTES, utils.free_bytes(own.parent)):
+        here, there = (shutil.disk_usage(place).free for place in (Path(), own.parent))
+        if here >= min(TEMPORARY_BYTES, there):
             with suppress(OSError):  # as on a disk that is mounted for reading only
                 own = stack.enter_context(utils.own_directory(Path(name)))
         if not own.exists():
@@ -2204,7 +2177,7 @@ def link_sets(own: Path, backup: int) -> list[BackupSet]:
         for directory in (ENCRYPTED, CACHE, ARCHIVE):
             utils.remove(own / directory)
             (own / directory).mkdir()
-        sets = complete_sets(ENCRYPTED)
+        sets = complete_sets()
         names = {name for found in sets for name in found.files}
         # In the archive directory manifests are not compressed, signatures are.
         notes = [path for path in ARCHIVE.glob("*")
@@ -2269,9 +2242,9 @@ def verify(reader: Reader) -> dict[str, str]:
 
 def missing_sets() -> list[str]:
     """Return that the newest set is missing, if it is, and print which sets are unfinished."""
-    complete, newest_set = complete_sets(ENCRYPTED), new_record().newest_set
+    complete, newest_set = complete_sets(), new_record().newest_set
     newest = max([newest_set or "", *(found.stamp for found in complete)])
-    for found in loose_sets(read_sets(ENCRYPTED)[0]):
+    for found in loose_sets(read_sets()):
         if found.stamp > newest:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
@@ -2292,7 +2265,7 @@ def check_set(
     checksums: dict[str, str] = {}
     take_line = take_checksums(found.manifest, checksums)
     if not is_asked(found.manifest):
-        checksums = read_manifest(found.manifest, Path(), work)
+        checksums = read_manifest(found.manifest, work)
     for name in filter(is_asked, found.metadata):
         log.debug("checking %s", work.backup / ENCRYPTED / name)
         answer = run_gpg(work, name, take_line if name == found.manifest else None)
@@ -2345,11 +2318,9 @@ def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
     excluded: see excluded_of; what is now and was not then is no difference. Returns the
     differences, a sentence each. Raises Failure (exit code 3).
     """
-    lines: list[str] = []
-    command = duplicity_command("verify", "--compare-data", *exclusions(reader, excluded),
-                                "--allow-source-mismatch", "--log-fd=LOG", TARGET,
-                                str(reader.root))
-    answer = run_duplicity(reader, command, lines)
+    answer, lines = run_duplicity(reader, duplicity_command(
+        "verify", "--compare-data", *exclusions(reader, excluded), "--allow-source-mismatch",
+        TARGET, str(reader.root)))
     different = [line.removeprefix(". ") for line in lines
                  if line.startswith(". ") and "ifference found: " in line]
     if answer.exit_code not in (0, 1) or answer.exit_code and not different:
@@ -2368,10 +2339,8 @@ def list_files(reader: Reader, chain: Sets) -> list[str]:
         raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]} is missing: the files cannot "
                       "be listed, but restored; put back your copy, or take an older backup with "
                       "--time")
-    lines: list[str] = []
-    command = duplicity_command(
-        "list-current-files", "-t", chain[-1].stamp, "--log-fd=LOG", TARGET)
-    answer = run_duplicity(reader, command, lines)
+    answer, lines = run_duplicity(
+        reader, duplicity_command("list-current-files", "-t", chain[-1].stamp, TARGET))
     if answer.exit_code:
         raise Failure(explain("list-current-files", answer))
     names = []
@@ -2446,17 +2415,18 @@ def restore(
     # What others do in a directory that is theirs leads nowhere: duplicity writes to one
     # of root's, through a descriptor.
     fresh = f".restoring-{os.getpid()}"
-    os.mkdir(fresh, 0o700, dir_fd=place)
+    with utils.whole_path_told(place):
+        os.mkdir(fresh, 0o700, dir_fd=place)
     with utils.opened(fresh, parent=place) as descriptor:
         target = utils.path_of(descriptor) / "restored"
-        lines: list[str] = []
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
         command = ["env", f"WANTED={wanted}", *duplicity_command(
-            "restore", "-t", chain[-1].stamp, *part, "--log-fd=LOG", TARGET, str(target))]
+            "restore", "-t", chain[-1].stamp, *part, TARGET, str(target))]
         try:
             check_own(descriptor, directory / fresh)
             with progress() as draw:
-                answer = run_duplicity(reader, command, lines, watch_restore(chain, draw, not part))
+                answer, lines = run_duplicity(
+                    reader, command, watch_restore(chain, draw, not part))
             if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(target):
                 utils.remove("restored", descriptor)  # 3.2.1 leaves an empty one
                 raise Failure("\n    ".join([f"{printable(wanted)} is not in the backup; there is:",
@@ -2597,7 +2567,7 @@ def show_plan(night: Night, force_full: bool) -> None:
             stack.callback(os.chdir, "/")
             disk = night.root
         check_surroundings(night)
-        sets = complete_sets(ENCRYPTED)
+        sets = complete_sets()
         if sets:
             check_clock(night, sets)
         check_nothing_lost(night, new_record().newest_set, force_full)
@@ -2755,9 +2725,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--version", action="version", version=f"backup.py {VERSION}")
     options = parser.parse_args(arguments)
     given = {name for name, value in vars(options).items() if value not in (None, False)}
-    for name in ("restore", "path"):
-        if vars(options)[name] == "":
-            parser.error(f"--{name} is empty")
+    if any(value in ("", []) for value in vars(options).values()):  # [] is argparse's for `--`
+        parser.error("an option has no value")
     commands = {f"--{name}" for name in given & {"status", "verify", "list", "restore"}} or {
         "a backup"}
     belongs = {"full": {"a backup"}, "dry_run": {"a backup"}, "json": {"--status"},
@@ -2778,8 +2747,6 @@ def read_settings(options: argparse.Namespace) -> dict[str, str]:
     if options.storage_root is None:
         return utils.load_environment(options.config or SETTINGS_FILE)
     settings = utils.load_environment(options.config) if options.config else {}
-    if not options.storage_root:
-        raise Failure("--storage-root is empty; give it the directory of the user data", 2)
     root = os.path.abspath(options.storage_root)
     try:
         owner = pwd.getpwuid(os.stat(root).st_uid).pw_name
@@ -2908,13 +2875,12 @@ def main(arguments: Sequence[str]) -> int:
         log.error(failure)
         code = failure.exit_code
     utils.give_up_if_broken(sys.stdout)
-    unsaid = threading.Timer(UNSAID_SECONDS, os._exit, [code])  # where nobody takes them
-    unsaid.daemon = True
-    with suppress(RuntimeError):  # where no thread can be had nothing is unsaid
-        unsaid.start()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+    signal.alarm(UNSAID_SECONDS)  # nobody may take what is still to be said
+    with suppress(RuntimeError):  # where no thread could be had nothing is
         listener.stop()
-    unsaid.cancel()
     utils.give_up_if_broken(sys.stderr)
+    signal.alarm(0)
     return code
 
 

@@ -36,7 +36,7 @@ from typing import TextIO
 
 SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL_LINES = 25
-LONGEST_LINE_BYTES = 10_000
+LONGEST_LINE_BYTES = 100_000  # duplicity writes up to six characters for a byte of a path
 SERVICE_SECONDS = 120
 WATCH_SECONDS = 0.5
 ENDING_SECONDS = 10
@@ -162,11 +162,6 @@ def load_environment(path: Path) -> dict[str, str]:
             raise Failure(f"line {number} of the settings file {path} gives {key} a second value; "
                           "remove one of them", 2)
     return settings
-
-
-def system_path(path: str) -> str:
-    """Return a PATH with the standard system directories appended: cron's PATH lacks /usr/sbin."""
-    return f"{path}:{SYSTEM_DIRECTORIES}" if path else SYSTEM_DIRECTORIES
 
 
 # Files and directories
@@ -394,21 +389,6 @@ def sha1_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def free_bytes(path: Path | int) -> int:
-    """Return the bytes free for everybody, not only for root, on the file system of path.
-
-    path: may be a descriptor.
-    """
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
-
-
-def total_bytes(path: Path) -> int:
-    """Return the size in bytes of the file system of path."""
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
-
-
 # Mirroring a tree
 
 
@@ -421,14 +401,13 @@ class Mirror:
 
     source, target: the tree and the copy. live, copy: their descriptors, so that no
     renaming leads elsewhere. excluded: what is left out, each the relative path of a
-    directory and a name in it.
-    may_link: tells, of a directory's relative path and the names of all directories
-    beside it, itself among them, whether the regular files in it are never rewritten in
-    place: those become hard links, at no cost. spare_bytes: the room to leave when
-    something is copied. working: the status of the working directory, which is left out
-    under whatever name. settled_ns: what has an earlier ctime, in nanoseconds of the
-    epoch, has not changed since the last pass. unread: why files could not be read, by
-    relative path; target lacks them.
+    directory and a name in it. may_link: tells, of a directory's relative path and the
+    names of all directories beside it, itself among them, whether the regular files in it
+    are never rewritten in place: those become hard links, at no cost. spare_bytes: the room
+    to leave when something is copied. own: the status of the working directory and of what
+    holds the copy, which are left out under whatever name. settled_ns: what has an earlier
+    ctime, in nanoseconds of the epoch, has not changed since the last pass. unread: why
+    files could not be read, by relative path; target lacks them.
     """
 
     source: Path
@@ -438,7 +417,7 @@ class Mirror:
     excluded: frozenset[tuple[str, str]]
     may_link: MayLink
     spare_bytes: int
-    working: os.stat_result
+    own: tuple[os.stat_result, ...]
     settled_ns: int = 0
     unread: dict[str, str] = field(default_factory=dict)
 
@@ -473,7 +452,7 @@ def mirror_of(
             target = (path_of(directory) if place.is_absolute() else place) / "tree"
             left_out = frozenset(os.path.split(name) for name in excluded)
             mirror = Mirror(source, target, live, copy, left_out, may_link, spare_bytes,
-                            os.stat("."))
+                            (os.stat("."), os.fstat(directory)))
             _catch_up(mirror)
             mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
             yield mirror
@@ -656,12 +635,11 @@ def _mirror_child(
                 raise
             return
         status = os.fstat(below)
-        if os.path.samestat(status, mirror.working):
+        if any(os.path.samestat(status, own) for own in mirror.own):
             return
+        with suppress(FileNotFoundError, IsADirectoryError):
+            os.unlink(name, dir_fd=copy)  # what was no directory before
         with suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=copy)
-        if not stat.S_ISDIR(os.stat(name, dir_fd=copy, follow_symlinks=False).st_mode):
-            os.unlink(name, dir_fd=copy)
             os.mkdir(name, 0o700, dir_fd=copy)
         target = stack.enter_context(opened(name, parent=copy))
         settled = settled and status.st_ctime_ns < mirror.settled_ns
@@ -719,7 +697,7 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
         try:
             fcntl.ioctl(target, FICLONE, source)  # see ioctl_ficlone(2)
         except OSError:  # should it not be for want of clones the same befalls a copy
-            room = max(0, free_bytes(target) - mirror.spare_bytes)
+            room = max(0, shutil.disk_usage(target).free - mirror.spare_bytes)
             if mirror.spare_bytes and room < status.st_blocks * 512:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name) from None
             _copy_data(source, target, status.st_size)
@@ -1037,6 +1015,8 @@ def _pass_on(descriptor: int, take_line: TakeLine) -> None:
     with os.fdopen(descriptor, "rb") as stream:
         while line := stream.readline(LONGEST_LINE_BYTES):
             take_line(printable(os.fsdecode(line.rstrip(b"\r\n"))))
+            while line and not line.endswith(b"\n"):  # its rest could pass for another line
+                line = stream.readline(LONGEST_LINE_BYTES)
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Watch) -> bool:
@@ -1046,8 +1026,10 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_seconds: float, check: Wat
     """
     deadline = time.monotonic() + timeout_seconds
     descriptor = os.pidfd_open(process.pid)
+    ended = select.poll()
+    ended.register(descriptor, select.POLLIN)
     try:
-        while not select.select([descriptor], [], [], WATCH_SECONDS)[0]:
+        while not ended.poll(WATCH_SECONDS * 1000):
             if time.monotonic() >= deadline:
                 return False
             check(process.pid)
@@ -1095,7 +1077,6 @@ class ServiceManager:
 
     environment: Mapping[str, str]
     unknown: list[str] = field(default_factory=list)
-    program = "service"
 
     def command(self, action: str, line: str) -> list[str]:
         """Return the command that does this to a service: stop, start or status."""
@@ -1173,8 +1154,6 @@ class Systemd(ServiceManager):
     postfix@-.service, and can be stopped and started whatever becomes of that (seen:
     systemd 252, postfix 3.7.11).
     """
-
-    program = "systemctl"
 
     def running(self, names: Sequence[str]) -> list[str]:
         """Return the lines of those services that run, see ServiceManager.

@@ -154,12 +154,12 @@ class Bench:
         programs = place / "bin"
         programs.mkdir()
         (place / "gnupg").mkdir(mode=0o700)
-        real = utils.find_program("duplicity", {"PATH": utils.system_path(os.environ["PATH"])})
+        real = utils.find_program("duplicity", os.environ)
         for name, text in (("service", SERVICE), ("duplicity", DUPLICITY.replace("PROGRAM", real))):
             (programs / name).write_text(text.replace("LOG", str(place / f"{name}.log")))
             (programs / name).chmod(0o755)
         self.environment = {
-            **os.environ, "PATH": utils.system_path(f"{programs}:{os.environ['PATH']}"),
+            **os.environ, "PATH": f"{programs}:{os.environ['PATH']}",
             "HOME": str(place), "GNUPGHOME": str(place / "gnupg"),
             "PASSPHRASE": KEY, "RESTIC_PASSWORD": KEY, "BORG_PASSPHRASE": KEY}
 

@@ -27,6 +27,7 @@ from _pytest.terminal import TerminalReporter
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+import backup  # noqa: E402
 import utils  # noqa: E402
 
 PYTHON = "/usr/bin/python3"
@@ -286,7 +287,7 @@ class Store:
 
         "REAL" in it is the real program's path.
         """
-        real = utils.find_program(program, {"PATH": utils.system_path(os.environ["PATH"])})
+        real = utils.find_program(program, backup.program_environment())
         path = self.bin / program
         path.write_bytes(os.fsencode(script.replace("REAL", real)))
         path.chmod(0o755)

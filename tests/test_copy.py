@@ -18,7 +18,7 @@ from test_services import STARTS, STOPS, wait_for
 
 SLOW_FULL = """#!/bin/sh
 if [ "$1" = full ]; then
-    echo "$(ps -o ni= -p $$) $(ionice -p $$)" > PLACE/priority
+    ps -o ni= -p $$ > PLACE/priority
     while [ ! -e PLACE/go ]; do sleep 0.05; done
 fi
 exec REAL "$@"
@@ -70,7 +70,7 @@ def test_mail_runs_while_duplicity_reads(keyed: Store) -> None:
     process = start_and_wait_for_duplicity(keyed)
     assert keyed.running() == ["dovecot", "postfix"]
     assert keyed.calls("stop", "start") == STOPS + STARTS
-    assert (keyed.scratch / "priority").read_text().split() == ["19", "idle"]
+    assert (keyed.scratch / "priority").read_text().strip() == "19"
     snapshot = keyed.backups / "snapshot"
     assert (snapshot.stat().st_mode & 0o7777, snapshot.stat().st_uid) == (0o700, 0)
     tree, root = (snapshot / "tree").stat(), keyed.root.stat()
@@ -130,6 +130,23 @@ def test_backup_on_a_second_disk(keyed: Store) -> None:
             keyed.backup()
             assert keyed.last_run()["source"] == "direct"
         (keyed.root / "mounted").rmdir()
+
+
+@pytest.mark.parametrize("moment", ["status", "stop"])
+def test_copy_by_another_name(keyed: Store, moment: str) -> None:
+    """STORAGE_USER renames the copy beside the mail: it is not copied itself, and does not stay."""
+    keyed.run("rm", "-r", keyed.backups)
+    with disk_at(keyed, keyed.backups):
+        keyed.backups.chmod(0o750)
+        keyed.put_key()
+        place, other = keyed.root / ".backup-snapshot", keyed.root / "other"
+        service = keyed.bin / "service"
+        service.write_text(service.read_text().replace(
+            "\n", f"\n[ $2 != {moment} ] || [ -e {other} ] || mv {place} {other}\n", 1))
+        keyed.backup()
+        assert keyed.last_run()["source"] == "copy"
+        other.rmdir()
+        keyed.assert_restores()
 
 
 def test_another_file_system_in_the_tree(keyed: Store) -> None:

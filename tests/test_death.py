@@ -60,8 +60,8 @@ def assert_good_next_night(store: Store, legacy: Legacy) -> None:
     assert all(path.name.endswith(".gpg") for path in store.encrypted.iterdir())
     cached = (store.backups / "cache").rglob("*")
     assert [path for path in cached if path.name.endswith((".part", "-tempdir"))] == []
-    left = backup.read_sets(store.encrypted)
-    assert all(found.complete for found in left[0]) and left[1] == 0
+    left = backup.complete_sets(store.encrypted)
+    assert {name for found in left for name in found.files} == set(os.listdir(store.encrypted))
     restored = store.restore()
     inside = files_in(restored / MIGRATED) if (restored / MIGRATED).exists() else {}
     shutil.rmtree(restored / MIGRATED, ignore_errors=True)

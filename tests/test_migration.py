@@ -239,7 +239,8 @@ exec REAL "$@"
 def test_old_backups_hidden_from_the_copy_are_kept(old: Store, legacy: Legacy) -> None:
     """STORAGE_USER renames them while the copy is made, and then back: no backup has them."""
     migrated, hidden = old.root / MIGRATED, old.root / ".backup-snapshot"
-    old.stand_in("nice", f"#!/bin/sh\nmv {hidden} {migrated}\nexec REAL \"$@\"\n")
+    old.stand_in("duplicity", f"#!/bin/sh\n[ $1 != full ] || mv {hidden} {migrated}\n"
+                              "exec REAL \"$@\"\n")
     (old.backups / "before-backup").write_text(f"#!/bin/sh\nmv {migrated} {hidden}\n")
     (old.backups / "before-backup").chmod(0o755)
     assert f"{migrated} is kept because it was changed" in old.backup(exit_code=3).stderr

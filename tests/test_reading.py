@@ -265,7 +265,7 @@ def test_restore_into_no_directory(made: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments, told, exit_code", [
     (["--path", "mail/mailboxes/example.com/bob"], "there is:\nbackup:     mail/mailboxes/example.com/alice\n", 1),
     (["--path", "../etc"], "../etc is not in the backup; there is:\nbackup:     file0\nbackup:     file1\nbackup:     mail\n", 1),
-    (["--path", ""], "--path is empty", 2),
+    (["--path", ""], "an option has no value", 2),
     (["--time", "40D"], "there is no backup as old as 40D", 1),
     (["--time", "yesterday"], "is not a time", 2),
 ])

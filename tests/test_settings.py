@@ -117,7 +117,7 @@ def test_wrong_storage_root(store: Store, directory: str, told: str) -> None:
         os.mkdir(directory)
         os.chown(directory, 54321, 54321)
     refused(store, told, 2, "--storage-root", directory)
-    refused(store, "--storage-root is empty", 2, "--storage-root", "")
+    refused(store, "an option has no value", 2, "--storage-root", "")
 
 
 def test_storage_root_that_is_not_utf_8(store: Store) -> None:
@@ -146,7 +146,7 @@ def test_root_alone_makes_backups(store: Store) -> None:
     assert "run it as root" in result.stderr and not store.backups.exists()
 
 
-@pytest.mark.parametrize("name", ["duplicity", "gpg", "gpgconf", "setpriv", "service"])
+@pytest.mark.parametrize("name", ["duplicity", "gpg"])
 def test_missing_program(keyed: Store, name: str) -> None:
     """A program that is not installed costs no second of mail.
 
@@ -154,7 +154,7 @@ def test_missing_program(keyed: Store, name: str) -> None:
     """
     programs = keyed.scratch / "programs"
     programs.mkdir()
-    for program in ("duplicity", "gpg", "gpgconf", "setpriv", "nice", "ionice", "service"):
+    for program in ("duplicity", "gpg"):
         if program != name:
             (programs / program).symlink_to(shutil.which(program) or keyed.bin / program)
     settings = utils.load_environment(keyed.settings)
@@ -167,11 +167,10 @@ def test_missing_program(keyed: Store, name: str) -> None:
 
 @pytest.mark.parametrize("script, told", [
     ("#!/bin/sh\necho no module named duplicity; exit 1\n", "no module named duplicity"),
-    ("#!/bin/sh\necho duplicity 0.7.19\n", "duplicity 0.7.19 is too old"),
     ("#!/bin/sh\nexit 0\n", "duplicity does not run"),
 ])
 def test_duplicity_that_does_not_run(keyed: Store, script: str, told: str) -> None:
-    """A broken or an old duplicity costs no second of mail."""
+    """A broken duplicity costs no second of mail."""
     keyed.stand_in("duplicity", script)
     result = keyed.backup(exit_code=2)
     assert told in result.stderr and keyed.calls() == []

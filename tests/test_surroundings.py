@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import utils
 from conftest import PYTHON, FirstNight, Store
 
 
@@ -33,7 +34,7 @@ def test_what_nobody_foresaw(keyed: Store, first_night: FirstNight) -> None:
     """It ends a night like a failure: mail is back, it is told, and the set is thrown away."""
     first_night(keyed)
     before = {path.name for path in keyed.encrypted.iterdir()}
-    line = "    record.size, record.newest_set = after[-1].size, after[-1].stamp\n"
+    line = "    record.size, record.newest_set = made[0].size, made[0].stamp\n"
     program = keyed.changed_program(line, f"    1 // 0\n{line}")
     result = keyed.run(PYTHON, program, *keyed.command()[2:], exit_code=1)
     assert result.stderr.count("\n") == 1 and "ZeroDivisionError" in result.stderr
@@ -44,9 +45,44 @@ def test_what_nobody_foresaw(keyed: Store, first_night: FirstNight) -> None:
     assert "Traceback" in told
 
 
+def test_rest_of_a_long_line_is_no_line() -> None:
+    """A name of any length in a message cannot forge a record of duplicity's own."""
+    lines: list[str] = []
+    program = "print('x' * 100000 + 'ERROR 21 x'); print('last')"
+    utils.shell([PYTHON, "-c", program], os.environ, on_line=lines.append)
+    assert lines == ["x" * 100000, "last"]
+
+
+@pytest.mark.parametrize("option", ["--restore=--", "--config=--"])
+def test_value_that_argparse_takes_away(keyed: Store, option: str) -> None:
+    """`--` is an empty list to it: what was to be a restore stops no mail."""
+    result = keyed.backup(option, exit_code=2)
+    assert "an option has no value" in result.stderr and keyed.calls() == []
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_no_thread_to_be_had(keyed: Store, threads: int) -> None:
+    """The message that there is none is said, not only an exit code."""
+    program = keyed.changed_program('if __name__ == "__main__":\n    sys.exit(main(', f"""\
+import threading
+START, STARTED = threading.Thread.start, []
+
+def start(thread):
+    if len(STARTED) == {threads}:
+        raise RuntimeError("can't start new thread")
+    STARTED.append(thread)
+    START(thread)
+
+threading.Thread.start = start
+if __name__ == "__main__":
+    sys.exit(main(""")
+    result = keyed.run(PYTHON, program, *keyed.command()[2:], exit_code=1)
+    assert "can't start new thread" in result.stderr
+
+
 def test_time_before_1970(keyed: Store) -> None:
     """duplicity takes it for 1970: worth a remark, but no alarm and no word of the disk."""
-    for path in (keyed.root / "ancient", keyed.root / "mail"):
+    for path in (keyed.root / "ancient", keyed.root / "mail", keyed.root / "latin\udce9"):
         path.touch()
         os.utime(path, (-1e9, -1e9))
     assert keyed.backup().stderr == ""

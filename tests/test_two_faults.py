@@ -443,7 +443,7 @@ def test_what_a_lost_set_would_complete_is_kept(keyed: Store) -> None:
     for path in keyed.encrypted.glob(f"*.to.{stamp}.*"):
         path.unlink()
     before = set(keyed.encrypted.iterdir())
-    assert f"{stamp}.manifest.gpg is missing; fetch it" in keyed.backup(exit_code=3).stderr
+    assert f"{stamp}.manifest.gpg is missing" in keyed.backup(exit_code=3).stderr
     assert before < set(keyed.encrypted.iterdir())
 
 
@@ -458,3 +458,56 @@ def test_loose_sets_go_although_signatures_were_lost(keyed: Store) -> None:
     for age, code in (("6 days ago", 3), ("1 hour ago", None)):
         keyed.run("faketime", age, *keyed.command(), exit_code=code)
     assert not (keyed.encrypted / increment).exists()
+
+
+@pytest.mark.parametrize("keep_days", [1, 3])
+def test_lost_manifest_that_is_old_in_a_young_chain(keyed: Store, keep_days: int) -> None:
+    """All since depends on it: it is named, however old it is, and not mirrored away."""
+    with keyed.settings.open("a") as settings:
+        settings.write(f"BACKUP_KEEP_DAYS={keep_days}\n")
+    for age in ("6 days ago", "5 days ago", "1 day ago", "12 hours ago"):
+        keyed.run("faketime", age, *keyed.command())
+    mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[0]
+    manifest.unlink()
+    assert f"{manifest} is missing" in keyed.backup("--verify", exit_code=3).stderr
+    assert "Damaged" in keyed.backup("--status", exit_code=3).stdout
+    assert f"{manifest} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
+
+
+def test_damaged_file_that_is_lost_later(keyed: Store, first_night: FirstNight) -> None:
+    """The copy elsewhere may still be the good one: what happens to the file now is told, too."""
+    first_night(keyed)
+    mark, volume = put_hook(keyed), next(keyed.encrypted.glob("*full.*vol1*"))
+    volume.write_text("damaged")
+    keyed.backup("--verify", exit_code=3)
+    assert f"{volume} is damaged" in keyed.backup(exit_code=3).stderr and not mark.exists()
+    keyed.backup()
+    mark.unlink()
+    volume.unlink()
+    assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
+
+
+@pytest.mark.parametrize("name", [".manifest.", ".vol1."])
+def test_copy_of_a_backup_file_beside_it(
+    keyed: Store, first_night: FirstNight, name: str
+) -> None:
+    """As `cp -b` leaves it where a file was fetched: it would end every run of duplicity."""
+    first_night(keyed)
+    path = next(keyed.encrypted.glob(f"*{name}*"))
+    shutil.copy(path, f"{path}~")
+    errors = keyed.backup(exit_code=1).stderr
+    assert errors.startswith(f"backup: duplicity would take {path}~ for a backup file")
+    assert keyed.calls("stop") == []
+
+
+def test_file_that_comes_back_during_a_good_run(keyed: Store, first_night: FirstNight) -> None:
+    """A file is fetched just then, as the message says: the new backup is as good as any."""
+    first_night(keyed)
+    keyed.backup("--full")
+    volume = next(keyed.encrypted.glob(keyed.manifests()[0].replace("manifest", "vol1.difftar")))
+    volume.rename(keyed.scratch / "elsewhere")
+    keyed.backup(exit_code=3)
+    keyed.stand_in("duplicity", "#!/bin/sh\n[ $1 != incremental ] || "
+                   f"mv {keyed.scratch}/elsewhere {volume}\nexec REAL \"$@\"\n")
+    keyed.backup()
+    assert len(keyed.manifests()) == 4 and keyed.backup("--verify").stderr == ""
