@@ -776,6 +776,11 @@ def throw_away_archive_directory(work: Work) -> None:
                   first_of([str(work.backup / ENCRYPTED / name) for name in damaged]))
         record_checks([], dict.fromkeys(damaged, "is damaged"))
         return
+    remove_notes()
+
+
+def remove_notes() -> None:
+    """Delete what is in the archive directory, but manifests of which encrypted/ has none."""
     there = utils.regular_files(ENCRYPTED)
     for path in ARCHIVE.glob("*"):
         if ".manifest" not in path.name or f"{path.name}.gpg" in there:
@@ -1161,7 +1166,7 @@ def check_cached_signatures(night: Night, record: Record) -> None:
     command = ["gzip", "--test", *paths]
     if paths and utils.shell(command, night.environment, directory=".").exit_code:
         record.remarks.append(f"{ARCHIVE.absolute()} is made anew, for it was damaged")
-        utils.remove(ARCHIVE)
+        remove_notes()
 
 
 def reserve_bytes(path: Path) -> int:
@@ -1633,16 +1638,18 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
         record.told = record.broken
     except (Exception, Interrupted) as error:
         failure = failure_of(error)
-        not_started = record.downtime.not_started
-        tell_of_services(record)
         if failure.exit_code == 2 and record.duplicity_version:
             failure.exit_code = 1  # for step 1 is over
-        if not_started:
+        if record.downtime.not_started:
             failure.exit_code = 5
         write_last_run(night.user.pw_gid, record, failure.exit_code, str(failure))
         raise failure from error
-    tell_of_services(record)
-    write_last_run(night.user.pw_gid, record)
+    else:
+        write_last_run(night.user.pw_gid, record)
+    finally:
+        for name, why in record.downtime.not_started.items():
+            log.error("%s could not be started again; mend it, the next run tries it, too: %s",
+                      name, why)
 
 
 def new_record() -> Record:
@@ -1650,13 +1657,6 @@ def new_record() -> Record:
     last = read_last_run(LAST_RUN)
     told = last.get("told")
     return Record(newest_set=last.get("newest_set"), told=told if isinstance(told, dict) else {})
-
-
-def tell_of_services(record: Record) -> None:
-    """Say which services could not be started again, and why."""
-    for name, why in record.downtime.not_started.items():
-        log.error("%s could not be started again; mend it, the next run tries it, too: %s",
-                  name, why)
 
 
 def exit_code_of(record: Record) -> int:
@@ -1885,14 +1885,14 @@ def headline_of(
 def status_text(status: Status) -> str:
     """Return backup_status's answer for people, with no line break at its end."""
     lines = [status["headline"], ""]
-    row = "{:<25}  {:<20}  {:<9}  {:>8}  {}"
+    row = "{:<19} {:<20} {:<9} {:>8} {}"
     if status["backups"]:
         lines += [row.format("When", "Age", "Type", "Size", "Deleted in")]
     else:
         lines += [NO_BACKUPS, ""]
     for backup in status["backups"]:
         kind = "full" if backup["full"] else "increment"
-        lines.append(row.format(backup["date_str"], backup["date_delta"], kind,
+        lines.append(row.format(clock_time(backup["date_str"]), backup["date_delta"], kind,
                                 human_size(backup["size"]), backup["deleted_in"]))
         if backup["full"]:
             lines.append("")  # a chain ends, or rather begins

@@ -413,8 +413,10 @@ def test_any_names(
     assert all(told.fullmatch(row["deleted_in"]) for row in status["backups"])
     by_hand.full_is_next()
     lines = backup.status_text(status).splitlines()
-    shown = [line[:25].strip() for line in lines if re.match(r"[12]\d{3}-", line)]
-    assert shown == [row["date_str"] for row in status["backups"]]
+    shown = [line for line in lines if re.match(r"[12]\d{3}-", line)]
+    assert [line[:19] for line in shown] == [
+        row["date_str"][:19].replace("T", " ") for row in status["backups"]]
+    assert max(map(len, shown), default=0) <= 80
     assert (NONE_YET in lines) == (dates == [])
     shutil.rmtree(by_hand.root)
 
@@ -595,7 +597,7 @@ def test_broken_last_run(by_hand: ByHand, content: bytes) -> None:
     ok, headline = backup.headline_of(status, NOW)
     assert not ok and "last run" in headline and len(status["backups"]) == 1
     text = backup.status_text(status)
-    assert status["backups"][0]["date_str"] in text and "\x1b" not in text
+    assert status["backups"][0]["date_delta"] in text and "\x1b" not in text
 
 
 def test_last_run_that_is_a_directory(keyed: Store, kept: ByHand) -> None:

@@ -53,6 +53,20 @@ def test_rest_of_a_long_line_is_no_line() -> None:
     assert lines == ["x" * 100000, "last"]
 
 
+def test_pruning_that_hangs(keyed: Store, first_night: FirstNight) -> None:
+    """duplicity may do so after it has told of an error: it is ended, and the lock given up."""
+    first_night(keyed)
+    keyed.stand_in("duplicity", """#!/bin/bash
+if [ $1 = cleanup ]; then
+    echo "ERROR 30 x" >&${2#--log-fd=}
+    sleep 1000
+fi
+exec REAL "$@"
+""")
+    result = keyed.run("timeout", "60", *keyed.command(), exit_code=3)
+    assert "duplicity cleanup failed: duplicity met an error of its own" in result.stderr
+
+
 @pytest.mark.parametrize("option", ["--restore=--", "--config=--"])
 def test_value_that_argparse_takes_away(keyed: Store, option: str) -> None:
     """`--` is an empty list to it: what was to be a restore stops no mail."""
