@@ -638,8 +638,8 @@ def test_text(keyed: Store, kept: ByHand) -> None:
     rows = [line for line in lines if line.startswith(("20", "19"))]
     assert len(rows) == 2
     for row, told in zip(rows, (
-        rf"{re.escape((full + DAY).isoformat())} +1 day, 1 hour +increment +1\.2 MB",
-        rf"{re.escape(full.isoformat())} +2 days, 1 hour +full +5\.3 GB",
+        rf"{full + DAY:%Y-%m-%d %H:%M:%S} +1 day, 1 hour +increment +1\.2 MB",
+        rf"{full:%Y-%m-%d %H:%M:%S} +2 days, 1 hour +full +5\.3 GB",
     )):
         assert re.search(rf"{told} +approx\. \d+ days", row), text
     total = next(line for line in lines if line.startswith("Total"))
@@ -706,7 +706,8 @@ def test_group_can_ask_and_no_backup_file_is_opened(
     keyed.scratch.chmod(0o777)
     result = keyed.run(*MEMBER, *keyed.command_for_others(*arguments))
     assert "of the last run" in result.stdout and result.stderr == ""
-    assert all(date.strftime("%Y-%m-%dT%H:%M:%S") in result.stdout for date in dates)
+    shown = re.sub(r"(\d)T(\d)", r"\1 \2", result.stdout)  # as in the JSON
+    assert all(date.strftime("%Y-%m-%d %H:%M:%S") in shown for date in dates)
     assert not (keyed.scratch / "started").exists()
 
 
