@@ -411,3 +411,28 @@ def first_night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstNight
     made.backup()
     yield lambda store: copy_backups(made, store)
     made.clean()
+
+
+OldNights = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def old_nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OldNights]:
+    """What gives a keyed store nights by their ages, as faketime reads them, the oldest first.
+
+    Each is made once and copied.
+    """
+    made: dict[tuple[str, ...], Store] = {}
+
+    def give(store: Store, *ages: str) -> None:
+        if ages not in made:
+            made[ages] = make_store(tmp_path_factory.mktemp("old-nights"))
+            made[ages].put_key()
+            if ages[:-1]:
+                give(made[ages], *ages[:-1])
+            made[ages].run("faketime", ages[-1], *made[ages].command())
+        copy_backups(made[ages], store)
+
+    yield give
+    for store in made.values():
+        store.clean()

@@ -63,7 +63,8 @@ if [ $1 = cleanup ]; then
 fi
 exec REAL "$@"
 """)
-    result = keyed.run("timeout", "60", *keyed.command(), exit_code=3)
+    program = keyed.changed_program("HANGING_SECONDS = 5", "HANGING_SECONDS = 0")
+    result = keyed.run("timeout", "60", PYTHON, program, *keyed.command()[2:], exit_code=3)
     assert "duplicity cleanup failed: duplicity met an error of its own" in result.stderr
 
 

@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from conftest import FirstNight, Store, tree_of
+from conftest import FirstNight, OldNights, Store, tree_of
 from test_bad_mornings import put_hook
 
 
@@ -145,10 +145,11 @@ def test_verify_finds_the_loss_before_the_night(keyed: Store, first_night: First
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_lost_manifest_keeps_what_is_older_than_it(keyed: Store, cache: bool) -> None:
+def test_lost_manifest_keeps_what_is_older_than_it(
+    keyed: Store, old_nights: OldNights, cache: bool
+) -> None:
     """Without it what was before looks like a chain that is over, and old: nothing is pruned."""
-    for age in ("6 days ago", "5 days ago", "1 day ago", "12 hours ago"):
-        keyed.run("faketime", age, *keyed.command())
+    old_nights(keyed, "6 days ago", "5 days ago", "1 day ago", "12 hours ago")
     mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[2]
     content, before = manifest.read_bytes(), set(keyed.encrypted.iterdir())
     manifest.unlink()
@@ -202,10 +203,9 @@ def test_second_loss_is_told_again(keyed: Store, first_night: FirstNight) -> Non
 
 
 @pytest.mark.parametrize("lost", ["*full.*manifest*", "*full-sig*"])
-def test_loss_in_a_chain_that_is_old(keyed: Store, lost: str) -> None:
+def test_loss_in_a_chain_that_is_old(keyed: Store, old_nights: OldNights, lost: str) -> None:
     """The machine was down for days: the newest chain is not too old for a loss to be told."""
-    for age in ("6 days ago", "5 days ago"):
-        keyed.run("faketime", age, *keyed.command())
+    old_nights(keyed, "6 days ago", "5 days ago")
     mark, path = put_hook(keyed), next(keyed.encrypted.glob(lost))
     path.unlink()
     stamp = path.name.split(".")[1]
@@ -424,20 +424,18 @@ def test_another_key_beside_a_damaged_file(keyed: Store, first_night: FirstNight
     assert "made with another key" in keyed.backup(exit_code=1).stderr
 
 
-def test_lost_manifest_that_grows_old_is_told_once(keyed: Store) -> None:
+def test_lost_manifest_that_grows_old_is_told_once(keyed: Store, old_nights: OldNights) -> None:
     """The full that lacks it is older than BACKUP_KEEP_DAYS before its increments are."""
-    for age in ("95 hours ago", "70 hours ago"):
-        keyed.run("faketime", age, *keyed.command())
+    old_nights(keyed, "95 hours ago", "70 hours ago")
     (keyed.encrypted / keyed.manifests()[0]).unlink()
     for hours, told in ((60, 1), (20, 0)):
         errors = keyed.run("faketime", f"{hours} hours ago", *keyed.command(), exit_code=3).stderr
         assert errors.count("is missing; fetch it") == told, errors
 
 
-def test_what_a_lost_set_would_complete_is_kept(keyed: Store) -> None:
+def test_what_a_lost_set_would_complete_is_kept(keyed: Store, old_nights: OldNights) -> None:
     """All of it is gone but what duplicity has noted: for a night nothing is deleted."""
-    for age in ("6 days ago", "5 days ago", "1 day ago"):
-        keyed.run("faketime", age, *keyed.command())
+    old_nights(keyed, "6 days ago", "5 days ago", "1 day ago")
     keyed.run("faketime", "12 hours ago", *keyed.command("--full"))
     stamp = keyed.manifests()[2].split(".")[3]
     for path in keyed.encrypted.glob(f"*.to.{stamp}.*"):
@@ -447,10 +445,9 @@ def test_what_a_lost_set_would_complete_is_kept(keyed: Store) -> None:
     assert before < set(keyed.encrypted.iterdir())
 
 
-def test_loose_sets_go_although_signatures_were_lost(keyed: Store) -> None:
+def test_loose_sets_go_although_signatures_were_lost(keyed: Store, old_nights: OldNights) -> None:
     """What leads nowhere is deleted when it is old, whatever was marked in it before."""
-    for age in ("9 days ago", "8 days ago", "7 days ago"):
-        keyed.run("faketime", age, *keyed.command())
+    old_nights(keyed, "9 days ago", "8 days ago", "7 days ago")
     full, increment = keyed.manifests()[0], keyed.manifests()[1]
     next(keyed.encrypted.glob("*new-sig*")).unlink()
     keyed.run("faketime", "7 days ago", *keyed.command("--verify"), exit_code=3)
@@ -460,13 +457,9 @@ def test_loose_sets_go_although_signatures_were_lost(keyed: Store) -> None:
     assert not (keyed.encrypted / increment).exists()
 
 
-@pytest.mark.parametrize("keep_days", [1, 3])
-def test_lost_manifest_that_is_old_in_a_young_chain(keyed: Store, keep_days: int) -> None:
+def test_lost_manifest_that_is_old_in_a_young_chain(keyed: Store, old_nights: OldNights) -> None:
     """All since depends on it: it is named, however old it is, and not mirrored away."""
-    with keyed.settings.open("a") as settings:
-        settings.write(f"BACKUP_KEEP_DAYS={keep_days}\n")
-    for age in ("6 days ago", "5 days ago", "1 day ago", "12 hours ago"):
-        keyed.run("faketime", age, *keyed.command())
+    old_nights(keyed, "6 days ago", "5 days ago", "1 day ago", "12 hours ago")
     mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[0]
     manifest.unlink()
     assert f"{manifest} is missing" in keyed.backup("--verify", exit_code=3).stderr
