@@ -56,8 +56,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dateutil.parser import isoparse
-from dateutil.relativedelta import relativedelta
+try:
+    from dateutil.parser import isoparse
+    from dateutil.relativedelta import relativedelta
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("backup: python3-dateutil is not installed; install it")
 
 import utils
 from utils import Downtime, Failure, Finished, Interrupted, printable
@@ -87,7 +92,7 @@ READER_PREFIX = "reader-"
 COPY_BESIDE = ".backup-snapshot"
 MIGRATED = "migrated_unencrypted_backup"
 
-PROGRAMS = ("duplicity", "gpg")  # all others are on every Debian
+PROGRAMS = ("duplicity", "gpg", "gpg-agent", "setpriv")
 SETTINGS = ("BACKUP_EXCLUDE", "BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
@@ -353,7 +358,7 @@ def night_of(settings: Settings) -> Night:
             raise Failure(f"{key} is no setting, but {near} is; correct it in the settings", 2)
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
     for name in services:
-        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9@._-]*[A-Za-z0-9_])?", name):
+        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9@._-]*[A-Za-z0-9_-])?", name):
             raise Failure(f"{printable(name)} is not the name of a service; correct "
                           "BACKUP_SERVICES in the settings", 2)
     return Night(**vars(work), settings=settings, user=user,
@@ -510,8 +515,8 @@ def check_surroundings(night: Night) -> str:
     if os.path.lexists(KEY):
         check_key()
     elif list(ENCRYPTED.glob("duplicity-*")) or os.path.lexists(PLAIN):
-        raise Failure(f"{KEY.absolute()} is missing although there are backups, which "
-                      "only that key opens; put it back from your copy", 2)
+        raise Failure(f"{KEY.absolute()} is missing although there are backups, which only that "
+                      f"key opens; put it back from your copy, or {way_out_of(night)}", 2)
     return duplicity_version(night)
 
 
@@ -1065,6 +1070,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
     record.broken.update(broken_files(night.keep_days, night))
+    record.told = {name: why for name, why in record.told.items() if name in record.broken}
     tell_of_losses(night, record)
     with suppress(OSError):  # on a disk without a free byte what is old enough may still go
         record_checks([], record.broken)  # should this run be killed
@@ -1148,7 +1154,10 @@ def check_room(
     """
     size = sum([found.size for found in sets if found.full == (kind == "full")][-1:])
     target = ENCRYPTED if ENCRYPTED.exists() else disk
-    for place, room in ((target, size + TEMPORARY_BYTES), (disk, TEMPORARY_BYTES)):
+    needed = {target: size, disk: TEMPORARY_BYTES}
+    if target.stat().st_dev == disk.stat().st_dev:
+        needed = {disk: size + TEMPORARY_BYTES}
+    for place, room in needed.items():
         free, room = shutil.disk_usage(place).free + freed, room + reserve_bytes(place)
         if free < room:
             raise Failure(f"{work.backup if place == disk else place.absolute()} has "
@@ -1218,16 +1227,10 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
             copy = stack.enter_context(
                 utils.mirror_of(night.root, place, excluded, may_link, spare))
         except (Failure, OSError) as error:
-            remove_copy(place)  # its room is duplicity's
             record.remarks.insert(0, f"mail was down while duplicity read {night.root} "
                                   f"itself, because it could not be copied: {error}")
             log.info(record.remarks[0])
-        try:
-            yield copy
-        finally:
-            if copy:
-                with suppress(OSError):  # which to look for it by its name then tells
-                    utils.remove("../tree", copy.copy)
+        yield copy
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
@@ -1601,9 +1604,14 @@ def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
 @needs_attention_at_most
 def grant_group_read(night: Night, record: Record) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
+    wanted = (0, night.user.pw_gid, 0o640)
     for name in utils.regular_files(ENCRYPTED):
-        os.chown(ENCRYPTED / name, 0, night.user.pw_gid)
-        os.chmod(ENCRYPTED / name, 0o640)
+        path = ENCRYPTED / name
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != wanted:
+                os.chown(path, 0, night.user.pw_gid)
+                path.chmod(0o640)
 
 
 @needs_attention_at_most
@@ -1656,7 +1664,8 @@ def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
     told = last.get("told")
-    return Record(newest_set=last.get("newest_set"), told=told if isinstance(told, dict) else {})
+    return Record(newest_set=last.get("newest_set"), told={
+        name: str(why) for name, why in (told if isinstance(told, dict) else {}).items()})
 
 
 def exit_code_of(record: Record) -> int:
@@ -1915,13 +1924,13 @@ def checks_text(status: Status) -> dict[str, str]:
     """
     checked, damaged = status["last_verify"]["checked"], []
     for name, why in status["last_verify"]["damaged"].items():
-        damaged.append(f"{name} {why}: " + (
+        damaged.append(f"{name} {why}; " + (
             "no increment can be made on it" if ".sigtar." in name else
             "its backup, and those after it to the next full one, cannot be restored whole"))
     told = {"Damaged": first_of(damaged)} if damaged else {}
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
-        told["Verified"] = f"every backup file, at {date.isoformat()} or later"
+        told["Verified"] = f"every backup file that was there at {date.isoformat()}"
     excluded = [path if there else f"{path} (not found)"
                 for path, there in status["excluded"].items()]
     if excluded:
@@ -1941,7 +1950,7 @@ def last_run_text(last: Status | None) -> str:
         end = datetime.fromisoformat(end).astimezone().isoformat()
     source = {"direct": "read directly", "copy": "read from a copy"}.get(str(last.get("source")))
     told = [f"exit code {last.get('exit_code')}", last.get("kind"), source,
-            seconds is not None and f"mail down {seconds} seconds", last.get("message")]
+            seconds and f"mail down {seconds} seconds", last.get("message")]
     return f"{end}: {', '.join(str(part) for part in told if part)}"
 
 
@@ -2396,7 +2405,13 @@ def chain_at(reader: Reader, time: str | None) -> list[BackupSet]:
     if not sets:
         raise Failure(f"no backup in {reader.backup / ENCRYPTED} leads back to a full one; put "
                       "your copy of what is missing there")
-    return chains[sets[-1] if time is None else set_of_time(sets, time, datetime.now(timezone.utc))]
+    now = datetime.now(timezone.utc)
+    asked, taken = (found[-1] if time is None else set_of_time(found, time, now)
+                    for found in (reader.sets, sets))
+    if asked != taken:
+        log.warning("the backup of %s lacks what it builds on, see --verify: an older one is taken",
+                    asked.date.astimezone().isoformat(" "))
+    return chains[taken]
 
 
 def restore(
@@ -2717,7 +2732,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             help="restore into DIR, which does not exist yet or is empty")
     add("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
     add("--time", metavar="TIME",
-        help="with --list, --restore: as of TIME, such as 3D or 2026-11-20")
+        help="with --list, --restore: as of TIME, such as 3D or '2026-11-20 03:00:00'")
     add("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
     add("--storage-root", metavar="DIR",
         help="back up DIR, without a settings file; its owner is STORAGE_USER")

@@ -148,8 +148,8 @@ def load_environment(path: Path) -> dict[str, str]:
     try:
         lines = os.fsdecode(content_of(path)).splitlines()
     except OSError as error:
-        raise Failure(f"cannot read the settings file {path}: {error.strerror}; name another with "
-                      "--config", 2) from error
+        raise Failure(f"cannot read the settings file {path}: {error.strerror}; write it, or name "
+                      "another with --config", 2) from error
     settings: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -443,19 +443,24 @@ def mirror_of(
     excluded: relative paths that are left out. place: the directory to make for it; the
     mirror is `tree` in that. Is it relative, then to a directory that nobody can rename.
     spare_bytes: the room to leave.
-    Raises Failure or OSError, and leaves what it has made to the caller to remove.
+    Afterwards the mirror is removed, whatever the name of place is by then; an empty place
+    is left to the caller. Raises Failure or OSError.
     """
     make_owned_directory(place, 0o700, 0)
     with owned_directory(place) as directory, opened(source) as live:
-        os.mkdir("tree", 0o700, dir_fd=directory)
-        with opened("tree", parent=directory) as copy:
-            target = (path_of(directory) if place.is_absolute() else place) / "tree"
-            left_out = frozenset(os.path.split(name) for name in excluded)
-            mirror = Mirror(source, target, live, copy, left_out, may_link, spare_bytes,
-                            (os.stat("."), os.fstat(directory)))
-            _catch_up(mirror)
-            mirror.spare_bytes = 0  # a second pass with little room left is better than no backup
-            yield mirror
+        try:
+            os.mkdir("tree", 0o700, dir_fd=directory)
+            with opened("tree", parent=directory) as copy:
+                target = (path_of(directory) if place.is_absolute() else place) / "tree"
+                left_out = frozenset(os.path.split(name) for name in excluded)
+                mirror = Mirror(source, target, live, copy, left_out, may_link, spare_bytes,
+                                (os.stat("."), os.fstat(directory)))
+                _catch_up(mirror)
+                mirror.spare_bytes = 0  # a second pass with little room is better than no backup
+                yield mirror
+        finally:
+            with suppress(OSError):  # whoever removes place is told of that
+                remove("tree", directory)
 
 
 def _catch_up(mirror: Mirror) -> None:
@@ -907,8 +912,7 @@ def find_program(name: str, environment: Mapping[str, str]) -> str:
     """
     found = shutil.which(name, path=environment["PATH"])
     if not found:
-        raise Failure(f"{name} is not installed: no such program in {environment['PATH']}; "
-                      "install it", 2)
+        raise Failure(f"{name} is not installed; install it", 2)
     return found
 
 
@@ -1332,7 +1336,7 @@ def services_stopped(
         failed = json.loads(answer or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
-            raise Failure(f"mail was not stopped, and services are started again: {failed}")
+            raise Failure(f"mail could not be stopped, and is started again; mend that: {failed}")
         yield
     finally:
         keeper.stdin.close()

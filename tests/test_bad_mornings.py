@@ -122,7 +122,7 @@ def test_lost_volume_is_not_built_on(keyed: Store, first_night: FirstNight) -> N
     assert told["last_verify"]["damaged"] == {volume.name: "is missing"}
     damaged = next(line for line in keyed.backup("--status").stdout.splitlines()
                    if line.startswith("Damaged:"))
-    assert f"{volume.name} is missing: its backup, and those after it" in damaged
+    assert f"{volume.name} is missing; its backup, and those after it" in damaged
     assert volume.name in keyed.backup("--status", "--html").stdout
     assert keyed.backup().stderr == "" and mark.exists()
     assert "-inc." in keyed.manifests()[-1]

@@ -257,6 +257,8 @@ def mirrored(root: Path, place: Path, spare_bytes: int = 0) -> Iterator[utils.Mi
     place = Path(os.path.relpath(place))  # as in a run, which nobody can rename away
     with utils.mirror_of(root, place, frozenset({"backup"}), may_link, spare_bytes) as mirror:
         yield mirror
+        (place / "tree").rename(place / "kept")  # the tests look at it afterwards, too
+    (place / "kept").rename(place / "tree")
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs"])
@@ -614,6 +616,22 @@ def test_place_that_others_can_reach(tmp_path: Path) -> None:
         assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
+def test_mirror_that_is_moved_while_it_is_made(tmp_path: Path) -> None:
+    """What fails then leaves nothing of it in the tree, where no other run would look for it."""
+    (tmp_path / "root/mail").mkdir(parents=True)
+    (tmp_path / "root/file").touch()
+    place, other = tmp_path / "root/copy", tmp_path / "root/other"
+
+    def move(path: str, siblings: Set[str]) -> bool:
+        place.rename(other)
+        raise utils.Failure("it fails")
+
+    with (pytest.raises(utils.Failure, match="it fails"),
+          utils.mirror_of(tmp_path / "root", place, frozenset({"copy"}), move, 0)):
+        pass
+    other.rmdir()
+
+
 def test_mirror_that_was_moved(tmp_path: Path) -> None:
     """Between the passes a link to elsewhere takes the mirror's place: nothing is changed there."""
     root, place, elsewhere = tmp_path / "tree", tmp_path / "place", tmp_path / "elsewhere"
@@ -626,8 +644,8 @@ def test_mirror_that_was_moved(tmp_path: Path) -> None:
         (root / "plain/index").unlink()
         (root / "plain/new").touch()
         utils.update_mirror(mirror)
+        assert tree_of(tmp_path / "moved/tree", "") == tree_of(root)
     assert tree_of(elsewhere) == before
-    assert tree_of(tmp_path / "moved/tree", "") == tree_of(root)
 
 
 def test_link_to_a_name_of_any_length(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
     disk, there = keyed.scratch / "disk", {path.name for path in keyed.backups.iterdir()}
     paths = {"/opt/backup": PROJECT, "/home/user-data": keyed.root, "/media/usb-disk": disk}
     blocks = sh_blocks(section("The disk is full"))
-    assert blocks == [sh_block("du -hd"), sh_block("rm -rf"), sh_block("awk")]
+    assert blocks == [sh_block("du -ahd"), sh_block("rm -rf"), sh_block("awk")]
     told = [keyed.run("sh", "-e", "-c", in_test(block, paths).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")).stdout for block in blocks]
     assert "Total: " in told[0] and re.search(rf"^\S+\t{keyed.encrypted}$", told[0], re.MULTILINE)

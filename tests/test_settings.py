@@ -146,7 +146,7 @@ def test_root_alone_makes_backups(store: Store) -> None:
     assert "run it as root" in result.stderr and not store.backups.exists()
 
 
-@pytest.mark.parametrize("name", ["duplicity", "gpg"])
+@pytest.mark.parametrize("name", ["duplicity", "gpg", "gpg-agent"])
 def test_missing_program(keyed: Store, name: str) -> None:
     """A program that is not installed costs no second of mail.
 
@@ -154,7 +154,7 @@ def test_missing_program(keyed: Store, name: str) -> None:
     """
     programs = keyed.scratch / "programs"
     programs.mkdir()
-    for program in ("duplicity", "gpg"):
+    for program in backup.PROGRAMS:
         if program != name:
             (programs / program).symlink_to(shutil.which(program) or keyed.bin / program)
     settings = utils.load_environment(keyed.settings)

@@ -480,6 +480,31 @@ def test_damaged_file_that_is_lost_later(keyed: Store, first_night: FirstNight) 
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
+def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
+    """It came back, and a night failed: that one of the same name was told of is no excuse."""
+    first_night(keyed)
+    mark, volume = put_hook(keyed), next(keyed.encrypted.glob("*full.*vol1*"))
+    content = volume.read_bytes()
+    volume.unlink()
+    keyed.backup(exit_code=3)
+    volume.write_bytes(content)
+    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\n'
+                   'exec REAL "$@"\n')
+    keyed.backup(exit_code=1)
+    (keyed.bin / "duplicity").unlink()
+    volume.unlink()
+    assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
+
+
+@pytest.mark.parametrize("told", [["x"], {"x": ["y"]}, {"x": None}, 1])
+def test_what_was_told_is_rubbish(keyed: Store, first_night: FirstNight, told: object) -> None:
+    """A last-run.json that somebody edited ends no night."""
+    first_night(keyed)
+    path = keyed.backups / "last-run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "told": told}))
+    assert keyed.backup().stderr == ""
+
+
 @pytest.mark.parametrize("name", [".manifest.", ".vol1."])
 def test_copy_of_a_backup_file_beside_it(
     keyed: Store, first_night: FirstNight, name: str
@@ -504,3 +529,14 @@ def test_file_that_comes_back_during_a_good_run(keyed: Store, first_night: First
                    f"mv {keyed.scratch}/elsewhere {volume}\nexec REAL \"$@\"\n")
     keyed.backup()
     assert len(keyed.manifests()) == 4 and keyed.backup("--verify").stderr == ""
+
+
+def test_restore_of_what_lacks_its_base(keyed: Store, old_nights: OldNights) -> None:
+    """That an older backup is taken is said, not only which."""
+    old_nights(keyed, "6 days ago", "5 days ago", "1 day ago", "12 hours ago")
+    asked = keyed.backup("--status").stdout.splitlines()[3][:19]
+    (keyed.encrypted / keyed.manifests()[2]).unlink()
+    place = str(keyed.scratch / "restored")
+    for number, arguments in enumerate([(), ("--time", asked), ("--time", "4D")]):
+        errors = keyed.backup("--restore", f"{place}{number}", *arguments).stderr
+        assert (f"the backup of {asked}+00:00 lacks what it builds on" in errors) == (number < 2)
