@@ -59,10 +59,10 @@ from typing import Any, NoReturn
 try:
     from dateutil.parser import isoparse
     from dateutil.relativedelta import relativedelta
-except ImportError:
+except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit("backup: python3-dateutil is not installed; install it")
+    sys.exit(f"backup: {error}; install python3-dateutil")
 
 import utils
 from utils import Downtime, Failure, Finished, Interrupted, printable
@@ -516,7 +516,8 @@ def check_surroundings(night: Night) -> str:
         check_key()
     elif list(ENCRYPTED.glob("duplicity-*")) or os.path.lexists(PLAIN):
         raise Failure(f"{KEY.absolute()} is missing although there are backups, which only that "
-                      f"key opens; put it back from your copy, or {way_out_of(night)}", 2)
+                      f"key opens; put it back from your copy, or move {ENCRYPTED}, {CACHE} and "
+                      f"{PLAIN} in {night.backup} aside and run --full", 2)
     return duplicity_version(night)
 
 
@@ -1010,7 +1011,7 @@ def missing_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
     deleted, but not what is as young as the newest full backup. keep_days: see keep_days_of.
     work: for gpg, see read_manifest.
     """
-    there = utils.regular_files(ENCRYPTED)
+    there = {name for name, size in utils.regular_files(ENCRYPTED).items() if size}
     sets = read_sets()
     complete = [found for found in sets if found.complete]
     if not complete:
@@ -1034,7 +1035,7 @@ def missing_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
                  if found.previous and found.previous not in known)
     for manifest in sorted(manifests):
         names.update([manifest, *read_manifest(manifest, work)])
-    return dict.fromkeys(sorted(names - there.keys()), "is missing")
+    return dict.fromkeys(sorted(names - there), "is missing")
 
 
 def read_manifest(name: str, work: Work | None) -> dict[str, str]:
@@ -2406,11 +2407,11 @@ def chain_at(reader: Reader, time: str | None) -> list[BackupSet]:
         raise Failure(f"no backup in {reader.backup / ENCRYPTED} leads back to a full one; put "
                       "your copy of what is missing there")
     now = datetime.now(timezone.utc)
-    asked, taken = (found[-1] if time is None else set_of_time(found, time, now)
-                    for found in (reader.sets, sets))
+    taken, asked = (found[-1] if time is None else set_of_time(found, time, now)
+                    for found in (sets, reader.sets))
     if asked != taken:
-        log.warning("the backup of %s lacks what it builds on, see --verify: an older one is taken",
-                    asked.date.astimezone().isoformat(" "))
+        log.warning("the backup of %s lacks what it builds on, see --verify: that of %s is taken",
+                    *(found.date.astimezone().isoformat(" ") for found in (asked, taken)))
     return chains[taken]
 
 

@@ -148,8 +148,8 @@ def load_environment(path: Path) -> dict[str, str]:
     try:
         lines = os.fsdecode(content_of(path)).splitlines()
     except OSError as error:
-        raise Failure(f"cannot read the settings file {path}: {error.strerror}; write it, or name "
-                      "another with --config", 2) from error
+        raise Failure(f"cannot read the settings file {path}: {error.strerror}; name another with "
+                      "--config", 2) from error
     settings: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -448,8 +448,8 @@ def mirror_of(
     """
     make_owned_directory(place, 0o700, 0)
     with owned_directory(place) as directory, opened(source) as live:
+        os.mkdir("tree", 0o700, dir_fd=directory)
         try:
-            os.mkdir("tree", 0o700, dir_fd=directory)
             with opened("tree", parent=directory) as copy:
                 target = (path_of(directory) if place.is_absolute() else place) / "tree"
                 left_out = frozenset(os.path.split(name) for name in excluded)
@@ -1336,7 +1336,7 @@ def services_stopped(
         failed = json.loads(answer or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
-            raise Failure(f"mail could not be stopped, and is started again; mend that: {failed}")
+            raise Failure(f"mail could not be stopped; mend that: {failed}")
         yield
     finally:
         keeper.stdin.close()

@@ -630,6 +630,11 @@ def test_mirror_that_is_moved_while_it_is_made(tmp_path: Path) -> None:
           utils.mirror_of(tmp_path / "root", place, frozenset({"copy"}), move, 0)):
         pass
     other.rmdir()
+    (place / "tree/precious").mkdir(parents=True)
+    with (pytest.raises(FileExistsError),
+          utils.mirror_of(tmp_path / "root", place, frozenset({"copy"}), may_link, 0)):
+        pass
+    assert (place / "tree/precious").exists()
 
 
 def test_mirror_that_was_moved(tmp_path: Path) -> None:

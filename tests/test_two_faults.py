@@ -213,6 +213,15 @@ def test_loss_in_a_chain_that_is_old(keyed: Store, old_nights: OldNights, lost: 
     assert stamp in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
+def test_empty_file_hides_no_loss(keyed: Store, first_night: FirstNight) -> None:
+    """A volume that a power cut has emptied, or that README's recipe is tried on, is lost."""
+    first_night(keyed)
+    volume = next(keyed.encrypted.glob("*full.*vol1*"))
+    volume.write_bytes(b"")
+    assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr
+    assert "-full." in keyed.manifests()[-1]
+
+
 def test_emptied_note_hides_no_loss(keyed: Store, first_night: FirstNight) -> None:
     """A manifest in cache/ that a power cut has emptied is not what tells of volumes."""
     first_night(keyed)
