@@ -1060,9 +1060,9 @@ def read_manifest(name: str, work: Work | None) -> dict[str, str]:
 def broken_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
     known = read_last_verify(LAST_VERIFY)["damaged"]
-    return {**{name: why for name, why in known.items()
-               if why != "is missing" or not (ENCRYPTED / name).exists()},
-            **missing_files(keep_days, work)}
+    return {**missing_files(keep_days, work),
+            **{name: why for name, why in known.items()
+               if (ENCRYPTED / name).exists() == (why != "is missing")}}
 
 
 def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
@@ -2829,7 +2829,7 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
           f"{human_size(sum(found.size for found in reader.sets))}")
     # Now backup/ is the working directory again.
-    results.update(missing_files(keep_days))
+    results = {**missing_files(keep_days), **results}
     with suppress(OSError):  # as on a disk that is mounted for reading only
         record_checks(range(SHARES), results)
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "

@@ -220,6 +220,11 @@ def test_empty_file_hides_no_loss(keyed: Store, first_night: FirstNight) -> None
     volume.write_bytes(b"")
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr
     assert "-full." in keyed.manifests()[-1]
+    assert f"{volume} is damaged" in keyed.backup("--verify", exit_code=3).stderr
+    keyed.backup(exit_code=3)
+    for _ in range(2):  # both are told by now, and neither takes the other's place again
+        keyed.backup("--verify", exit_code=3)
+        assert keyed.backup().stderr == ""
 
 
 def test_emptied_note_hides_no_loss(keyed: Store, first_night: FirstNight) -> None:
