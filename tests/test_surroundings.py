@@ -75,9 +75,16 @@ def test_value_that_argparse_takes_away(keyed: Store, option: str) -> None:
     assert "an option has no value" in result.stderr and keyed.calls() == []
 
 
+def test_no_thread_can_be_had(store: Store) -> None:
+    """Where processes are limited that is told in a sentence, too."""
+    result = store.run("setpriv", "--reuid=65534", "--clear-groups", "prlimit", "--nproc=1",
+                       *store.command("--verify"), exit_code=1)
+    assert result.stderr == "backup: only root can read the backups; run it as root\n"
+
+
 @pytest.mark.parametrize("threads", [0, 1])
-def test_no_thread_to_be_had(keyed: Store, threads: int) -> None:
-    """The message that there is none is said, not only an exit code."""
+def test_thread_that_is_refused(keyed: Store, threads: int) -> None:
+    """Whichever it is, that there is none is said, and not only an exit code."""
     program = keyed.changed_program('if __name__ == "__main__":\n    sys.exit(main(', f"""\
 import threading
 START, STARTED = threading.Thread.start, []
@@ -147,10 +154,3 @@ def test_mount_that_is_hidden_by_another(keyed: Store) -> None:
     script = ('cd "$0" && mount -t tmpfs none disk && mkdir disk/inner && mount -t tmpfs none '
               'disk/inner && mount -t tmpfs none disk && exec "$@"')
     keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command())
-
-
-def test_no_thread_can_be_had(store: Store) -> None:
-    """Where processes are limited that is told in a sentence, too."""
-    result = store.run("setpriv", "--reuid=65534", "--clear-groups", "prlimit", "--nproc=1",
-                       *store.command("--verify"), exit_code=1)
-    assert result.stderr == "backup: only root can read the backups; run it as root\n"

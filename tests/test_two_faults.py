@@ -3,11 +3,23 @@
 import json
 import shutil
 import zlib
+from pathlib import Path
 
 import pytest
 
 from conftest import FirstNight, OldNights, Store, tree_of
 from test_bad_mornings import put_hook
+
+MAKES_NO_SET = '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\nexec REAL "$@"\n'
+
+
+def lose_older_chain(store: Store) -> Path:
+    """Begin a new chain, and delete all of the one before. Returns where the hook leaves a mark."""
+    store.backup("--full")
+    mark, stamp = put_hook(store), store.manifests()[0].split(".")[1]
+    for path in store.encrypted.glob(f"*{stamp}*"):
+        path.unlink()
+    return mark
 
 
 @pytest.mark.parametrize("table", [None, "/dev/sdb1 /mnt\n", "LABEL=x /mnt/a\u00a0b ext4 ro 0 0\n"])
@@ -45,8 +57,7 @@ def test_last_good_chain_outlives_a_lost_volume_without_cache(keyed: Store) -> N
 def test_failed_night_then_lost_volume(keyed: Store, first_night: FirstNight) -> None:
     """The night after a failed one, which deleted cache/backup, builds on no lost volume."""
     first_night(keyed)
-    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\n'
-                   'exec REAL "$@"\n')
+    keyed.stand_in("duplicity", MAKES_NO_SET)
     keyed.backup(exit_code=1)
     (keyed.bin / "duplicity").unlink()
     next(keyed.encrypted.glob("*full.*vol1*")).unlink()
@@ -70,10 +81,7 @@ def test_share_checked_in_the_future_is_checked_again(
 def test_lost_older_chain_is_told(keyed: Store, first_night: FirstNight) -> None:
     """An older chain that is gone whole, and too young for that, is a loss, too."""
     first_night(keyed)
-    keyed.backup("--full")
-    mark, stamp = put_hook(keyed), keyed.manifests()[0].split(".")[1]
-    for path in keyed.encrypted.glob(f"*{stamp}*"):
-        path.unlink()
+    mark = lose_older_chain(keyed)
     keyed.backup(exit_code=3)
     assert not mark.exists()
 
@@ -244,8 +252,7 @@ def test_known_damage_outlives_a_night_that_failed(keyed: Store, first_night: Fi
     manifest = keyed.encrypted / keyed.manifests()[1]
     manifest.write_bytes(manifest.read_bytes()[:-10])
     keyed.backup("--verify", exit_code=3)
-    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\n'
-                   'exec REAL "$@"\n')
+    keyed.stand_in("duplicity", MAKES_NO_SET)
     keyed.backup(exit_code=1)
     (keyed.bin / "duplicity").unlink()
     keyed.backup(exit_code=None)
@@ -388,12 +395,8 @@ def test_unnoticed_damage_and_a_night_that_fails(
 def test_lost_set_and_a_night_that_fails(keyed: Store, first_night: FirstNight) -> None:
     """Only duplicity's note tells of it: the next night tells it again, and mirrors nothing."""
     first_night(keyed)
-    keyed.backup("--full")
-    mark, stamp = put_hook(keyed), keyed.manifests()[0].split(".")[1]
-    for path in keyed.encrypted.glob(f"*{stamp}*"):
-        path.unlink()
-    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exit 53;; esac\n"
-                   'exec REAL "$@"\n')
+    mark = lose_older_chain(keyed)
+    keyed.stand_in("duplicity", MAKES_NO_SET)
     keyed.backup(exit_code=1)
     (keyed.bin / "duplicity").unlink()
     assert "is missing; fetch it" in keyed.backup(exit_code=3).stderr and not mark.exists()
@@ -501,8 +504,7 @@ def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
     volume.unlink()
     keyed.backup(exit_code=3)
     volume.write_bytes(content)
-    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\n'
-                   'exec REAL "$@"\n')
+    keyed.stand_in("duplicity", MAKES_NO_SET)
     keyed.backup(exit_code=1)
     (keyed.bin / "duplicity").unlink()
     volume.unlink()
