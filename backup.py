@@ -1030,7 +1030,8 @@ def missing_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
     wanted = {stamp for found in loose for stamp in (found.stamp, found.previous)}
     manifests.update(found.manifest for found in sets if found.stamp in wanted)
     known = {stamp_of(Path(name)) for name in manifests} | {found.stamp for found in complete}
-    names = {found.signatures for found in chained if not found.signed}
+    names = {name for found in chained for name in found.files}  # which may be empty
+    names.update(found.signatures for found in chained if not found.signed)
     names.update(f"duplicity-*.{found.previous}.manifest.gpg" for found in loose
                  if found.previous and found.previous not in known)
     for manifest in sorted(manifests):
@@ -2829,7 +2830,8 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
           f"{human_size(sum(found.size for found in reader.sets))}")
     # Now backup/ is the working directory again.
-    results = {**missing_files(keep_days), **results}
+    results.update((name, why) for name, why in missing_files(keep_days).items()
+                   if not results.get(name))  # it may have gone since it was checked
     with suppress(OSError):  # as on a disk that is mounted for reading only
         record_checks(range(SHARES), results)
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
