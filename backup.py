@@ -96,6 +96,7 @@ PROGRAMS = ("duplicity", "gpg", "gpg-agent", "setpriv")
 SETTINGS = ("BACKUP_EXCLUDE", "BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
+MOST_FILES = 10_000  # that a run notes for the next
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 LONG_DOWNTIME_SECONDS = 60
@@ -191,6 +192,7 @@ class Record:
     newest_set: str | None = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)  # of what is broken runs have warned before
+    files: list[str] = field(default_factory=list)  # what backup files the last good run has left
     kind: str | None = None
     source: str | None = None
     size: int = 0  # of the new set, in bytes
@@ -393,7 +395,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
             check_newest_set(night, record)                                     # 2
-            check_nothing_lost(night, record.newest_set, force_full)
+            check_nothing_lost(night, record, force_full)
             recover_from_dead_run(night)                                        # 3
             make_directories(night)
             migrated = migrate_legacy_layout(night)                             # 4
@@ -602,16 +604,17 @@ def check_clock(night: Night, sets: Sets) -> float:
     return ahead
 
 
-def check_nothing_lost(work: Work, newest_set: str | None, force_full: bool) -> None:
+def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
-    Else a disk that was not mounted would pass for a first night. newest_set: the stamp of
-    that one, if there was one. force_full: it may be lost.
+    Else a disk that was not mounted would pass for a first night. force_full: what is lost
+    is given up.
     """
-    lost = newest_lost(complete_sets(), newest_set)
-    if lost and not force_full:
-        raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back from "
-                      "your copy elsewhere, or run --full to begin anew without it")
+    if lost := newest_lost(complete_sets(), record.newest_set):
+        if not force_full:
+            raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
+                          "from your copy elsewhere, or run --full to begin anew without it")
+        record.files = []
 
 
 def newest_lost(sets: Sets, newest_set: str | None) -> str:
@@ -772,8 +775,7 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
 def throw_away_archive_directory(work: Work) -> None:
     """Delete what duplicity makes anew: damaged, it would have every night fail (seen: 0.8.22).
 
-    It is kept where what it would be made from is damaged, which is told and remembered, and
-    so is a manifest that alone tells of a set which is lost.
+    It is kept where what it would be made from is damaged, which is told and remembered.
     """
     damaged = [name for found in newest_chain(complete_sets())
                for name in found.metadata if run_gpg(work, name).exit_code]
@@ -781,16 +783,8 @@ def throw_away_archive_directory(work: Work) -> None:
         log.error("damaged: %s; fetch from your copy elsewhere and run --verify",
                   first_of([str(work.backup / ENCRYPTED / name) for name in damaged]))
         record_checks([], dict.fromkeys(damaged, "is damaged"))
-        return
-    remove_notes()
-
-
-def remove_notes() -> None:
-    """Delete what is in the archive directory, but manifests of which encrypted/ has none."""
-    there = utils.regular_files(ENCRYPTED)
-    for path in ARCHIVE.glob("*"):
-        if ".manifest" not in path.name or f"{path.name}.gpg" in there:
-            utils.remove(path)
+    else:
+        utils.remove(ARCHIVE)
 
 
 def make_directories(night: Night) -> None:
@@ -909,13 +903,12 @@ def openssl_size(size: int) -> int:
 # Step 5: full or incremental
 
 
-def read_sets(encrypted: Path = ENCRYPTED) -> list[BackupSet]:
-    """Read from the names in encrypted/ what sets there are, oldest first, complete or not.
+def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
+    """Tell from the names and sizes of files what sets there are, oldest first, complete or not.
 
     A signature file that is dated up to 60 seconds off a complete set without one
     belongs to that set: some versions date them so.
     """
-    sizes = utils.regular_files(encrypted)
     members: dict[SetKey, set[str]] = {}
     for name in sizes:
         if key := key_of(name):
@@ -953,6 +946,11 @@ def key_of(name: str) -> SetKey | None:
     return None
 
 
+def read_sets(encrypted: Path = ENCRYPTED) -> list[BackupSet]:
+    """Return the sets that there are, see sets_of."""
+    return sets_of(utils.regular_files(encrypted))
+
+
 def complete_sets(encrypted: Path = ENCRYPTED) -> list[BackupSet]:
     """Return the sets whose manifest, which duplicity writes last, is there, oldest first."""
     return [found for found in read_sets(encrypted) if found.complete]
@@ -987,9 +985,13 @@ def loose_sets(sets: Sets) -> list[BackupSet]:
     return [found for found in sets if found not in chained]
 
 
-def kept_since(keep_days: int) -> datetime:
-    """Return the time before which backups are old enough to be deleted. See keep_days_of."""
-    return datetime.now(timezone.utc) - timedelta(days=keep_days)
+def kept_since(keep_days: int, sets: Sets = ()) -> datetime:
+    """Return the time before which backups are old enough to be deleted. See keep_days_of.
+
+    sets: complete ones, oldest first, of which nothing since the newest full one is.
+    """
+    fulls = [found.date for found in sets if found.full] or [found.date for found in sets]
+    return min([datetime.now(timezone.utc) - timedelta(days=keep_days), *fulls[-1:]])
 
 
 def newest_chain(sets: Sets) -> list[BackupSet]:
@@ -1003,67 +1005,32 @@ def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
     return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
 
 
-def missing_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
-    """Return "is missing" by the name of each backup file that is not in encrypted/ any more.
+def backup_files() -> set[str]:
+    """Return the names of the files in encrypted/ that belong to a set; an empty one does not."""
+    sizes = utils.regular_files(ENCRYPTED)
+    return {name for name, size in sizes.items() if size and key_of(name)}
 
-    Those are what sets lack that lead nowhere, the volumes and signatures of chains, and
-    manifests that only the archive directory has. Passed over is what is old enough to be
-    deleted, but not what is as young as the newest full backup. keep_days: see keep_days_of.
-    work: for gpg, see read_manifest.
+
+def missing_files(files: Collection[str], keep_days: int) -> dict[str, str]:
+    """Return "is missing" by the name of each backup file that is gone since the last good run.
+
+    Passed over is what is old enough to be deleted, see kept_since. files: the names of those
+    that run has left.
     """
-    there = {name for name, size in utils.regular_files(ENCRYPTED).items() if size}
-    sets = read_sets()
-    complete = [found for found in sets if found.complete]
-    if not complete:
-        return {}
-    newest, kept = complete[-1], kept_since(keep_days)
-    fulls = [found for found in complete if found.full] or complete
-    needed = min(kept, fulls[-1].date)
-    chained = [found for chain in chains_of(complete) if chain[-1].date >= needed
-               for found in chain]
-    manifests = {found.manifest for found in chained}
-    manifests.update(f"{path.name}.gpg" for path in ARCHIVE.glob("*.manifest")
-                     if kept.strftime(STAMP_FORMAT) < stamp_of(path) < newest.stamp)
-    loose = [found for found in loose_sets(sets) if found.stamp <= newest.stamp]
-    if loose and loose[-1].date < needed:
-        loose = []
-    wanted = {stamp for found in loose for stamp in (found.stamp, found.previous)}
-    manifests.update(found.manifest for found in sets if found.stamp in wanted)
-    known = {stamp_of(Path(name)) for name in manifests} | {found.stamp for found in complete}
-    names = {name for found in chained for name in found.files}  # which may be empty
-    names.update(found.signatures for found in chained if not found.signed)
-    names.update(f"duplicity-*.{found.previous}.manifest.gpg" for found in loose
-                 if found.previous and found.previous not in known)
-    for manifest in sorted(manifests):
-        names.update([manifest, *read_manifest(manifest, work)])
-    return dict.fromkeys(sorted(names - there), "is missing")
+    sets = [found for found in sets_of(dict.fromkeys(files, 0)) if found.complete]
+    kept = kept_since(keep_days, sets)
+    chains = [*chains_of(sets), *([found] for found in loose_sets(sets))]
+    names = {name for chain in chains if chain[-1].date >= kept
+             for found in chain for name in found.files}
+    return dict.fromkeys(sorted(names - backup_files()), "is missing")
 
 
-def read_manifest(name: str, work: Work | None) -> dict[str, str]:
-    """Return the checksums in a manifest, see take_checksums.
-
-    It is read in the archive directory if it is there, else opened by gpg. work: for gpg;
-    without it there are none then.
-    """
-    checksums: dict[str, str] = {}
-    take_line = take_checksums(name, checksums)
-    try:
-        with open(ARCHIVE / name.removesuffix(".gpg"), errors="replace") as stream:
-            for line in stream:
-                take_line(line.rstrip("\n"))
-    except OSError:
-        pass
-    if not checksums and work and run_gpg(work, name, take_line).exit_code:
-        return {}
-    return checksums
-
-
-def broken_files(keep_days: int, work: Work | None = None) -> dict[str, str]:
+def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name. See missing_files."""
-    known = read_last_verify(LAST_VERIFY)["damaged"]
-    return {**missing_files(keep_days, work),
-            **{name: why for name, why in known.items()
-               if (ENCRYPTED / name).exists() == (why != "is missing")}}
+    known, there = read_last_verify(LAST_VERIFY)["damaged"], backup_files()
+    return {**missing_files(files, keep_days), **{
+        name: why for name, why in known.items()
+        if (name not in there if why == "is missing" else (ENCRYPTED / name).exists())}}
 
 
 def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
@@ -1071,7 +1038,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.broken.update(broken_files(night.keep_days, night))
+    record.broken.update(broken_files(record.files, night.keep_days))
     record.told = {name: why for name, why in record.told.items() if name in record.broken}
     tell_of_losses(night, record)
     with suppress(OSError):  # on a disk without a free byte what is old enough may still go
@@ -1177,7 +1144,7 @@ def check_cached_signatures(night: Night, record: Record) -> None:
     command = ["gzip", "--test", *paths]
     if paths and utils.shell(command, night.environment, directory=".").exit_code:
         record.remarks.append(f"{ARCHIVE.absolute()} is made anew, for it was damaged")
-        remove_notes()
+        utils.remove(ARCHIVE)
 
 
 def reserve_bytes(path: Path) -> int:
@@ -1430,8 +1397,8 @@ def make_set(
     if answer.exit_code:
         raise Failure(explain(action, answer))
     made = newest_chain(complete_sets())[-1:]
-    if not made or made[0].stamps in before or made[0].full != (action == "full") or (
-            read_manifest(made[0].manifest, night).keys() - made[0].volumes):
+    if not made or made[0].stamps in before or made[0].full != (action == "full") or any(
+            why for _, why in check_set(night, made[0], [])):
         raise Failure(f"duplicity ended well but no new {action} set is in "
                       f"{ENCRYPTED.absolute()}; run the backup with --full")
     reported, warnings = read_machine_log(log_lines)
@@ -1589,8 +1556,7 @@ def clean_up(night: Night, record: Record) -> None:
 
     It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
     """
-    chained = [found for chain in chains_of(complete_sets()) for found in chain]
-    if not any(".sigtar." in name for name in broken_in(chained, record.broken)):
+    if all(found.signed for chain in chains_of(complete_sets()) for found in chain):
         run_pruning(night, record, "cleanup")
 
 
@@ -1645,7 +1611,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     try:
         yield record
         utils.raise_if_interrupted()
-        record.told = record.broken
+        record.told, record.files = record.broken, sorted(backup_files())
     except (Exception, Interrupted) as error:
         failure = failure_of(error)
         if failure.exit_code == 2 and record.duplicity_version:
@@ -1665,9 +1631,8 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
 def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
-    told = last.get("told")
-    return Record(newest_set=last.get("newest_set"), told={
-        name: str(why) for name, why in (told if isinstance(told, dict) else {}).items()})
+    return Record(newest_set=last.get("newest_set"), files=list(map(str, last.get("files", []))),
+                  told={name: str(why) for name, why in last.get("told", {}).items()})
 
 
 def exit_code_of(record: Record) -> int:
@@ -1704,6 +1669,8 @@ def write_last_run(
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
         "told": record.told,
+        # Of more the volumes are passed over: their manifests name them, too.
+        "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
     }, group)
 
 
@@ -1753,6 +1720,9 @@ def read_last_run(path: Path) -> dict[str, Any]:
         if content and isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
+            for name, kind in ("told", dict), ("files", list):
+                if not isinstance(content.get(name), kind):
+                    content.pop(name, None)
             return content
         why = f"{path} does not hold a run"
     except FileNotFoundError:
@@ -2251,15 +2221,25 @@ def verify(reader: Reader) -> dict[str, str]:
     return results
 
 
-def missing_sets() -> list[str]:
-    """Return that the newest set is missing, if it is, and print which sets are unfinished."""
+def missing_sets(keep_days: int) -> list[str]:
+    """Return which sets are missing or lead nowhere, and print which are unfinished.
+
+    keep_days: see kept_since.
+    """
     complete, newest_set = complete_sets(), new_record().newest_set
     newest = max([newest_set or "", *(found.stamp for found in complete)])
+    useless = []
     for found in loose_sets(read_sets()):
-        if found.stamp > newest:
+        if found.stamp <= newest:
+            useless += [found.stamp] if found.date >= kept_since(keep_days, complete) else []
+        else:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
-    return list(filter(None, [newest_lost(complete, newest_set)]))
+    wrong = list(filter(None, [newest_lost(complete, newest_set)]))
+    if useless:
+        wrong.append("from these nothing can be restored, for they lack their manifest or what "
+                     f"they build on: {first_of(useless)}; put it back from your copy elsewhere")
+    return wrong
 
 
 def check_set(
@@ -2267,41 +2247,42 @@ def check_set(
 ) -> Iterator[tuple[str, str]]:
     """Check the files of a complete set, see verify.
 
-    shares: of these only. Yields each file's name, and what is wrong with it, empty if
-    nothing is.
+    shares: what is in these only, but the manifest, and whether the volumes are there, always.
+    Yields each file's name, and what is wrong with it, empty if nothing is.
     """
     def is_asked(name: str) -> bool:
         return zlib.crc32(name.encode()) % SHARES in shares
 
     checksums: dict[str, str] = {}
-    take_line = take_checksums(found.manifest, checksums)
-    if not is_asked(found.manifest):
-        checksums = read_manifest(found.manifest, work)
-    for name in filter(is_asked, found.metadata):
-        log.debug("checking %s", work.backup / ENCRYPTED / name)
-        answer = run_gpg(work, name, take_line if name == found.manifest else None)
-        if is_wrong_key(answer):
-            yield name, "was made with another key than this, or it is damaged"
-        elif answer.exit_code or name == found.manifest and not checksums:
-            yield name, "is damaged"
-        else:
-            yield name, ""
-        if answer.exit_code and name == found.manifest:
-            return
-    if not checksums:
+    why = gpg_check(work, found.manifest, take_checksums(found.manifest, checksums))
+    if not why and not checksums:
+        why = "is damaged"
+    yield found.manifest, why
+    for name in filter(is_asked, found.metadata[1:]):
+        yield name, gpg_check(work, name)
+    if why:
         return  # nothing tells what its volumes should be
-    for name in filter(is_asked, sorted(checksums.keys() | found.volumes)):
-        log.debug("checking %s", work.backup / ENCRYPTED / name)
+    for name in sorted(checksums.keys() | found.volumes):
         if name not in found.volumes:
             yield name, "is missing"
         elif name not in checksums:
             yield name, "is not in its set's manifest"
-        else:
+        elif is_asked(name):
+            log.debug("checking %s", work.backup / ENCRYPTED / name)
             try:
                 good = utils.sha1_of(ENCRYPTED / name) == checksums[name]
                 yield name, "" if good else "is damaged: its checksum is not that in the manifest"
             except OSError as error:
                 yield name, f"cannot be read: {error.strerror}"
+
+
+def gpg_check(work: Work, name: str, take_text: utils.TakeLine | None = None) -> str:
+    """Return what is wrong with a file that gpg opens, empty if nothing is. See run_gpg."""
+    log.debug("checking %s", work.backup / ENCRYPTED / name)
+    answer = run_gpg(work, name, take_text)
+    if is_wrong_key(answer):
+        return "was made with another key than this, or it is damaged"
+    return "is damaged" if answer.exit_code else ""
 
 
 def take_checksums(name: str, checksums: dict[str, str]) -> utils.TakeLine:
@@ -2587,10 +2568,12 @@ def show_plan(night: Night, force_full: bool) -> None:
         sets = complete_sets()
         if sets:
             check_clock(night, sets)
-        check_nothing_lost(night, new_record().newest_set, force_full)
+        record = new_record()
+        check_nothing_lost(night, record, force_full)
         dead = dead_files()
         freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
-        reason = reason_for_full(sets, night.now, broken_files(night.keep_days), force_full)
+        broken = broken_files(record.files, night.keep_days)
+        reason = reason_for_full(sets, night.now, broken, force_full)
         kind = "full" if reason else "incremental"
         check_room(night, sets, kind, sum(path.stat().st_size for path in freed), disk)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
@@ -2830,13 +2813,14 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
           f"{human_size(sum(found.size for found in reader.sets))}")
     # Now backup/ is the working directory again.
-    results.update((name, why) for name, why in missing_files(keep_days).items()
-                   if not results.get(name))  # it may have gone since it was checked
+    broken = broken_files(new_record().files, keep_days)
+    results.update((name, why) for name, why in broken.items()
+                   if why == "is missing" and not results.get(name))  # it may just have gone
     with suppress(OSError):  # as on a disk that is mounted for reading only
         record_checks(range(SHARES), results)
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
              "before the next night" for name, why in results.items() if why]
-    wrong += missing_sets()
+    wrong += missing_sets(keep_days)
     sys.stdout.flush()
     for sentence in wrong:
         log.error(sentence)

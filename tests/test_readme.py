@@ -376,14 +376,14 @@ def test_the_disk_is_full(keyed: Store, first_night: FirstNight) -> None:
     told = [keyed.run("sh", "-e", "-c", in_test(block, paths).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")).stdout for block in blocks]
     assert "Total: " in told[0] and re.search(rf"^\S+\t{keyed.encrypted}$", told[0], re.MULTILINE)
-    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key-2026-11-20", "cache"}
+    assert {path.name for path in keyed.backups.iterdir()} == there - {"legacy", "old-key-2026-11-20"}
     assert {path.name for path in keyed.encrypted.iterdir()} == newer
     moved = disk / "old" / "backup"
     assert {path.name for path in (moved / "encrypted").iterdir()} == older
 
-    result = keyed.backup()
-    assert (result.stdout, result.stderr, len(keyed.manifests())) == ("", "", 2)
-    assert keyed.backup("--verify").stderr == "" == keyed.backup("--status").stderr
+    errors = keyed.backup(exit_code=3).stderr
+    assert errors.count(" is missing; ") == len(older) and len(keyed.manifests()) == 2
+    assert keyed.backup().stderr == keyed.backup("--verify").stderr == keyed.backup("--status").stderr == ""
     shutil.copy(keyed.backups / "secret_key.txt", moved)
     keyed.run(PYTHON, SCRIPT, "--storage-root", disk / "old", "--restore", keyed.scratch / "old")
     assert tree_of(keyed.scratch / "old") == tree_of(keyed.root)

@@ -1,12 +1,14 @@
 """Several things go wrong one after the other, and nothing that is good is lost."""
 
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
 
 import pytest
 
+import backup
 from conftest import FirstNight, OldNights, Store, tree_of
 from test_bad_mornings import put_hook
 
@@ -107,7 +109,7 @@ def test_first_night_on_a_new_disk(store: Store) -> None:
 
 
 def test_lost_manifest_is_named_once(keyed: Store, first_night: FirstNight) -> None:
-    """With what duplicity has noted and without; what needs it lacks nothing else."""
+    """What needs it lacks nothing else, and says so where no run has noted what there was."""
     first_night(keyed)
     keyed.backup()
     keyed.backup()
@@ -121,7 +123,11 @@ def test_lost_manifest_is_named_once(keyed: Store, first_night: FirstNight) -> N
         if ".to." not in path.name:
             path.unlink()
     errors = keyed.backup("--verify", exit_code=3).stderr
-    assert errors.count("is missing") == 1 and f"duplicity-*.{stamp}.manifest.gpg is" in errors
+    assert errors.count("is missing") == 3 and f"{full} is missing" in errors
+    (keyed.backups / "last-run.json").unlink()  # as on another machine
+    errors = keyed.backup("--verify", exit_code=3).stderr
+    assert "nothing can be restored, for they lack their manifest" in errors
+    assert all(name.split(".")[3] in errors for name in keyed.manifests())
 
 
 def test_rubbish_dates_in_last_verify(keyed: Store, first_night: FirstNight) -> None:
@@ -241,16 +247,6 @@ def test_empty_file_hides_no_loss(keyed: Store, first_night: FirstNight, kind: s
     keyed.backup(exit_code=None)  # 3, unless the night before checked that share
     keyed.backup("--verify", exit_code=3)  # both are told by now, and do not take turns
     assert keyed.backup().stderr == ""
-
-
-def test_emptied_note_hides_no_loss(keyed: Store, first_night: FirstNight) -> None:
-    """A manifest in cache/ that a power cut has emptied is not what tells of volumes."""
-    first_night(keyed)
-    for path in (keyed.backups / "cache/backup").glob("*.manifest"):
-        path.write_text("")
-    volume = next(keyed.encrypted.glob("*full.*vol1*"))
-    volume.unlink()
-    assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr
 
 
 def test_known_damage_outlives_a_night_that_failed(keyed: Store, first_night: FirstNight) -> None:
@@ -402,9 +398,10 @@ def test_unnoticed_damage_and_a_night_that_fails(
 
 
 def test_lost_set_and_a_night_that_fails(keyed: Store, first_night: FirstNight) -> None:
-    """Only duplicity's note tells of it: the next night tells it again, and mirrors nothing."""
+    """Nothing is left of it: the next night tells it again, and mirrors nothing."""
     first_night(keyed)
     mark = lose_older_chain(keyed)
+    shutil.rmtree(keyed.backups / "cache")
     keyed.stand_in("duplicity", MAKES_NO_SET)
     keyed.backup(exit_code=1)
     (keyed.bin / "duplicity").unlink()
@@ -459,7 +456,7 @@ def test_lost_manifest_that_grows_old_is_told_once(keyed: Store, old_nights: Old
 
 
 def test_what_a_lost_set_would_complete_is_kept(keyed: Store, old_nights: OldNights) -> None:
-    """All of it is gone but what duplicity has noted: for a night nothing is deleted."""
+    """All of it is gone: for a night nothing is deleted."""
     old_nights(keyed, "6 days ago", "5 days ago", "1 day ago")
     keyed.run("faketime", "12 hours ago", *keyed.command("--full"))
     stamp = keyed.manifests()[2].split(".")[3]
@@ -520,13 +517,24 @@ def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
-@pytest.mark.parametrize("told", [["x"], {"x": ["y"]}, {"x": None}, 1])
-def test_what_was_told_is_rubbish(keyed: Store, first_night: FirstNight, told: object) -> None:
+@pytest.mark.parametrize("noted", [["x"], {"x": ["y"]}, {"x": None}, [None, [["y"]]], 1])
+def test_what_was_noted_is_rubbish(keyed: Store, first_night: FirstNight, noted: object) -> None:
     """A last-run.json that somebody edited ends no night."""
     first_night(keyed)
     path = keyed.backups / "last-run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "told": told}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "told": noted, "files": noted}))
     assert keyed.backup().stderr == ""
+
+
+def test_very_many_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is noted of them can be read again: what their manifests do not tell goes first."""
+    monkeypatch.chdir(tmp_path)
+    stem = "duplicity-full.20261122T030000Z"
+    volumes = [f"{stem}.vol{number}.difftar.gpg" for number in range(30_000)]
+    files = [*volumes, f"{stem}.manifest.gpg"]
+    backup.write_last_run(os.getgid(), backup.Record(files=files))
+    noted = backup.new_record().files
+    assert files[-1] in noted and len(noted) > 9000
 
 
 @pytest.mark.parametrize("name", [".manifest.", ".vol1."])
