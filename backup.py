@@ -414,6 +414,8 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                 if copy:                                                        # 10: mail is back
                     with utils.low_priority():
                         make_set(night, record, kind, copy)                     # 11
+            os.sync()  # before what is old goes
+            look_for_losses(night, record)  # for the backup may have taken hours
             write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
             if not is_waiting(night, record):
@@ -607,14 +609,17 @@ def check_clock(night: Night, sets: Sets) -> float:
 def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
-    Else a disk that was not mounted would pass for a first night. force_full: what is lost
-    is given up.
+    Else a disk that was not mounted would pass for a first night. force_full: a new beginning
+    is made. What is lost is told then all the same, unless it was, or cache/ was moved aside,
+    too.
     """
-    if lost := newest_lost(complete_sets(), record.newest_set):
+    if record.newest_set and (lost := newest_lost(complete_sets(), record.newest_set)):
         if not force_full:
+            record.told[record.newest_set] = "is missing"
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it")
-        record.files = []
+        if record.newest_set in record.told or not ARCHIVE.exists():
+            record.files = []
 
 
 def newest_lost(sets: Sets, newest_set: str | None) -> str:
@@ -1038,13 +1043,18 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
+    look_for_losses(night, record)
+    reason = reason_for_full(sets, night.now, record.broken, force_full)
+    return "full" if reason else "incremental"
+
+
+def look_for_losses(night: Night, record: Record) -> None:
+    """See which backup files are damaged or lost, warn of them, and remember them."""
     record.broken.update(broken_files(record.files, night.keep_days))
     record.told = {name: why for name, why in record.told.items() if name in record.broken}
     tell_of_losses(night, record)
     with suppress(OSError):  # on a disk without a free byte what is old enough may still go
         record_checks([], record.broken)  # should this run be killed
-    reason = reason_for_full(sets, night.now, record.broken, force_full)
-    return "full" if reason else "incremental"
 
 
 def tell_of_losses(work: Work, record: Record) -> None:
@@ -1134,15 +1144,20 @@ def check_room(
                           "least; make room there")
 
 
-def check_cached_signatures(night: Night, record: Record) -> None:
-    """Delete the archive directory if signatures in it are damaged: duplicity makes it anew.
+def notes_are_damaged(work: Work) -> bool:
+    """Tell whether signatures in the archive directory are damaged.
 
-    With a flipped bit an increment can bring back what was deleted, exit code 0 (seen:
-    0.8.22).
+    With a flipped bit an increment can bring back what was deleted, exit code 0, and a list
+    of files lacks some (seen: 0.8.22). When it is deleted duplicity makes it anew.
     """
     paths = sorted(map(str, ARCHIVE.glob("*.sigtar.gz")))
     command = ["gzip", "--test", *paths]
-    if paths and utils.shell(command, night.environment, directory=".").exit_code:
+    return bool(paths and utils.shell(command, work.environment, directory=".").exit_code)
+
+
+def check_cached_signatures(night: Night, record: Record) -> None:
+    """Delete the archive directory if it is damaged."""
+    if notes_are_damaged(night):
         record.remarks.append(f"{ARCHIVE.absolute()} is made anew, for it was damaged")
         utils.remove(ARCHIVE)
 
@@ -1254,9 +1269,12 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
             log.warning("mail is back after %.1f seconds", record.downtime.seconds)
         raise
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
-    if record.source == "direct" and record.downtime.seconds > LONG_DOWNTIME_SECONDS:
+    if record.downtime.seconds > LONG_DOWNTIME_SECONDS:
         record.warn(f"{record.remarks.pop(0)}; make room there, or mount elsewhere what is "
-                    "mounted inside, or leave it out with BACKUP_EXCLUDE")
+                    "mounted inside, or leave it out with BACKUP_EXCLUDE"
+                    if record.source == "direct" else
+                    f"mail was down for {record.downtime.seconds:.0f} seconds; see which large "
+                    "files are written to all the time, and leave them out with BACKUP_EXCLUDE")
     if record.downtime.awake:
         record.warn("something started mail while it was to be down, "
                     f"{record.downtime.awake}: the backup may hold half of what it "
@@ -1396,7 +1414,11 @@ def make_set(
         answer, log_lines = run_duplicity(night, command, watch_set(night, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
-    made = newest_chain(complete_sets())[-1:]
+    sets = complete_sets()
+    if before.difference(found.stamps for found in sets):
+        raise Failure(f"while duplicity ran backups went from {ENCRYPTED.absolute()}; see to its "
+                      "disk, and run this again")
+    made = newest_chain(sets)[-1:]
     if not made or made[0].stamps in before or made[0].full != (action == "full") or any(
             why for _, why in check_set(night, made[0], [])):
         raise Failure(f"duplicity ended well but no new {action} set is in "
@@ -1501,7 +1523,6 @@ def delete_migrated_backups(
             record.warn(f"{migrated} is kept because it holds no backups; move it to "
                         "where it belongs, or away")
             return
-        os.sync()
         # What tells that they are backups goes last, so that the run after one that is
         # killed here goes on.
         for name in names:
@@ -1685,12 +1706,14 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     checked: by the number of a share, when it was checked last. damaged: what is wrong with
     files, by name. Both are empty where there is no such file.
     """
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+                  OverflowError):
         # A file that somebody edited may hold anything.
         content = json.loads(utils.content_of(path))
         now = datetime.now(timezone.utc)
         return {"checked": {share: date for share, date in content["checked"].items()
-                            if datetime.fromisoformat(date) <= now},  # a clock may have been ahead
+                            # A clock may have been ahead.
+                            if datetime.fromisoformat(date).astimezone() <= now},
                 "damaged": {name: str(why) for name, why in content["damaged"].items()}}
     return {"checked": {}, "damaged": {}}
 
@@ -2089,21 +2112,27 @@ def table(status: Status) -> str:
 class Reader(Work):
     """What a command that reads knows. Its working directory is its own, with links to backups.
 
-    sets: those that were complete when it began, oldest first.
+    sets: those that it reads, of the ones that were complete when it began, oldest first.
     """
 
     sets: Sets
 
 
+Choice = Callable[[Sets], Sets]
+
+
 @contextmanager
-def reader_of(settings: Settings) -> Iterator[Reader]:
+def reader_of(
+    settings: Settings, choose: Choice = list, signatures: bool = True
+) -> Iterator[Reader]:
     """Put together what a command that reads needs, and work in a directory of its own.
 
-    That has hard links to the files of the sets that are complete now, and to
-    duplicity's notes on them. So a set that is being made, or that died, is not seen
-    (duplicity from 3.0.6 on takes it for the newest, and fails), what is pruned
-    meanwhile is still read, and no backup notices. Raises Failure if there is no backup,
-    or no key that opens any.
+    That has hard links to the files of sets that are complete now, and to duplicity's
+    notes on them. So a set that is being made, or that died, is not seen (duplicity from
+    3.0.6 on takes it for the newest, and fails), what is pruned meanwhile is still read,
+    and no backup notices. choose: picks the sets to read; damage in others is no matter
+    then. signatures: whether these are needed, too; a restore needs none, but fails if one
+    is damaged. Raises Failure if there is no backup, or no key that opens any.
     """
     work = work_of(settings)
     for program in PROGRAMS:
@@ -2122,7 +2151,7 @@ def reader_of(settings: Settings) -> Iterator[Reader]:
     with ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(temporary))
-        reader = Reader(**vars(work), sets=link_sets(own, backup))
+        reader = Reader(**vars(work), sets=link_sets(own, backup, choose, signatures))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
@@ -2145,31 +2174,26 @@ def reader_directory(temporary: str) -> Iterator[Path]:
         yield own
 
 
-def link_sets(own: Path, backup: int) -> list[BackupSet]:
-    """Fill the directory of a command that reads. backup: the descriptor of backup/.
+def link_sets(own: Path, backup: int, choose: Choice, signatures: bool) -> Sets:
+    """Fill the directory of a command that reads. Returns the sets that are in it.
 
-    For signatures that are missing it gets empty files: a restore needs none, but
-    duplicity (0.8.22, 3.2.1) would take the set before for the newest. Returns the sets
-    that are complete.
+    backup: the descriptor of backup/. choose, signatures: see reader_of.
     """
     (own / TEMPORARY).mkdir()
-    link(KEY, own, backup)
+    os.symlink(utils.path_of(backup) / KEY, own / KEY)
     while True:
         for directory in (ENCRYPTED, CACHE, ARCHIVE):
             utils.remove(own / directory)
             (own / directory).mkdir()
-        sets = complete_sets()
-        names = {name for found in sets for name in found.files}
+        sets = choose(complete_sets())
+        names = {name for found in sets for name in found.files
+                 if signatures or ".sigtar." not in name}
         # In the archive directory manifests are not compressed, signatures are.
         notes = [path for path in ARCHIVE.glob("*")
                  if f"{path.name.removesuffix('.gz')}.gpg" in names]
         try:
             for path in [*notes, *(ENCRYPTED / name for name in names)]:
                 link(path, own, backup)
-            for found in sets:
-                if not found.signed:
-                    (own / ENCRYPTED / found.signatures).touch()
-                    (own / ARCHIVE / found.signatures).with_suffix(".gz").touch()
             return sets
         except FileNotFoundError:  # a backup is just pruning
             continue
@@ -2322,17 +2346,17 @@ def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
             if not f"{line.removesuffix(' is missing')}/".startswith(missing)]
 
 
-def list_files(reader: Reader, chain: Sets) -> list[str]:
-    """Return the paths in a backup, in order, escaped.
-
-    chain: see chain_at. Raises Failure.
-    """
-    if unsigned := [found.signatures for found in chain if not found.signed]:
+def list_files(reader: Reader) -> list[str]:
+    """Return the paths in a backup, in order, escaped. reader: of a chain. Raises Failure."""
+    if unsigned := [found.signatures for found in reader.sets if not found.signed]:
         raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]} is missing: the files cannot "
                       "be listed, but restored; put back your copy, or take an older backup with "
                       "--time")
+    if notes_are_damaged(reader):
+        utils.remove(ARCHIVE)
+    stamp = reader.sets[-1].stamp
     answer, lines = run_duplicity(
-        reader, duplicity_command("list-current-files", "-t", chain[-1].stamp, TARGET))
+        reader, duplicity_command("list-current-files", "-t", stamp, TARGET))
     if answer.exit_code:
         raise Failure(explain("list-current-files", answer))
     names = []
@@ -2377,39 +2401,36 @@ def set_of_time(sets: Sets, time: str, now: datetime) -> BackupSet:
     return older[-1]
 
 
-def chain_at(reader: Reader, time: str | None) -> list[BackupSet]:
+def chain_at(sets: Sets, time: str | None) -> list[BackupSet]:
     """Return the set that is the newest, or was at a time, and before it those that it needs.
 
-    time: see set_of_time. Raises Failure.
+    sets: the complete ones. time: see set_of_time. Raises Failure.
     """
-    chains = {chain[place]: chain[:place + 1] for chain in chains_of(reader.sets)
+    chains = {chain[place]: chain[:place + 1] for chain in chains_of(sets)
               for place in range(len(chain))}
-    sets = sorted(chains, key=lambda found: found.stamp)
-    if not sets:
-        raise Failure(f"no backup in {reader.backup / ENCRYPTED} leads back to a full one; put "
-                      "your copy of what is missing there")
+    whole = sorted(chains, key=lambda found: found.stamp)
+    if not whole:
+        raise Failure(f"no backup in {ENCRYPTED.absolute()} leads back to a full one; put your "
+                      "copy of what is missing there")
     now = datetime.now(timezone.utc)
     taken, asked = (found[-1] if time is None else set_of_time(found, time, now)
-                    for found in (sets, reader.sets))
+                    for found in (whole, sets))
     if asked != taken:
         log.warning("the backup of %s lacks what it builds on, see --verify: that of %s is taken",
                     *(found.date.astimezone().isoformat(" ") for found in (asked, taken)))
     return chains[taken]
 
 
-def restore(
-    reader: Reader, chain: Sets, path: str | None, place: int
-) -> None:
-    """Restore a backup, or one directory or file of it.
+def restore(reader: Reader, wanted: str, place: int) -> bool:
+    """Restore a backup, or one directory or file of it. Returns whether that is in the backup.
 
-    chain: see chain_at. path: relative to STORAGE_ROOT, or absolute below it. place: the
-    descriptor of a directory; what is in a directory goes into it, a file goes there by
-    its name. Raises Failure.
+    reader: of a chain. wanted: a relative path, empty for everything. place: the descriptor
+    of a directory; what is in a directory goes into it, a file goes there by its name.
+    Raises Failure.
     """
-    directory = utils.path_of(place).readlink()
-    wanted = f"{os.path.normpath(path or '.')}/".removeprefix(f"{reader.root}/").strip("/")
+    directory, chain = utils.path_of(place).readlink(), reader.sets
     # Duplicity (0.8.22, 3.2.1) takes what is in a name as $NAME for a variable, but only once.
-    part = ["-r", "$WANTED"] if wanted not in ("", ".") else []
+    part = ["-r", "$WANTED"] if wanted else []
     # What others do in a directory that is theirs leads nowhere: duplicity writes to one
     # of root's, through a descriptor.
     fresh = f".restoring-{os.getpid()}"
@@ -2427,8 +2448,7 @@ def restore(
                     reader, command, watch_restore(chain, draw, not part))
             if answer.exit_code == 19 or not answer.exit_code and not os.path.lexists(target):
                 utils.remove("restored", descriptor)  # 3.2.1 leaves an empty one
-                raise Failure("\n    ".join([f"{printable(wanted)} is not in the backup; there is:",
-                                            *near_paths(list_files(reader, chain), wanted)]))
+                return False
             if answer.exit_code:
                 raise Failure(explain("restore", answer))
             move_up(descriptor, place, os.path.basename(wanted))
@@ -2441,6 +2461,7 @@ def restore(
         raise Failure(f"not all could be restored to {directory}; try another disk: "
                       f"{first_of(lost)}")
     log.info("restored to %s", directory)
+    return True
 
 
 def check_own(directory: int, path: Path) -> None:
@@ -2821,32 +2842,45 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
              "before the next night" for name, why in results.items() if why]
     wrong += missing_sets(keep_days)
-    sys.stdout.flush()
     for sentence in wrong:
         log.error(sentence)
     different: list[str] = []
     if with_live_files:
-        with utils.ended_in_good_order(), reader_of(settings) as reader:
+        with utils.ended_in_good_order(), reader_of(
+                settings, lambda sets: chain_at(sets, None), signatures=False) as reader:
             different = compare(reader, excluded_of(settings))
         for sentence in different:
             log.error(sentence)
     return 3 if wrong or different else 0
 
 
+def name_backup(chain: Sets) -> None:
+    """Say which backup is read, the last of a chain."""
+    log.warning("backup of %s", chain[-1].date.astimezone().isoformat(" "))
+
+
 def list_or_restore(options: argparse.Namespace, settings: Settings) -> None:
     """List the files in a backup, or restore it. Raises Failure or OSError."""
-    names: list[str] = []
+    def choose(sets: Sets) -> Sets:
+        return chain_at(sets, options.time)
+
     with utils.ended_in_good_order(), ExitStack() as stack:
         if options.restore:
-            place = stack.enter_context(restore_directory(work_of(settings), options.restore))
-        reader = stack.enter_context(reader_of(settings))
-        chain = chain_at(reader, options.time)
-        if options.restore or options.time:
-            log.warning("backup of %s", chain[-1].date.astimezone().isoformat(" "))
+            work = work_of(settings)
+            place = stack.enter_context(restore_directory(work, options.restore))
+            path = f"{os.path.normpath(options.path or '.')}/".removeprefix(f"{work.root}/")
+            wanted = "" if path == "./" else path.strip("/")
+            with reader_of(settings, choose, signatures=False) as reader:
+                name_backup(reader.sets)
+                if restore(reader, wanted, place):
+                    return
+        with reader_of(settings, choose) as reader:
+            if options.time and not options.restore:
+                name_backup(reader.sets)
+            names = list_files(reader)
         if options.restore:
-            restore(reader, chain, options.path, place)
-        else:
-            names = list_files(reader, chain)
+            raise Failure("\n    ".join([f"{printable(wanted)} is not in the backup; there is:",
+                                        *near_paths(names, wanted)]))
     utils.raise_if_interrupted()
     for name in names:  # who reads them may be slow, and nothing is held meanwhile
         print(name)

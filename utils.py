@@ -54,6 +54,8 @@ FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
 TIMED_OUT = 124
 NOT_EXECUTABLE = 126
+# Of what is damaged, or refused even to root; EAGAIN comes for a file that is under a lease.
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EACCES, errno.EPERM, errno.EAGAIN)
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Of systemd's units, see org.freedesktop.systemd1(5): states in which they run, and who
@@ -539,12 +541,18 @@ def _mirror_directory(
     with os.scandir(copy) as entries:
         present = {entry.name: entry.inode() for entry in entries}
     excluded = {name for parent, name in mirror.excluded if parent == path}
-    others = _link_files(live, copy, present) if linked else os.listdir(live)
+    others: list[str] = []
+    try:
+        others = _link_files(live, copy, present) if linked else os.listdir(live)
+    except OSError as error:
+        _pass_over(mirror, path, error)
     found = {}
     for name in others:
         if name not in excluded:
-            with suppress(FileNotFoundError):
+            try:
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
+            except OSError as error:
+                _pass_over(mirror, os.path.join(path, name), error)
     # A Maildir of which one directory is left out is a Maildir still.
     directories = excluded.union(
         name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode))
@@ -616,12 +624,12 @@ def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
 def _link(name: str, live: int, copy: int) -> bool:
     """Link a file of one directory into another.
 
-    Returns False if it is gone or cannot be linked, as one that is immutable.
+    Returns False if it is gone or cannot be linked, as one that is immutable or damaged.
     """
     try:
         os.link(name, name, src_dir_fd=live, dst_dir_fd=copy, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EPERM, errno.EMLINK):
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EMLINK, *UNREADABLE):
             raise
         return False
     return True
@@ -636,8 +644,7 @@ def _mirror_child(
         try:
             below = stack.enter_context(opened(name, parent=live))
         except OSError as error:
-            if not _is_gone(error):
-                raise
+            _pass_over(mirror, path, error)
             return
         status = os.fstat(below)
         if any(os.path.samestat(status, own) for own in mirror.own):
@@ -673,11 +680,7 @@ def _replace(
         else:
             os.mknod(name, status.st_mode, status.st_rdev, dir_fd=copy)
     except OSError as error:
-        # EAGAIN comes for a file that is under a lease.
-        if error.errno in (errno.EIO, errno.EACCES, errno.EPERM, errno.EAGAIN):
-            mirror.unread[path] = os.strerror(error.errno)
-        elif not _is_gone(error):
-            raise
+        _pass_over(mirror, path, error)
         remove(name, copy)
         return
     set_metadata(name, status, copy)
@@ -728,10 +731,15 @@ def _copy_data(source: int, target: int, size: int) -> None:
             raise_if_interrupted()
 
 
-def _is_gone(error: OSError) -> bool:
-    """Tell whether an entry was removed, or became something else, just as it was to be read."""
-    return error.errno in (
-        errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL)
+def _pass_over(mirror: Mirror, path: str, error: OSError) -> None:
+    """Note why an entry could not be read, and nothing if it is gone or became something else.
+
+    path: relative. Raises every other error.
+    """
+    if error.errno in UNREADABLE:
+        mirror.unread[path] = error.strerror
+    elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL):
+        raise error
 
 
 def set_metadata(name: str, status: os.stat_result, directory: int) -> None:
@@ -1188,8 +1196,9 @@ class Systemd(ServiceManager):
     def settled_units(self, name: str) -> list[dict[str, str]]:
         """Return the units that go down with one, itself too, when none is just started or stopped.
 
-        A oneshot that is under way is left out: neither is it waited for, nor begun
-        anew. Raises Failure if it takes over 120 seconds.
+        A job that is under way is left out, be it a oneshot or what a timer starts:
+        neither is it waited for, nor begun anew. Raises Failure if it takes over 120
+        seconds.
         """
         deadline = time.monotonic() + SERVICE_SECONDS
         while True:
@@ -1198,12 +1207,14 @@ class Systemd(ServiceManager):
             while wanted:
                 found = self.show(wanted)
                 units.update((unit["Id"], unit) for unit in found)
+                # A name that was escaped, as of a template for a mail address, is quoted.
                 stopped = " ".join(unit.get(key, "") for unit in found for key in STOPPED_WITH)
-                triggers = " ".join(unit.get("TriggeredBy", "") for unit in found).split()
-                sockets = {unit for unit in triggers if unit.endswith(".socket")}
-                wanted = sockets.union(stopped.split()) - units.keys()
+                triggers = " ".join(unit.get("TriggeredBy", "") for unit in found)
+                sockets = {unit for unit in shlex.split(triggers) if unit.endswith(".socket")}
+                wanted = sockets.union(shlex.split(stopped)) - units.keys()
             settled = [unit for unit in units.values()
-                       if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")]
+                       if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")
+                       and (unit["Id"] == name or ".timer" not in unit.get("TriggeredBy", ""))]
             busy = [unit["Id"] for unit in settled
                     if unit.get("Job") or unit["ActiveState"] == "deactivating"]
             if not busy:

@@ -65,11 +65,19 @@ def test_lost_backups_are_no_first_night(
     keyed.backup("--verify")
 
 
-def test_lost_backups_are_given_up(keyed: Store, first_night: FirstNight) -> None:
-    """With --full a new beginning is made without them, and no night after it asks for them."""
+@pytest.mark.parametrize("told", [True, False])
+def test_lost_backups_are_given_up(keyed: Store, first_night: FirstNight, told: bool) -> None:
+    """With --full a new beginning is made without them, and no night after it asks for them.
+
+    Whoever was not told before what is lost is told now, before a hook deletes it elsewhere.
+    """
     first_night(keyed)
     keyed.run("sh", "-c", f"rm {keyed.encrypted}/*")
-    assert keyed.backup("--full").stderr == ""
+    if told:
+        keyed.backup(exit_code=1)
+    mark = put_hook(keyed)
+    errors = keyed.backup("--full", exit_code=0 if told else 3).stderr
+    assert mark.exists() == told and ("manifest.gpg is missing" in errors) != told
     assert keyed.backup().stderr == ""
 
 
@@ -283,3 +291,5 @@ def test_long_downtime_is_told(keyed: Store, first_night: FirstNight) -> None:
                        exit_code=3)
     assert "mail was down while duplicity read" in result.stderr
     assert "leave it out with BACKUP_EXCLUDE" in result.stderr
+    errors = keyed.run(PYTHON, program, *command, exit_code=3).stderr
+    assert "mail was down for 0 seconds; see which large files" in errors

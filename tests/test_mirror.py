@@ -497,6 +497,26 @@ def test_time_stamps_of_a_second(store: Store) -> None:
         assert any(missed), "the time stamps are finer than a second: the test proves nothing"
 
 
+def test_damaged_entries(store: Store) -> None:
+    """What the disk cannot tell anything of is named, be it a message; the rest is there."""
+    bad = ["plain/index", f"box/cur/{NAMES[0]}", "plain/deep", "box/new"]
+    with disk(store, "mkfs.ext4", "-q", "-O", "metadata_csum") as place:
+        root, image = place / "tree", store.scratch / "disk"
+        grow(root)
+        numbers = [(root / path).stat().st_ino for path in bad]
+        store.run("umount", place)
+        for number in numbers:
+            store.run("debugfs", "-w", "-R", f"set_inode_field <{number}> checksum 0x1234", image)
+        store.run("mount", "-o", "loop", image, place)
+        with mirrored(root, place / "copy") as mirror:
+            for _ in range(2):
+                assert mirror.unread == dict.fromkeys(bad, "Bad message")
+                there = {str(path.relative_to(mirror.target)) for path in mirror.target.rglob("*")}
+                assert {"box/cur", "box/tmp", "plain/link", f"box/cur/{NAMES[1]}"} <= there
+                assert there.isdisjoint(bad)
+                utils.update_mirror(mirror)
+
+
 @pytest.mark.parametrize("mkfs", [("mkfs.xfs", "-q"), ("mkfs.btrfs", "-q")])
 def test_clone(store: Store, mkfs: tuple[str, ...]) -> None:
     """Where the file system can share blocks a copy takes no room, and asks for none."""

@@ -429,3 +429,52 @@ def test_last_run_that_names_no_set(copy: Store) -> None:
     for rubbish in ('[1]', '5', '"../x"'):
         (copy.backups / "last-run.json").write_text(f'{{"newest_set": {rubbish}}}')
         assert reads(copy, "--verify").stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["manifest", "signatures"])
+@pytest.mark.parametrize("damaged", [0, 2])
+def test_restore_beside_damage(copy: Store, kind: str, damaged: int) -> None:
+    """On a new machine, which has no cache/, only what the backup needs is read, and no signatures."""
+    shutil.rmtree(copy.backups / "cache")
+    sets = backup.complete_sets(copy.encrypted)
+    path = copy.encrypted / (sets[damaged].manifest if kind == "manifest" else sets[damaged].signatures)
+    path.write_bytes(path.read_bytes()[:-10])
+    for number, found in enumerate(sets):
+        target = copy.scratch / f"restored{number}"
+        needed = kind == "manifest" and damaged <= number < 3
+        reads(copy, "--restore", str(target), "--time", found.stamp, exit_code=1 if needed else 0)
+        if not needed:
+            assert {name for name in (MESSAGE, "file0", "file1") if (target / name).exists()} == (
+                {MESSAGE}, {"file0"}, {"file0", "file1"}, {"file0", "file1"})[number]
+
+
+def test_list_beside_damaged_notes(keyed: Store) -> None:
+    """With flipped bits in cache/ names are missing from duplicity's list: it is read anew."""
+    for number in range(40):
+        (keyed.root / f"file{number}").write_bytes(os.urandom(1000))
+    keyed.backup()
+    listed = reads(keyed, "--list").stdout
+    notes = next((keyed.backups / "cache/backup").glob("*.sigtar.gz"))
+    good = notes.read_bytes()
+    for place in range(len(good) // 4, len(good), len(good) // 4):
+        damaged = bytearray(good)
+        damaged[place] ^= 4
+        notes.write_bytes(damaged)
+        assert reads(keyed, "--list").stdout == listed
+        assert notes.read_bytes() == damaged
+
+
+def test_key_that_is_a_link(copy: Store) -> None:
+    """One that leads to where the key lies is as good for reading as for the night."""
+    key = copy.backups / "secret_key.txt"
+    key.rename(copy.root / "key")
+    key.symlink_to("../key")
+    reads(copy, "--verify")
+
+
+def test_nobody_takes_what_verify_prints(copy: Store) -> None:
+    """What is damaged is told on standard error all the same."""
+    (copy.encrypted / copy.manifests()[0]).write_bytes(b"damaged")
+    for reader in ("> /dev/full", "| true"):
+        result = copy.run("sh", "-c", f'"$@" {reader}', "sh", *copy.command("--verify"), exit_code=None)
+        assert f"{copy.manifests()[0]} is damaged" in result.stderr

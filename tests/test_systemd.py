@@ -201,25 +201,34 @@ def remove_unit(machine: Machine, name: str) -> None:
 
 
 def test_units_that_go_down_with_dovecot(machine: Machine) -> None:
-    """A timer and a service that need it run again afterwards.
+    """A timer and services that need it run again afterwards, whatever their names.
 
-    A job of theirs that is under way is not begun anew.
+    Jobs of theirs that are under way are not begun anew.
     """
     needs = "[Unit]\\nRequires=dovecot.service\\nAfter=dovecot.service\\n"
     job = "[Service]\\nType=oneshot\\nExecStart=/bin/sleep 300"
     add_unit(machine, "purge.service", f"{needs}{job}")
     add_unit(machine, "purge.timer", f"{needs}[Timer]\\nOnCalendar=2100-01-01")
-    add_unit(machine, "filter.service", f"{needs}[Service]\\nExecStart=/bin/sleep 1000")
-    machine.shell("systemctl start purge.timer filter; systemctl start --no-block purge.service")
+    daemon = "[Service]\\nExecStart=/bin/sleep 1000"
+    add_unit(machine, "filter.service", f"{needs}{daemon}")
+    fetched = "fetch@alice\\x40example.com.service"
+    add_unit(machine, "fetch@.service", f"{needs}{daemon}")
+    add_unit(machine, "index.service", f"{needs}{daemon}")
+    add_unit(machine, "index.timer", "[Timer]\\nOnCalendar=2100-01-01")
+    machine.shell(f"systemctl start purge.timer index.timer filter index '{fetched}'; "
+                  "systemctl start --no-block purge.service")
     try:
         wait_until(lambda: machine.state("purge.service") == "activating", "the job is under way")
         machine.back_up()
-        for unit in ("dovecot", "purge.timer", "filter.service"):
+        for unit in ("dovecot", "purge.timer", "filter.service", fetched):
             assert machine.state(unit) == "active", unit
         assert machine.state("purge.service") == "failed"  # it was ended with dovecot
+        assert machine.state("index.service") == "inactive"
         assert_good_next_night(machine)
     finally:
-        for unit in ("purge.timer", "purge.service", "filter.service"):
+        machine.shell(f"systemctl stop '{fetched}'")
+        for unit in ("purge.timer", "purge.service", "filter.service", "fetch@.service",
+                     "index.timer", "index.service"):
             remove_unit(machine, unit)
 
 

@@ -572,3 +572,42 @@ def test_restore_of_what_lacks_its_base(keyed: Store, old_nights: OldNights) -> 
     for number, arguments in enumerate([(), ("--time", asked), ("--time", "4D")]):
         errors = keyed.backup("--restore", f"{place}{number}", *arguments).stderr
         assert (f"the backup of {asked}+00:00 lacks what it builds on" in errors) == (number < 2)
+
+
+@pytest.mark.parametrize("what, code", [("*{stamp}*", 1), ("*{stamp}.vol*", 3)])
+def test_loss_while_duplicity_runs(
+    keyed: Store, first_night: FirstNight, what: str, code: int
+) -> None:
+    """An older backup, or a part of it, goes in those hours: no hook mirrors that."""
+    first_night(keyed)
+    keyed.backup("--full")
+    mark, stamp = put_hook(keyed), keyed.manifests()[0].split(".")[1]
+    keyed.stand_in("duplicity", "#!/bin/sh\n[ $1 != incremental ] || rm "
+                   f"{keyed.encrypted}/{what.format(stamp=stamp)}\nexec REAL \"$@\"\n")
+    told = keyed.backup(exit_code=code).stderr
+    (keyed.bin / "duplicity").unlink()
+    if code == 1:
+        assert "while duplicity ran backups went from" in told
+        told = keyed.backup(exit_code=3).stderr
+    assert f"{stamp}.vol1.difftar.gpg is missing" in told and not mark.exists()
+    assert keyed.backup().stderr == ""
+
+
+def test_disk_that_goes_while_duplicity_runs(keyed: Store, first_night: FirstNight) -> None:
+    """A full backup that was made beside the disk is none: the night fails until that is back."""
+    first_night(keyed)
+    mark, before = put_hook(keyed), set(keyed.encrypted.iterdir())
+    away = keyed.scratch / "away"
+    (keyed.root / "much").write_bytes(os.urandom(1_000_000))
+    keyed.backup()
+    mark.unlink()
+    before = set(keyed.encrypted.iterdir())
+    keyed.stand_in("duplicity", f"#!/bin/sh\n[ $1 != full ] || mv {keyed.encrypted} {away}\n"
+                   f"mkdir -p {keyed.encrypted}\nexec REAL \"$@\"\n")
+    assert "see to its disk" in keyed.backup(exit_code=1).stderr
+    (keyed.bin / "duplicity").unlink()
+    assert list(keyed.encrypted.iterdir()) == []
+    assert "is missing" in keyed.backup(exit_code=1).stderr
+    shutil.rmtree(keyed.encrypted)
+    away.rename(keyed.encrypted)
+    assert keyed.backup().stderr == "" and before < set(keyed.encrypted.iterdir())
