@@ -444,6 +444,7 @@ def test_copy_on_another_machine_pushed(keyed: Store) -> None:
     for arguments in ((), ("--full",)):
         if nights:  # the server was wiped, and somebody begins anew
             shutil.rmtree(keyed.encrypted)
+            shutil.rmtree(keyed.backups / "cache")
             time.sleep(1)  # for another stamp
         result = keyed.backup(*arguments)
         assert (result.stdout, result.stderr) == ("", "")

@@ -360,11 +360,11 @@ exec REAL "$@"
 
 
 def test_encrypted_that_was_moved_aside(keyed: Store, first_night: FirstNight) -> None:
-    """Only cache/ is left of the backups: with --full a new beginning is made."""
+    """Only cache/ is left of the backups: --full makes a new beginning, and names what is gone."""
     first_night(keyed)
     keyed.encrypted.rename(keyed.scratch / "aside")
     pass_the_second_of(keyed.scratch / "aside")
-    keyed.backup("--full")
+    assert "manifest.gpg is missing" in keyed.backup("--full", exit_code=3).stderr
     keyed.assert_restores()
 
 

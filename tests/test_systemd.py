@@ -226,9 +226,9 @@ def test_units_that_go_down_with_dovecot(machine: Machine) -> None:
         assert machine.state("index.service") == "inactive"
         assert_good_next_night(machine)
     finally:
-        machine.shell(f"systemctl stop '{fetched}'")
-        for unit in ("purge.timer", "purge.service", "filter.service", "fetch@.service",
-                     "index.timer", "index.service"):
+        machine.shell(f"systemctl stop '{fetched}'; rm /etc/systemd/system/fetch@.service")
+        for unit in ("purge.timer", "purge.service", "filter.service", "index.timer",
+                     "index.service"):
             remove_unit(machine, unit)
 
 
