@@ -1016,24 +1016,21 @@ def backup_files() -> set[str]:
     return {name for name, size in sizes.items() if size and key_of(name)}
 
 
-def missing_files(files: Collection[str], keep_days: int) -> dict[str, str]:
-    """Return "is missing" by the name of each backup file that is gone since the last good run.
+def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
+    """Return what is known to be wrong with backup files, by name.
 
-    Passed over is what is old enough to be deleted, see kept_since. files: the names of those
+    It is in last-verify.json, or "is missing" of what is gone since the last good run. Of that
+    is passed over what is old enough to be deleted, see kept_since. files: the names of those
     that run has left.
     """
+    there = backup_files()
     sets = [found for found in sets_of(dict.fromkeys(files, 0)) if found.complete]
     kept = kept_since(keep_days, sets)
     chains = [*chains_of(sets), *([found] for found in loose_sets(sets))]
-    names = {name for chain in chains if chain[-1].date >= kept
-             for found in chain for name in found.files}
-    return dict.fromkeys(sorted(names - backup_files()), "is missing")
-
-
-def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
-    """Return what is known to be wrong with backup files, by name. See missing_files."""
-    known, there = read_last_verify(LAST_VERIFY)["damaged"], backup_files()
-    return {**missing_files(files, keep_days), **{
+    left = {name for chain in chains if chain[-1].date >= kept
+            for found in chain for name in found.files}
+    known = read_last_verify(LAST_VERIFY)["damaged"]
+    return {**dict.fromkeys(sorted(left - there), "is missing"), **{
         name: why for name, why in known.items()
         if (name not in there if why == "is missing" else (ENCRYPTED / name).exists())}}
 
@@ -1269,11 +1266,12 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
             log.warning("mail is back after %.1f seconds", record.downtime.seconds)
         raise
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
-    if record.downtime.seconds > LONG_DOWNTIME_SECONDS:
+    too_long = record.downtime.seconds > LONG_DOWNTIME_SECONDS
+    if too_long and record.source == "direct":
         record.warn(f"{record.remarks.pop(0)}; make room there, or mount elsewhere what is "
-                    "mounted inside, or leave it out with BACKUP_EXCLUDE"
-                    if record.source == "direct" else
-                    f"mail was down for {record.downtime.seconds:.0f} seconds; see which large "
+                    "mounted inside, or leave it out with BACKUP_EXCLUDE")
+    elif too_long:
+        record.warn(f"mail was down for {record.downtime.seconds:.0f} seconds; see which large "
                     "files are written to all the time, and leave them out with BACKUP_EXCLUDE")
     if record.downtime.awake:
         record.warn("something started mail while it was to be down, "
@@ -2252,11 +2250,12 @@ def missing_sets(keep_days: int) -> list[str]:
     """
     complete, newest_set = complete_sets(), new_record().newest_set
     newest = max([newest_set or "", *(found.stamp for found in complete)])
+    kept = kept_since(keep_days, complete)
     useless = []
     for found in loose_sets(read_sets()):
-        if found.stamp <= newest:
-            useless += [found.stamp] if found.date >= kept_since(keep_days, complete) else []
-        else:
+        if found.stamp <= newest and found.date >= kept:
+            useless.append(found.stamp)
+        elif found.stamp > newest:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
     wrong = list(filter(None, [newest_lost(complete, newest_set)]))
@@ -2846,8 +2845,8 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
         log.error(sentence)
     different: list[str] = []
     if with_live_files:
-        with utils.ended_in_good_order(), reader_of(
-                settings, lambda sets: chain_at(sets, None), signatures=False) as reader:
+        choose = functools.partial(chain_at, time=None)
+        with utils.ended_in_good_order(), reader_of(settings, choose, signatures=False) as reader:
             different = compare(reader, excluded_of(settings))
         for sentence in different:
             log.error(sentence)
@@ -2861,9 +2860,7 @@ def name_backup(chain: Sets) -> None:
 
 def list_or_restore(options: argparse.Namespace, settings: Settings) -> None:
     """List the files in a backup, or restore it. Raises Failure or OSError."""
-    def choose(sets: Sets) -> Sets:
-        return chain_at(sets, options.time)
-
+    choose = functools.partial(chain_at, time=options.time)
     with utils.ended_in_good_order(), ExitStack() as stack:
         if options.restore:
             work = work_of(settings)

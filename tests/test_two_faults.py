@@ -596,15 +596,13 @@ def test_loss_while_duplicity_runs(
 def test_disk_that_goes_while_duplicity_runs(keyed: Store, first_night: FirstNight) -> None:
     """A full backup that was made beside the disk is none: the night fails until that is back."""
     first_night(keyed)
-    mark, before = put_hook(keyed), set(keyed.encrypted.iterdir())
     away = keyed.scratch / "away"
     (keyed.root / "much").write_bytes(os.urandom(1_000_000))
     keyed.backup()
-    mark.unlink()
-    before = set(keyed.encrypted.iterdir())
+    mark, before = put_hook(keyed), set(keyed.encrypted.iterdir())
     keyed.stand_in("duplicity", f"#!/bin/sh\n[ $1 != full ] || mv {keyed.encrypted} {away}\n"
                    f"mkdir -p {keyed.encrypted}\nexec REAL \"$@\"\n")
-    assert "see to its disk" in keyed.backup(exit_code=1).stderr
+    assert "see to its disk" in keyed.backup(exit_code=1).stderr and not mark.exists()
     (keyed.bin / "duplicity").unlink()
     assert list(keyed.encrypted.iterdir()) == []
     assert "is missing" in keyed.backup(exit_code=1).stderr
