@@ -610,15 +610,13 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
     Else a disk that was not mounted would pass for a first night. force_full: a new beginning
-    is made. What is lost is told then all the same, unless it was, or cache/ was moved aside,
-    too.
+    is made. What is lost is told then all the same, unless cache/ was moved aside, too.
     """
-    if record.newest_set and (lost := newest_lost(complete_sets(), record.newest_set)):
+    if lost := newest_lost(complete_sets(), record.newest_set):
         if not force_full:
-            record.told[record.newest_set] = "is missing"
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it")
-        if record.newest_set in record.told or not ARCHIVE.exists():
+        if not ARCHIVE.exists():
             record.files = []
 
 
