@@ -423,6 +423,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                 clean_up(night, record)                                         # 13
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
+        record.files = sorted(backup_files())
         write_last_run(night.user.pw_gid, record)                               # 15
         if record.broken.items() <= record.told.items():
             run_hook(night, "after-backup", record)
@@ -616,7 +617,7 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
         if not force_full:
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it")
-        if not ARCHIVE.exists():
+        if not CACHE.exists():
             record.files = []
 
 
@@ -1023,7 +1024,7 @@ def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
     """
     there = backup_files()
     sets = [found for found in sets_of(dict.fromkeys(files, 0)) if found.complete]
-    kept = kept_since(keep_days, sets)
+    kept = kept_since(keep_days, complete_sets())
     chains = [*chains_of(sets), *([found] for found in loose_sets(sets))]
     left = {name for chain in chains if chain[-1].date >= kept
             for found in chain for name in found.files}
@@ -1199,6 +1200,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     spare = min(shutil.disk_usage(night.root).total // 10, SPARE_BYTES)
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
+    os.listdir(night.root)  # should that fail all mail would count as deleted
     log.info("copying %s while mail runs", night.root)
     with ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
@@ -1628,7 +1630,7 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
     try:
         yield record
         utils.raise_if_interrupted()
-        record.told, record.files = record.broken, sorted(backup_files())
+        record.told = record.broken
     except (Exception, Interrupted) as error:
         failure = failure_of(error)
         if failure.exit_code == 2 and record.duplicity_version:

@@ -503,7 +503,8 @@ def update_mirror(mirror: Mirror) -> None:
         with opened(".", parent=mirror.live) as live, opened(".", parent=mirror.copy) as copy:
             _mirror_directory(mirror, "", False, True, live, copy)
     except OSError as error:
-        name = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
+        # Of a descriptor it is a number.
+        name = f"{printable(error.filename)}: " if isinstance(error.filename, str) else ""
         raise Failure(f"{mirror.source} could not be copied to {mirror.target}: {name}"
                       f"{error.strerror}") from error
 
@@ -545,7 +546,10 @@ def _mirror_directory(
     try:
         others = _link_files(live, copy, present) if linked else os.listdir(live)
     except OSError as error:
+        if not path:
+            raise
         _pass_over(mirror, path, error)
+        linked = False  # it is no directory that holds nothing but links
     found = {}
     for name in others:
         if name not in excluded:

@@ -65,17 +65,19 @@ def test_lost_backups_are_no_first_night(
     keyed.backup("--verify")
 
 
-@pytest.mark.parametrize("night_before", [True, False])
-def test_lost_backups_are_given_up(
-    keyed: Store, first_night: FirstNight, night_before: bool
-) -> None:
+@pytest.mark.parametrize("before", ["a good night", "a failed night", "a night without them"])
+def test_lost_backups_are_given_up(keyed: Store, first_night: FirstNight, before: str) -> None:
     """With --full a new beginning is made without them, and no night after it asks for them.
 
     What is lost is named, before a hook deletes it elsewhere, whether a night failed for it or not.
     """
     first_night(keyed)
+    if before == "a failed night":
+        keyed.stand_in("duplicity", '#!/bin/sh\n[ $1 != incremental ] || exit 50\nexec REAL "$@"\n')
+        keyed.backup(exit_code=1)
+        (keyed.bin / "duplicity").unlink()
     keyed.run("sh", "-c", f"rm {keyed.encrypted}/*")
-    if night_before:
+    if before == "a night without them":
         keyed.backup(exit_code=1)
     mark = put_hook(keyed)
     errors = keyed.backup("--full", exit_code=3).stderr

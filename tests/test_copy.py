@@ -7,11 +7,13 @@ import contextlib
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import utils
 from conftest import USER, FirstNight, Store, pass_the_second_of, tree_of
 from test_hooks import put_hook
 from test_services import STARTS, STOPS, wait_for
@@ -353,6 +355,19 @@ def test_file_that_cannot_be_copied(keyed: Store) -> None:
     assert told in result.stderr and told in keyed.last_run()["message"]
     assert keyed.last_run()["source"] == "copy"
     assert not (keyed.restore("without") / "ssl/private.pem").exists()
+    assert keyed.backup().stderr == ""
+    keyed.assert_restores()
+
+
+def test_messages_that_cannot_be_listed(keyed: Store, first_night: FirstNight) -> None:
+    """They are named, although nothing has changed there, and mail was down for no longer."""
+    first_night(keyed)
+    bad = keyed.root / "mail/mailboxes/example.com/alice/cur"
+    time.sleep(utils.SETTLED_SECONDS + 0.5)  # what is settled is not read in the second pass
+    trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad),
+             "-e", "trace=getdents64", "-e", "inject=getdents64:error=EIO"]
+    assert f"{bad}: Input/output error" in keyed.run(*trace, *keyed.command(), exit_code=3).stderr
+    assert keyed.last_run()["source"] == "copy"
     assert keyed.backup().stderr == ""
     keyed.assert_restores()
 

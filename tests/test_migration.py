@@ -236,6 +236,17 @@ exec REAL "$@"
     assert_proved(old, legacy)
 
 
+def test_tree_that_cannot_be_listed(old: Store, legacy: Legacy) -> None:
+    """An empty backup would count as a good one, and old backups go for it: none is made."""
+    trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(old.root),
+             "-e", "trace=getdents64", "-e", "inject=getdents64:error=EIO"]
+    told = old.run(*trace, *old.command(), exit_code=1).stderr
+    assert f"{old.root}: Input/output error" in told
+    assert files_in(old.root / MIGRATED) == legacy.plain
+    old.backup()
+    assert_proved(old, legacy)
+
+
 def test_old_backups_hidden_from_the_copy_are_kept(old: Store, legacy: Legacy) -> None:
     """STORAGE_USER renames them while the copy is made, and then back: no backup has them."""
     migrated, hidden = old.root / MIGRATED, old.root / ".backup-snapshot"

@@ -609,3 +609,26 @@ def test_disk_that_goes_while_duplicity_runs(keyed: Store, first_night: FirstNig
     shutil.rmtree(keyed.encrypted)
     away.rename(keyed.encrypted)
     assert keyed.backup().stderr == "" and before < set(keyed.encrypted.iterdir())
+
+
+def test_killed_after_it_has_pruned(keyed: Store, old_nights: OldNights) -> None:
+    """What went because it was old is no loss, although last-run.json still names it."""
+    old_nights(keyed, "6 days ago", "5 days ago")
+    path = keyed.backups / "last-run.json"
+    before = path.read_text()
+    keyed.backup("--full")
+    assert len(keyed.manifests()) == 1
+    path.write_text(before)
+    assert keyed.backup("--verify").stderr == keyed.backup().stderr == ""
+
+
+def test_loss_while_the_hook_runs(keyed: Store, first_night: FirstNight) -> None:
+    """The next night names it."""
+    first_night(keyed)
+    signatures = next(keyed.encrypted.glob("*.sigtar.gpg"))
+    put_hook(keyed)
+    keyed.stand_in("setpriv", f'#!/bin/sh\ncase $* in */after-backup) rm {signatures};; esac\n'
+                   'exec REAL "$@"\n')
+    keyed.backup()
+    (keyed.bin / "setpriv").unlink()
+    assert f"{signatures} is missing" in keyed.backup(exit_code=3).stderr
