@@ -1171,7 +1171,7 @@ def run_hook(night: Night, name: str, record: Record) -> None:
 
     What goes wrong with it needs attention, no more. It gets the settings of the file,
     and PATH, HOME and USER. It is started by /bin/sh, which runs one without a `#!` line
-    itself, as the 2015 script did.
+    itself, as the 2015 script did. It has a day: STORAGE_USER could suspend it for ever.
     """
     hook, user = night.backup / name, night.user
     if os.path.lexists(name):
@@ -1180,7 +1180,8 @@ def run_hook(night: Night, name: str, record: Record) -> None:
                        "HOME": user.pw_dir, "USER": user.pw_name}
         answer = utils.shell(
             ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups",
-             "/bin/sh", "-c", 'exec "$0"', str(hook)], environment, umask=0o022, on_line=log.debug)
+             "/bin/sh", "-c", 'exec "$0"', str(hook)], environment, umask=0o022, on_line=log.debug,
+            timeout_seconds=DAY)
         if answer.exit_code:
             record.warn(f"the hook {hook} failed; mend it, or make it executable: it ended with "
                         f"{answer}")
@@ -2890,11 +2891,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     utils.reset_signals()
     utils.open_closed_streams()
-    utils.allow_any_depth()
     listener = listen_to_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
+        utils.allow_any_depth()
         code = run(arguments)
         if code != 5:  # which comes before any other
             utils.raise_if_interrupted()

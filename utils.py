@@ -1202,7 +1202,7 @@ class Systemd(ServiceManager):
 
         A job that is under way is left out, be it a oneshot or what a timer starts:
         neither is it waited for, nor begun anew. Raises Failure if it takes over 120
-        seconds.
+        seconds, or if this process would go down with them.
         """
         deadline = time.monotonic() + SERVICE_SECONDS
         while True:
@@ -1216,6 +1216,10 @@ class Systemd(ServiceManager):
                 triggers = " ".join(unit.get("TriggeredBy", "") for unit in found)
                 sockets = {unit for unit in shlex.split(triggers) if unit.endswith(".socket")}
                 wanted = sockets.union(shlex.split(stopped)) - units.keys()
+            groups = re.split("[/\n]", Path("/proc/self/cgroup").read_text())
+            if own := units.keys() & groups:
+                raise Failure(f"{min(own)}, in which this runs, would go down with {name}; take "
+                              "Requires=, BindsTo= and PartOf= out of it")
             settled = [unit for unit in units.values()
                        if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")
                        and (unit["Id"] == name or ".timer" not in unit.get("TriggeredBy", ""))]

@@ -172,6 +172,16 @@ def test_what_a_good_hook_prints_is_silent_unless_verbose(
     assert stat.S_IMODE(path.stat().st_mode) == 0o750
 
 
+def test_hook_that_is_suspended(keyed: Store) -> None:
+    """It has a day, then it is ended, and the next night finds no lock: exit 3."""
+    mark = output_of(keyed)
+    put_hook(keyed, "before-backup", f"#!/bin/sh\nkill -s STOP $$; echo on > {mark}\n")
+    program = keyed.changed_program("timeout_seconds=DAY", "timeout_seconds=1")
+    result = keyed.run(PYTHON, program, "--config", keyed.settings, exit_code=3)
+    assert "before-backup failed" in result.stderr and "no answer within 1 sec" in result.stderr
+    assert len(keyed.manifests()) == 1 and mark.read_text() == "" and processes_of(keyed) == []
+
+
 def test_hook_that_leaves_something_running(keyed: Store) -> None:
     """The night does not wait for what a hook leaves in the background."""
     put_hook(keyed, "before-backup", f"#!/bin/sh\nsleep 30.5 & echo $! > {output_of(keyed)}\n")

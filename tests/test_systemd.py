@@ -232,6 +232,21 @@ def test_units_that_go_down_with_dovecot(machine: Machine) -> None:
             remove_unit(machine, unit)
 
 
+@pytest.mark.parametrize("kind", ["simple", "oneshot"])
+def test_unit_of_the_backup_that_needs_dovecot(machine: Machine, kind: str) -> None:
+    """It would end itself, and mail would be down for as long as that takes: exit 1, mail runs."""
+    add_unit(machine, "nightly-backup.service", "[Unit]\\nRequires=dovecot.service\\n"
+             f"[Service]\\nType={kind}\\nExecStart={BACKUP}")
+    try:
+        machine.run("systemctl", "start", "nightly-backup", exit_code=None)
+        wait_until(lambda: machine.state("nightly-backup") == "failed", "the run ends")
+        assert "nightly-backup.service, in which this runs" in str(last_run(machine)["message"])
+        assert machine.greetings() == ["* OK", "220 "]
+    finally:
+        remove_unit(machine, "nightly-backup.service")
+    assert_good_next_night(machine)
+
+
 def test_service_that_could_not_be_started_again(machine: Machine) -> None:
     """What has been masked since it was started is not stopped: exit 1, and mail runs on."""
     machine.run("systemctl", "mask", "--runtime", "dovecot.service")
