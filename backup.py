@@ -260,8 +260,11 @@ class BackupSet:
 
     @property
     def signed(self) -> bool:
-        """Whether the set has its signatures, without which no increment can be made on it."""
-        return any(".sigtar." in name for name in self.files)
+        """Whether the set has its signatures, without which no increment can be made on it.
+
+        Of another date they are of no use to duplicity (seen: 0.8.22, 3.2.1).
+        """
+        return self.signatures in self.files
 
     @property
     def volumes(self) -> frozenset[str]:
@@ -919,9 +922,8 @@ def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
             members.setdefault(key, set()).add(name)
     loose = {key for key, names in members.items() if all(".sigtar." in name for name in names)}
     sets = []
-    for (previous, stamp), names in members.items():
-        if (previous, stamp) in loose:
-            continue
+    for previous, stamp in sorted(members.keys() - loose, key=str):
+        names = members[previous, stamp]
         complete = any(".manifest." in name for name in names)
         if complete and not any(".sigtar." in name for name in names):
             near = [key for key in sorted(loose, key=str) if (key[0] is None) == (previous is None)
@@ -2155,6 +2157,8 @@ def reader_of(
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
         check_reading_key(reader)
+        if not signatures:
+            prefer_encrypted_manifests(reader)
         yield reader
 
 
@@ -2222,6 +2226,17 @@ def check_reading_key(reader: Reader) -> None:
     """
     if all(is_of_another_key(reader, found) for found in reversed(reader.sets)):
         raise Failure(wrong_key_of(reader))
+
+
+def prefer_encrypted_manifests(reader: Reader) -> None:
+    """Remove from the archive directory the manifests that can be had from encrypted/.
+
+    They bear no checksum, and with a shorter one a restore lacks files, exit code 0 (seen:
+    0.8.22, 3.2.1).
+    """
+    for found in reader.sets:
+        if not run_gpg(reader, found.manifest).exit_code:
+            utils.remove(ARCHIVE / Path(found.manifest).stem)
 
 
 def verify(reader: Reader) -> dict[str, str]:
@@ -2433,9 +2448,8 @@ def restore(reader: Reader, wanted: str, place: int) -> bool:
     part = ["-r", "$WANTED"] if wanted else []
     # What others do in a directory that is theirs leads nowhere: duplicity writes to one
     # of root's, through a descriptor.
-    fresh = f".restoring-{os.getpid()}"
-    with utils.whole_path_told(place):
-        os.mkdir(fresh, 0o700, dir_fd=place)
+    fresh = f".restoring-{secrets.token_hex(4)}"
+    os.mkdir(fresh, 0o700, dir_fd=place)
     with utils.opened(fresh, parent=place) as descriptor:
         target = utils.path_of(descriptor) / "restored"
         log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
@@ -2868,7 +2882,8 @@ def list_or_restore(options: argparse.Namespace, settings: Settings) -> None:
             place = stack.enter_context(restore_directory(work, options.restore))
             path = f"{os.path.normpath(options.path or '.')}/".removeprefix(f"{work.root}/")
             wanted = "" if path == "./" else path.strip("/")
-            with reader_of(settings, choose, signatures=False) as reader:
+            with (reader_of(settings, choose, signatures=False) as reader,
+                  utils.whole_path_told(place)):
                 name_backup(reader.sets)
                 if restore(reader, wanted, place):
                     return

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import backup
 from conftest import PYTHON, FirstNight, Result, Store
 
 
@@ -297,3 +299,15 @@ def test_long_downtime_is_told(keyed: Store, first_night: FirstNight) -> None:
     assert "leave it out with BACKUP_EXCLUDE" in result.stderr
     errors = keyed.run(PYTHON, program, *command, exit_code=3).stderr
     assert "mail was down for 0 seconds; see which large files" in errors
+
+
+def test_signatures_of_another_date(keyed: Store, first_night: FirstNight) -> None:
+    """Old versions date them seconds off their set: no other can use them, so a full one comes."""
+    first_night(keyed)
+    old, (found,) = next(keyed.encrypted.glob("*.sigtar.gpg")), backup.read_sets(keyed.encrypted)
+    early = (found.date - timedelta(seconds=5)).strftime(backup.STAMP_FORMAT)
+    old.rename(old.with_name(old.name.replace(found.stamp, early)))
+    shutil.rmtree(keyed.backups / "cache")  # as on a new machine
+    (keyed.backups / "last-run.json").unlink()
+    keyed.backup()
+    assert "-full." in keyed.manifests()[-1] and len(keyed.manifests()) == 2

@@ -448,6 +448,25 @@ def test_restore_beside_damage(copy: Store, kind: str, damaged: int) -> None:
                 {MESSAGE}, {"file0"}, {"file0", "file1"}, {"file0", "file1"})[number]
 
 
+@pytest.mark.parametrize("content", [b"", bytes(100), b"Hostname"], ids=["empty", "zeros", "cut"])
+def test_restore_beside_damaged_manifests_in_cache(copy: Store, content: bytes) -> None:
+    """A message would be missing, exit 0. Where encrypted/ has the damage they are of use."""
+    sets = backup.complete_sets(copy.encrypted)
+    notes = [copy.backups / "cache/backup" / Path(found.manifest).stem for found in sets]
+    sound = notes[1].read_bytes()
+    for path in notes:
+        path.write_bytes(content)
+    listed = reads(copy, "--list", "--time", sets[1].stamp).stdout.splitlines()
+    assert "file0" in listed and "file1" not in listed
+    reads(copy, "--restore", str(copy.scratch / "old"), "--time", sets[1].stamp)
+    assert {"file0", "mail"} <= set(os.listdir(copy.scratch / "old"))
+    assert notes[1].read_bytes() == content
+    (copy.encrypted / sets[1].manifest).write_bytes(b"damaged")
+    notes[1].write_bytes(sound)
+    reads(copy, "--restore", str(copy.scratch / "again"), "--time", sets[1].stamp)
+    assert tree_of(copy.scratch / "again") == tree_of(copy.scratch / "old")
+
+
 def test_list_beside_damaged_notes(keyed: Store) -> None:
     """With flipped bits in cache/ names are missing from duplicity's list: it is read anew."""
     for number in range(40):
