@@ -423,9 +423,11 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             delete_migrated_backups(night, record, migrated)
             if not is_waiting(night, record):
                 delete_old_chains(night, record, sets)                          # 12
+            if not is_waiting(night, record):
                 clean_up(night, record)                                         # 13
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
+        look_for_losses(night, record)
         record.files = sorted(backup_files())
         write_last_run(night.user.pw_gid, record)                               # 15
         if record.broken.items() <= record.told.items():
@@ -614,13 +616,13 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
     Else a disk that was not mounted would pass for a first night. force_full: a new beginning
-    is made. What is lost is told then all the same, unless cache/ was moved aside, too.
+    is made. What is lost is told then all the same, unless all was moved aside, cache/, too.
     """
     if lost := newest_lost(complete_sets(), record.newest_set):
         if not force_full:
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it")
-        if not CACHE.exists():
+        if not CACHE.exists() and not complete_sets():
             record.files = []
 
 
@@ -2232,11 +2234,16 @@ def prefer_encrypted_manifests(reader: Reader) -> None:
     """Remove from the archive directory the manifests that can be had from encrypted/.
 
     They bear no checksum, and with a shorter one a restore lacks files, exit code 0 (seen:
-    0.8.22, 3.2.1).
+    0.8.22, 3.2.1). Raises Failure if one can be had from neither.
     """
     for found in reader.sets:
-        if not run_gpg(reader, found.manifest).exit_code:
-            utils.remove(ARCHIVE / Path(found.manifest).stem)
+        plain = ARCHIVE / Path(found.manifest).stem
+        name, why = next(check_set(reader, found, []))
+        if not why:
+            utils.remove(plain)
+        elif not plain.exists():
+            raise Failure(f"{reader.backup / ENCRYPTED / name} {why}; put back your copy of it, "
+                          "or take an older backup with --time")
 
 
 def verify(reader: Reader) -> dict[str, str]:

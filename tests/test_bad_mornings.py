@@ -311,3 +311,4 @@ def test_signatures_of_another_date(keyed: Store, first_night: FirstNight) -> No
     (keyed.backups / "last-run.json").unlink()
     keyed.backup()
     assert "-full." in keyed.manifests()[-1] and len(keyed.manifests()) == 2
+    assert keyed.backup().stderr == ""

@@ -467,6 +467,18 @@ def test_restore_beside_damaged_manifests_in_cache(copy: Store, content: bytes) 
     assert tree_of(copy.scratch / "again") == tree_of(copy.scratch / "old")
 
 
+def test_restore_by_another_file_in_place_of_a_manifest(copy: Store) -> None:
+    """What the key opens need be no manifest: without cache/ the backup would lack all that is new."""
+    newest = backup.complete_sets(copy.encrypted)[2]
+    shutil.copyfile(copy.encrypted / newest.signatures, copy.encrypted / newest.manifest)
+    reads(copy, "--restore", str(copy.scratch / "cached"), "--time", newest.stamp)
+    assert (copy.scratch / "cached" / "file1").exists()
+    shutil.rmtree(copy.backups / "cache")
+    place = str(copy.scratch / "restored")
+    told = reads(copy, "--restore", place, "--time", newest.stamp, exit_code=1).stderr
+    assert f"{newest.manifest} is damaged; put back your copy" in told
+
+
 def test_list_beside_damaged_notes(keyed: Store) -> None:
     """With flipped bits in cache/ names are missing from duplicity's list: it is read anew."""
     for number in range(40):

@@ -622,6 +622,31 @@ def test_killed_after_it_has_pruned(keyed: Store, old_nights: OldNights) -> None
     assert keyed.backup("--verify").stderr == keyed.backup().stderr == ""
 
 
+@pytest.mark.parametrize("action", ["remove-older-than", "cleanup"])
+def test_loss_while_it_prunes(keyed: Store, first_night: FirstNight, action: str) -> None:
+    """Neither is what a lost manifest leaves deleted as of no use, nor does a hook mirror that."""
+    first_night(keyed)
+    keyed.backup()
+    mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[0]
+    left = set(keyed.encrypted.iterdir()) - {manifest}
+    keyed.stand_in("duplicity", f'#!/bin/sh\nREAL "$@"\n[ $1 != {action} ] || rm {manifest}\n')
+    errors = keyed.backup(exit_code=3).stderr
+    assert f"{manifest} is missing" in errors and not mark.exists()
+    assert left < set(keyed.encrypted.iterdir())
+
+
+def test_what_else_is_lost_beside_the_newest(keyed: Store, first_night: FirstNight) -> None:
+    """Who begins anew without the newest backup, as he is told to, learns of all others first."""
+    first_night(keyed)
+    lost = keyed.manifests()[0]
+    keyed.backup("--full")
+    mark = lose_older_chain(keyed)
+    (keyed.encrypted / keyed.manifests()[-1]).unlink()
+    shutil.rmtree(keyed.backups / "cache")
+    keyed.backup(exit_code=1)
+    assert f"{lost} is missing" in keyed.backup("--full", exit_code=3).stderr and not mark.exists()
+
+
 def test_loss_while_the_hook_runs(keyed: Store, first_night: FirstNight) -> None:
     """The next night names it."""
     first_night(keyed)
