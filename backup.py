@@ -646,16 +646,20 @@ def way_out_of(work: Work) -> str:
     return f"move {work.backup / ENCRYPTED} and {work.backup / CACHE} aside and run --full"
 
 
-def run_gpg(work: Work, name: str, take_text: utils.TakeLine | None = None) -> Finished:
+def run_gpg(
+    work: Work, name: str, take_text: utils.TakeLine | None = None,
+    output: Path = Path(os.devnull),
+) -> Finished:
     """Have gpg open a file of encrypted/ and check its integrity.
 
-    take_text: gets its text by lines, and gpg's status lines. Returns how gpg ended; of some
-    files of a few bytes its exit code is 0 and only its status lines tell (seen: 2.2.40).
-    Raises Failure if it was killed or could not be executed.
+    take_text: gets its text by lines, and gpg's status lines. output: else gets it. Returns
+    how gpg ended; of some files of a few bytes its exit code is 0 and only its status lines
+    tell (seen: 2.2.40). Raises Failure if it was killed or could not be executed.
     """
     command = ["gpg", "--batch", "--no-tty", "--quiet", "--no-keyring", "--status-fd", "1", "--yes",
                "--pinentry-mode", "loopback", "--passphrase-fd", "0",
-               "--output", "-" if take_text else "/dev/null", "--decrypt", str(ENCRYPTED / name)]
+               "--output", "-" if take_text else str(output), "--decrypt",
+               str(ENCRYPTED / name)]
     passphrase = read_passphrase()
     answer = utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
                          standard_input=passphrase, on_line=take_text or (lambda line: None))
@@ -1441,6 +1445,7 @@ def make_set(
                       f"of {root}, and did not say why; see that nothing but mail writes "
                       "there, and run the backup again")
     record.size, record.newest_set = made[0].size, made[0].stamp
+    record.files = sorted(backup_files().union(record.files))
     unread = copy.unread if copy else {}
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
@@ -2231,19 +2236,26 @@ def check_reading_key(reader: Reader) -> None:
 
 
 def prefer_encrypted_manifests(reader: Reader) -> None:
-    """Remove from the archive directory the manifests that can be had from encrypted/.
+    """Put the manifests of encrypted/ into the archive directory, where they can be opened.
 
-    They bear no checksum, and with a shorter one a restore lacks files, exit code 0 (seen:
-    0.8.22, 3.2.1). Raises Failure if one can be had from neither.
+    What is there bears no checksum, and by a shorter one a restore lacks files, exit code 0
+    (seen: 0.8.22, 3.2.1); that duplicity opens them itself fails with 3.0.6. Raises Failure if
+    one names no volumes, or not all that are there.
     """
+    fresh = TEMPORARY / "manifest"
     for found in reader.sets:
         plain = ARCHIVE / Path(found.manifest).stem
-        name, why = next(check_set(reader, found, []))
-        if not why:
-            utils.remove(plain)
-        elif not plain.exists():
-            raise Failure(f"{reader.backup / ENCRYPTED / name} {why}; put back your copy of it, "
-                          "or take an older backup with --time")
+        if not run_gpg(reader, found.manifest, output=fresh).exit_code:
+            os.replace(fresh, plain)
+        checksums: dict[str, str] = {}
+        take_line = take_checksums(found.manifest, checksums)
+        with suppress(FileNotFoundError), plain.open(errors="surrogateescape") as lines:
+            for line in lines:
+                take_line(line.rstrip("\n"))
+        named = {volume for volume, checksum in checksums.items() if checksum}
+        if not named or not named >= found.volumes:
+            raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} is damaged; put back your "
+                          "copy of it, or take an older backup with --time")
 
 
 def verify(reader: Reader) -> dict[str, str]:

@@ -467,13 +467,25 @@ def test_restore_beside_damaged_manifests_in_cache(copy: Store, content: bytes) 
     assert tree_of(copy.scratch / "again") == tree_of(copy.scratch / "old")
 
 
+@pytest.mark.parametrize("cached", ["sound", "cut", "missing"])
+def test_restore_by_damaged_manifests(copy: Store, cached: str) -> None:
+    """Only one that names all volumes is believed, else a backup would lack what is new, exit 0."""
+    newest = backup.complete_sets(copy.encrypted)[2]
+    notes = copy.backups / "cache/backup" / Path(newest.manifest).stem
+    if cached == "cut":
+        notes.write_text(notes.read_text().partition("Volume 1")[0])
+    elif cached == "missing":
+        notes.unlink()
+    (copy.encrypted / newest.manifest).write_bytes(b"damaged")
+    options = ["--restore", str(copy.scratch / "restored"), "--time", newest.stamp]
+    told = reads(copy, *options, exit_code=0 if cached == "sound" else 1).stderr
+    assert (f"{newest.manifest} is damaged; put back your copy" in told) == (cached != "sound")
+
+
 def test_restore_by_another_file_in_place_of_a_manifest(copy: Store) -> None:
-    """What the key opens need be no manifest: without cache/ the backup would lack all that is new."""
+    """What the key opens need be no manifest: without it the backup would lack what is new."""
     newest = backup.complete_sets(copy.encrypted)[2]
     shutil.copyfile(copy.encrypted / newest.signatures, copy.encrypted / newest.manifest)
-    reads(copy, "--restore", str(copy.scratch / "cached"), "--time", newest.stamp)
-    assert (copy.scratch / "cached" / "file1").exists()
-    shutil.rmtree(copy.backups / "cache")
     place = str(copy.scratch / "restored")
     told = reads(copy, "--restore", place, "--time", newest.stamp, exit_code=1).stderr
     assert f"{newest.manifest} is damaged; put back your copy" in told

@@ -635,6 +635,19 @@ def test_loss_while_it_prunes(keyed: Store, first_night: FirstNight, action: str
     assert left < set(keyed.encrypted.iterdir())
 
 
+@pytest.mark.parametrize("lost", ["*", "*-full*"])
+def test_loss_of_a_chain_of_which_one_backup_is_new(
+    keyed: Store, old_nights: OldNights, lost: str
+) -> None:
+    """After days without a run all but the newest is old, but that needs it: no hook deletes it."""
+    old_nights(keyed, "6 days ago")
+    mark, stamp = put_hook(keyed), keyed.manifests()[0].split(".")[1]
+    keyed.stand_in("duplicity", '#!/bin/sh\nREAL "$@"\n[ $1 != remove-older-than ] || '
+                   f"rm {keyed.encrypted}/{lost}\n")
+    assert f"full.{stamp}.manifest.gpg is missing" in keyed.backup(exit_code=3).stderr
+    assert not mark.exists()
+
+
 def test_what_else_is_lost_beside_the_newest(keyed: Store, first_night: FirstNight) -> None:
     """Who begins anew without the newest backup, as he is told to, learns of all others first."""
     first_night(keyed)
