@@ -2239,13 +2239,14 @@ def prefer_encrypted_manifests(reader: Reader) -> None:
     """Put the manifests of encrypted/ into the archive directory, where they can be opened.
 
     What is there bears no checksum, and by a shorter one a restore lacks files, exit code 0
-    (seen: 0.8.22, 3.2.1); that duplicity opens them itself fails with 3.0.6. Raises Failure if
-    one names no volumes, or not all that are there.
+    (seen: 0.8.22, 3.2.1); that duplicity opens them itself fails with 3.0.6. Raises Failure
+    where neither is whole: it names no volumes, or not all that are there.
     """
     fresh = TEMPORARY / "manifest"
     for found in reader.sets:
         plain = ARCHIVE / Path(found.manifest).stem
-        if not run_gpg(reader, found.manifest, output=fresh).exit_code:
+        opened = not run_gpg(reader, found.manifest, output=fresh).exit_code
+        if opened:
             os.replace(fresh, plain)
         checksums: dict[str, str] = {}
         take_line = take_checksums(found.manifest, checksums)
@@ -2253,7 +2254,7 @@ def prefer_encrypted_manifests(reader: Reader) -> None:
             for line in lines:
                 take_line(line.rstrip("\n"))
         named = {volume for volume, checksum in checksums.items() if checksum}
-        if not named or not named >= found.volumes:
+        if not named or not (opened or named >= found.volumes):
             raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} is damaged; put back your "
                           "copy of it, or take an older backup with --time")
 

@@ -482,6 +482,15 @@ def test_restore_by_damaged_manifests(copy: Store, cached: str) -> None:
     assert (f"{newest.manifest} is damaged; put back your copy" in told) == (cached != "sound")
 
 
+def test_restore_beside_a_stray_volume(copy: Store) -> None:
+    """One that no manifest names is no matter."""
+    volume = next(copy.encrypted.glob("*inc*vol1*"))
+    shutil.copyfile(volume, volume.with_name(volume.name.replace("vol1", "vol2")))
+    reads(copy, "--restore", str(copy.scratch / "restored"), "--time",
+          backup.complete_sets(copy.encrypted)[2].stamp)
+    assert (copy.scratch / "restored" / "file1").exists()
+
+
 def test_restore_by_another_file_in_place_of_a_manifest(copy: Store) -> None:
     """What the key opens need be no manifest: without it the backup would lack what is new."""
     newest = backup.complete_sets(copy.encrypted)[2]
