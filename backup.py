@@ -618,11 +618,12 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     Else a disk that was not mounted would pass for a first night. force_full: a new beginning
     is made. What is lost is told then all the same, unless all was moved aside, cache/, too.
     """
-    if lost := newest_lost(complete_sets(), record.newest_set):
+    sets = complete_sets()
+    if lost := newest_lost(sets, record.newest_set):
         if not force_full:
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it")
-        if not CACHE.exists() and not complete_sets():
+        if not CACHE.exists() and not sets:
             record.files = []
 
 
@@ -2140,7 +2141,8 @@ def reader_of(
     3.0.6 on takes it for the newest, and fails), what is pruned meanwhile is still read,
     and no backup notices. choose: picks the sets to read; damage in others is no matter
     then. signatures: whether these are needed, too; a restore needs none, but fails if one
-    is damaged. Raises Failure if there is no backup, or no key that opens any.
+    is damaged, and needs whole manifests, see prefer_encrypted_manifests. Raises Failure if
+    there is no backup, or no key that opens any.
     """
     work = work_of(settings)
     for program in PROGRAMS:

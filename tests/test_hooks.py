@@ -177,6 +177,8 @@ def test_hook_that_is_suspended(keyed: Store) -> None:
     mark = output_of(keyed)
     put_hook(keyed, "before-backup", f"#!/bin/sh\nkill -s STOP $$; echo on > {mark}\n")
     program = keyed.changed_program("timeout_seconds=DAY", "timeout_seconds=1")
+    impatient = program.with_name("utils.py")
+    impatient.write_text(impatient.read_text().replace("ENDING_SECONDS = 10", "ENDING_SECONDS = 1"))
     result = keyed.run(PYTHON, program, "--config", keyed.settings, exit_code=3)
     assert "before-backup failed" in result.stderr and "no answer within 1 sec" in result.stderr
     assert len(keyed.manifests()) == 1 and mark.read_text() == "" and processes_of(keyed) == []

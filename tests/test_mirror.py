@@ -31,7 +31,7 @@ from conftest import Store, tree_of
 PLACES = ["", "box", "box/cur", "box/new", "box/tmp", "box/cur/deep", "plain", "plain/deep",
           "migrated_unencrypted_backup"]
 NAMES = ["17001.M1P1.host:2,S", "17002.M2P2.host:2,", "index", "\udcff\n\\name", "deep", "tmp"]
-EXAMPLES = 300 if os.environ.get("CI") == "true" else 60
+EXAMPLES = 300 if os.environ.get("CI") == "true" else 100
 Change = tuple[str, str, str, int]
 Status = tuple[int, ...]
 

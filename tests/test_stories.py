@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import backup
 import utils
 from conftest import USER, Entry, Store, tree_of
 from test_nights import QUICK_GPG
@@ -73,6 +74,11 @@ class Story:
         """The names of the files in encrypted/."""
         return sorted(os.listdir(self.store.encrypted)) if self.store.encrypted.exists() else []
 
+    @property
+    def filled(self) -> set[str]:
+        """The names of those that are not empty."""
+        return {name for name in self.files if (self.store.encrypted / name).stat().st_size}
+
     def pick(self) -> list[str]:
         """Return some of the files, of one set mostly."""
         if not self.files:
@@ -84,21 +90,20 @@ class Story:
 
 def own_stamp(name: str) -> str:
     """Return when the set was made to which a file belongs."""
-    stamps: list[str] = re.findall(r"\d{8}T\d{6}Z", name)
-    return max(stamps)
+    return backup.stamp_of(Path(name))
 
 
 def is_old(name: str, names: set[str], now: datetime) -> bool:
-    """Tell whether a file may be pruned: all that builds on its set is old, or nothing leads to it.
+    """Tell whether a file may be pruned: its set is old, and all that builds on that.
 
     names: all that there were.
     """
-    manifests = {tuple(re.findall(r"\d{8}T\d{6}Z", other)) for other in names
-                 if ".manifest." in other}
-    stamp = own_stamp(name)
-    while later := [stamps[-1] for stamps in manifests if len(stamps) == 2 and stamps[0] == stamp]:
-        stamp = max(later)
-    age = now - datetime.strptime(stamp, "%Y%m%dT%H%M%S%z")
+    sets = filter(None, (backup.key_of(other) for other in names if ".manifest." in other))
+    following = {previous: stamp for previous, stamp in sorted(sets, key=str)}
+    newest = own_stamp(name)
+    while newest in following:
+        newest = following[newest]
+    age = now - backup.stamp_date(newest)
     return age > timedelta(days=KEEP_DAYS) - timedelta(minutes=5)
 
 
@@ -183,8 +188,7 @@ def night(story: Story, calm: bool = False) -> int:
     """
     tree = story.store.root / "mail/mailboxes/example.com/alice/cur"
     (tree / f"{story.now:%j}.M1P1.host:2,").write_bytes(secrets.token_bytes(2000))
-    there = {name for name in story.files if (story.store.encrypted / name).stat().st_size}
-    story.lost = {name for name in (story.lost | story.known) - there
+    story.lost = {name for name in (story.lost | story.known) - story.filled
                   if name not in story.named and not is_old(name, story.known, story.now)}
     mirrored = set(os.listdir(story.mirror))
     full = ["--full"] if story.dice.random() < 0.2 else []
@@ -202,8 +206,7 @@ def night(story: Story, calm: bool = False) -> int:
         story.lost -= seen
     if code in (0, 3):
         assert not story.lost, f"lost and not told: {story.lost}"
-        story.known = {
-            name for name in story.files if (story.store.encrypted / name).stat().st_size}
+        story.known = story.filled
     if code == 0:
         assert set(os.listdir(story.mirror)) == set(story.files)
     story.now += timedelta(days=1)
@@ -212,9 +215,9 @@ def night(story: Story, calm: bool = False) -> int:
 
 def assert_restores(story: Story) -> None:
     """Restore every backup: each is what the tree held, but for what the story has damaged."""
-    for row in story.store.manifests():
-        stamp = own_stamp(row)
-        moment = datetime.strptime(stamp, "%Y%m%dT%H%M%S%z").isoformat()
+    for manifest in story.store.manifests():
+        stamp = own_stamp(manifest)
+        moment = backup.stamp_date(stamp).isoformat()
         target = story.store.scratch / f"restored-{stamp}"
         result = run(story, "--restore", str(target), "--time", moment)
         if result.returncode == 0 and "lacks what it builds on" not in result.stderr:
