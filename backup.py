@@ -2141,8 +2141,7 @@ def reader_of(
     3.0.6 on takes it for the newest, and fails), what is pruned meanwhile is still read,
     and no backup notices. choose: picks the sets to read; damage in others is no matter
     then. signatures: whether these are needed, too; a restore needs none, but fails if one
-    is damaged, and needs whole manifests, see prefer_encrypted_manifests. Raises Failure if
-    there is no backup, or no key that opens any.
+    is damaged. Raises Failure if there is no backup, or no key that opens any.
     """
     work = work_of(settings)
     for program in PROGRAMS:
@@ -2166,8 +2165,6 @@ def reader_of(
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
         check_reading_key(reader)
-        if not signatures:
-            prefer_encrypted_manifests(reader)
         yield reader
 
 
@@ -2237,18 +2234,18 @@ def check_reading_key(reader: Reader) -> None:
         raise Failure(wrong_key_of(reader))
 
 
-def prefer_encrypted_manifests(reader: Reader) -> None:
+def prefer_encrypted_manifests(reader: Reader, exit_code: int) -> None:
     """Put the manifests of encrypted/ into the archive directory, where they can be opened.
 
     What is there bears no checksum, and by a shorter one a restore lacks files, exit code 0
     (seen: 0.8.22, 3.2.1); that duplicity opens them itself fails with 3.0.6. Raises Failure
-    where neither is whole: it names no volumes, or not all that are there.
+    with the exit code where neither is whole: it names no volumes, or not all that are there.
     """
     fresh = TEMPORARY / "manifest"
     for found in reader.sets:
         plain = ARCHIVE / Path(found.manifest).stem
-        opened = not run_gpg(reader, found.manifest, output=fresh).exit_code
-        if opened:
+        answer = run_gpg(reader, found.manifest, output=fresh)
+        if answer.exit_code == 0:
             os.replace(fresh, plain)
         checksums: dict[str, str] = {}
         take_line = take_checksums(found.manifest, checksums)
@@ -2256,9 +2253,10 @@ def prefer_encrypted_manifests(reader: Reader) -> None:
             for line in lines:
                 take_line(line.rstrip("\n"))
         named = {volume for volume, checksum in checksums.items() if checksum}
-        if not named or not (opened or named >= found.volumes):
-            raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} is damaged; put back your "
-                          "copy of it, or take an older backup with --time")
+        if not named or answer.exit_code and not named >= found.volumes:
+            raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} cannot be used; put back "
+                          "your copy of it, or take an older backup with --time: gpg ended with "
+                          f"{answer}", exit_code)
 
 
 def verify(reader: Reader) -> dict[str, str]:
@@ -2371,6 +2369,7 @@ def compare(reader: Reader, excluded: Sequence[str]) -> list[str]:
     excluded: see excluded_of; what is now and was not then is no difference. Returns the
     differences, a sentence each. Raises Failure (exit code 3).
     """
+    prefer_encrypted_manifests(reader, 3)
     answer, lines = run_duplicity(reader, duplicity_command(
         "verify", "--compare-data", *exclusions(reader, excluded), "--allow-source-mismatch",
         TARGET, str(reader.root)))
@@ -2465,6 +2464,7 @@ def restore(reader: Reader, wanted: str, place: int) -> bool:
     of a directory; what is in a directory goes into it, a file goes there by its name.
     Raises Failure.
     """
+    prefer_encrypted_manifests(reader, 1)
     directory, chain = utils.path_of(place).readlink(), reader.sets
     # Duplicity (0.8.22, 3.2.1) takes what is in a name as $NAME for a variable, but only once.
     part = ["-r", "$WANTED"] if wanted else []

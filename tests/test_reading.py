@@ -479,7 +479,11 @@ def test_restore_by_damaged_manifests(copy: Store, cached: str) -> None:
     (copy.encrypted / newest.manifest).write_bytes(b"damaged")
     options = ["--restore", str(copy.scratch / "restored"), "--time", newest.stamp]
     told = reads(copy, *options, exit_code=0 if cached == "sound" else 1).stderr
-    assert (f"{newest.manifest} is damaged; put back your copy" in told) == (cached != "sound")
+    assert (f"{newest.manifest} cannot be used; put back your copy" in told) == (cached != "sound")
+    later = backup.complete_sets(copy.encrypted)[3]  # that the damaged one be of the newest chain
+    for path in copy.encrypted.glob(f"*{later.stamp}*"):
+        path.unlink()
+    reads(copy, "--verify", "--compare", exit_code=3)
 
 
 def test_restore_beside_a_stray_volume(copy: Store) -> None:
@@ -497,7 +501,7 @@ def test_restore_by_another_file_in_place_of_a_manifest(copy: Store) -> None:
     shutil.copyfile(copy.encrypted / newest.signatures, copy.encrypted / newest.manifest)
     place = str(copy.scratch / "restored")
     told = reads(copy, "--restore", place, "--time", newest.stamp, exit_code=1).stderr
-    assert f"{newest.manifest} is damaged; put back your copy" in told
+    assert f"{newest.manifest} cannot be used; put back your copy" in told
 
 
 def test_list_beside_damaged_notes(keyed: Store) -> None:
