@@ -397,30 +397,15 @@ def copy_backups(made: Store, store: Store) -> None:
     subprocess.run(["cp", "-a", made.backups, store.backups], check=True)
 
 
-FirstNight = Callable[[Store], None]
-
-
-@pytest.fixture(scope="session")
-def first_night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstNight]:
-    """What gives a keyed store its first night, where only what comes after that matters.
-
-    It does what `keyed.backup()` does, with a night that is made once and copied.
-    """
-    made = make_store(tmp_path_factory.mktemp("first-night"))
-    made.put_key()
-    made.backup()
-    yield lambda store: copy_backups(made, store)
-    made.clean()
-
-
 OldNights = Callable[..., None]
+FirstNight = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
 def old_nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OldNights]:
     """What gives a keyed store nights by their ages, as faketime reads them, the oldest first.
 
-    Each is made once and copied.
+    Each is made once and copied. An age of "" is that of a night which is made just then.
     """
     made: dict[tuple[str, ...], Store] = {}
 
@@ -430,9 +415,19 @@ def old_nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OldNights]:
             made[ages].put_key()
             if ages[:-1]:
                 give(made[ages], *ages[:-1])
-            made[ages].run("faketime", ages[-1], *made[ages].command())
+            clock = ["faketime", ages[-1]] if ages[-1] else []
+            assert made[ages].run(*clock, *made[ages].command()).stderr == ""
         copy_backups(made[ages], store)
 
     yield give
     for store in made.values():
         store.clean()
+
+
+@pytest.fixture(scope="session")
+def first_night(old_nights: OldNights) -> FirstNight:
+    """What gives a keyed store its first night, or nights, where only what comes after matters.
+
+    It does what `keyed.backup()` does, but with nights that are made once and copied.
+    """
+    return lambda store, nights=1: old_nights(store, *[""] * nights)

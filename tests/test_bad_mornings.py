@@ -46,8 +46,7 @@ def test_lost_backups_are_no_first_night(
     keyed: Store, first_night: FirstNight, lost: str
 ) -> None:
     """Each night fails, mirrors nothing and deletes nothing, until they are back."""
-    first_night(keyed)
-    keyed.backup()
+    first_night(keyed, 2)
     mark, aside = put_hook(keyed), keyed.scratch / "aside"
     shutil.copytree(keyed.encrypted, aside)
     for path in keyed.encrypted.glob(lost):
@@ -177,9 +176,7 @@ def test_rotten_file_is_found_within_seven_nights(keyed: Store, first_night: Fir
 
 def test_lost_manifest_keeps_what_it_leaves(keyed: Store, first_night: FirstNight) -> None:
     """The volumes stay until they are old, so that the manifest can be had from a copy."""
-    first_night(keyed)
-    keyed.backup()
-    keyed.backup()
+    first_night(keyed, 3)
     mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[1]
     content = manifest.read_bytes()
     before = names(keyed) - {manifest.name}

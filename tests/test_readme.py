@@ -25,7 +25,7 @@ import pytest
 import backup
 import utils
 import private_mail_server as mail_server
-from conftest import PROJECT, PYTHON, SCRIPT, USER, FirstNight, Result, Store, tree_of
+from conftest import PROJECT, PYTHON, SCRIPT, USER, FirstNight, OldNights, Result, Store, tree_of
 from systemd_machine import debootstrap
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -272,8 +272,8 @@ def test_restore_steps(keyed: Store, home: Path) -> None:
     (mailbox / "new/170010.M1P1.host").rename(mailbox / "cur/170010.M1P1.host:2,S")
     keyed.backup()
     rescue, machine = keyed.scratch / "rescue", keyed.scratch / "new-machine"
-    shutil.copytree(keyed.encrypted, rescue / "encrypted")
-    shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "secret_key.txt")  # readable by others, like one typed from paper
+    shutil.copytree(keyed.encrypted, rescue / "backup" / "encrypted")
+    shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "backup" / "secret_key.txt")  # readable by others, like one typed from paper
     older = stamps(keyed)[0]
     keyed.stand_in("apt-get", f"#!/bin/sh\necho $* >> {keyed.scratch}/installed\n")
     keyed.forget_calls()
@@ -302,6 +302,23 @@ def test_restore_steps(keyed: Store, home: Path) -> None:
     restored.assert_restores("from-new-machine")
 
 
+@pytest.mark.parametrize("damaged, option", [("*sigtar*", []), ("*inc*manifest*", ["--time", "1D"])])
+def test_restore_of_what_is_damaged(keyed: Store, old_nights: OldNights, damaged: str, option: list[str]) -> None:
+    """Where plain duplicity fails this project restores what can be, from the same directory, or says why that needs an older night."""
+    old_nights(keyed, "2 days ago", "5 hours ago")
+    machine, copy = keyed.scratch / "new-machine", keyed.scratch / "rescue" / "backup"
+    shutil.copytree(keyed.encrypted, copy / "encrypted")
+    shutil.copyfile(keyed.backups / "secret_key.txt", copy / "secret_key.txt")
+    for path in (copy / "encrypted").glob(damaged):
+        path.write_bytes(path.read_bytes()[:-10])
+    assert "`/opt/backup/backup.py --storage-root /root/rescue --restore /home/user-data`" in README
+    restore: list[str | Path] = [PYTHON, SCRIPT, "--storage-root", copy.parent, "--restore", machine]
+    if option:
+        assert "take an older backup with --time" in keyed.run(*restore, exit_code=1).stderr
+    keyed.run(*restore, *option)
+    assert tree_of(machine) == tree_of(keyed.root)
+
+
 def test_restore_beside_an_unfinished_set(keyed: Store, home: Path) -> None:
     """Newer than the newest complete set lie the volumes and signatures of one without a manifest: it is neither restored nor listed."""
     keyed.backup()
@@ -311,8 +328,8 @@ def test_restore_beside_an_unfinished_set(keyed: Store, home: Path) -> None:
     rescue, machine = keyed.scratch / "rescue", keyed.scratch / "new-machine"
     (keyed.root / "unfinished").touch()
     keyed.backup("--full")
-    shutil.copytree(keyed.encrypted, rescue / "encrypted", ignore=shutil.ignore_patterns(f"*{stamps(keyed)[-1]}.manifest.gpg"))
-    shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "secret_key.txt")
+    shutil.copytree(keyed.encrypted, rescue / "backup" / "encrypted", ignore=shutil.ignore_patterns(f"*{stamps(keyed)[-1]}.manifest.gpg"))
+    shutil.copyfile(keyed.backups / "secret_key.txt", rescue / "backup" / "secret_key.txt")
     paths = {"/root/rescue": rescue, "/home/user-data": machine, "/root/alice": keyed.scratch / "alice"}
     keyed.run("sh", "-e", "-c", in_test(sh_block("newest="), paths), environment={"HOME": str(home)})
     assert tree_of(machine) == before
@@ -573,9 +590,9 @@ def test_first_command_on_a_fresh_debian(fresh_debian: Path) -> None:
     assert processes_in(fresh_debian) == {}, "the run has left processes"
     assert tree_of(fresh_debian / "clone" / "tests" / "sample-mail-store") == tree_of(SAMPLE)
 
-    (fresh_debian / "root" / "rescue").mkdir()
-    shutil.copytree(encrypted, fresh_debian / "root" / "rescue" / "encrypted")
-    shutil.copy(encrypted.parent / "secret_key.txt", fresh_debian / "root" / "rescue")
+    rescue = fresh_debian / "root" / "rescue" / "backup"
+    shutil.copytree(encrypted, rescue / "encrypted")
+    shutil.copy(encrypted.parent / "secret_key.txt", rescue)
     result = run_in_system(fresh_debian, sh_block("newest="))
     assert result.returncode == 0, result.stderr
     assert tree_of(fresh_debian / "home" / "user-data") == tree_of(fresh_debian / "var" / "tmp" / "sample-mail")

@@ -110,9 +110,7 @@ def test_first_night_on_a_new_disk(store: Store) -> None:
 
 def test_lost_manifest_is_named_once(keyed: Store, first_night: FirstNight) -> None:
     """What needs it lacks nothing else, and says so where no run has noted what there was."""
-    first_night(keyed)
-    keyed.backup()
-    keyed.backup()
+    first_night(keyed, 3)
     full = keyed.encrypted / keyed.manifests()[0]
     full.unlink()
     stamp = full.name.split(".")[1]
@@ -251,9 +249,7 @@ def test_empty_file_hides_no_loss(keyed: Store, first_night: FirstNight, kind: s
 
 def test_known_damage_outlives_a_night_that_failed(keyed: Store, first_night: FirstNight) -> None:
     """What duplicity knows of a damaged manifest is not thrown away with the failed set."""
-    first_night(keyed)
-    keyed.backup()
-    keyed.backup()
+    first_night(keyed, 3)
     manifest = keyed.encrypted / keyed.manifests()[1]
     manifest.write_bytes(manifest.read_bytes()[:-10])
     keyed.backup("--verify", exit_code=3)
@@ -383,9 +379,7 @@ def test_unnoticed_damage_and_a_night_that_fails(
     keyed: Store, first_night: FirstNight, kind: str
 ) -> None:
     """What duplicity has noted of it is kept, and the damage told: the next night makes a full."""
-    first_night(keyed)
-    keyed.backup()
-    keyed.backup()
+    first_night(keyed, 3)
     path = next(keyed.encrypted.glob(f"duplicity-full*{kind}*"))
     path.write_bytes(path.read_bytes()[:-10])
     keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in full|incremental) exit 53;; esac\n"
@@ -413,8 +407,7 @@ def test_two_damaged_files_are_no_other_key(
     keyed: Store, first_night: FirstNight, lost: bool
 ) -> None:
     """A manifest that looks like another key's beside signatures that are damaged or lost."""
-    first_night(keyed)
-    keyed.backup()
+    first_night(keyed, 2)
     manifest = keyed.encrypted / keyed.manifests()[1]
     content = bytearray(manifest.read_bytes())
     content[8] ^= 1
@@ -625,8 +618,7 @@ def test_killed_after_it_has_pruned(keyed: Store, old_nights: OldNights) -> None
 @pytest.mark.parametrize("action", ["remove-older-than", "cleanup"])
 def test_loss_while_it_prunes(keyed: Store, first_night: FirstNight, action: str) -> None:
     """Neither is what a lost manifest leaves deleted as of no use, nor does a hook mirror that."""
-    first_night(keyed)
-    keyed.backup()
+    first_night(keyed, 2)
     mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[0]
     left = set(keyed.encrypted.iterdir()) - {manifest}
     keyed.stand_in("duplicity", f'#!/bin/sh\nREAL "$@"\n[ $1 != {action} ] || rm {manifest}\n')
