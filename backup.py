@@ -112,6 +112,7 @@ SIGNATURE_SECONDS = 60
 CLOCK_SECONDS = 60
 GPGCONF_SECONDS = 20
 HANGING_SECONDS = 5
+STALLED_SECONDS = 600
 UNSAID_SECONDS = 5
 DAY = 86400
 AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w": 7 * DAY,
@@ -1358,11 +1359,13 @@ def run_duplicity(
     with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
     prints it as an error of logging, from where it is put back as a WARNING. After a fatal
     error it may hang for ever: a thread waits for a gpg that nobody reads (seen: 0.8.22 to
-    3.2.1). It is ended then.
+    3.2.1). It is ended then, and if it stands still: in the tree itself it would wait for a
+    writer of a pipe that was put in place of a file. Raises Failure.
     """
     lines: list[str] = []
     lost_records: list[str] = []
     fatal: dict[int, float] = {}  # when it told of an error, by the exit code for that
+    state, since = b"", time.monotonic()
 
     def take_line(line: str) -> None:
         log.debug(line)
@@ -1375,9 +1378,15 @@ def run_duplicity(
             fatal.setdefault(int(match[1]), time.monotonic())
 
     def end_if_hanging(process: int) -> None:
+        nonlocal state, since
         watch(process)
         if fatal and time.monotonic() > max(fatal.values()) + HANGING_SECONDS:
             os.killpg(process, signal.SIGKILL)
+        if state != utils.state_of(process):
+            state, since = utils.state_of(process), time.monotonic()
+        elif time.monotonic() > since + STALLED_SECONDS:
+            raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
+                          f"disks of {work.root} and {work.backup}, and run this again")
 
     log.debug("running %s", shlex.join(command))
     passphrase = read_passphrase()

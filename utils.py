@@ -917,6 +917,13 @@ def bytes_read_by(process: int) -> int:
     return 0
 
 
+def state_of(process: int) -> bytes:
+    """Return what the kernel tells of a process: as long as that works it changes, see proc(5)."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_bytes()
+    return b""
+
+
 def find_program(name: str, environment: Mapping[str, str]) -> str:
     """Return the path of a program on the PATH of environment.
 

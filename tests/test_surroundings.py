@@ -68,6 +68,23 @@ exec REAL "$@"
     assert "duplicity cleanup failed: duplicity met an error of its own" in result.stderr
 
 
+def test_duplicity_that_stands_still(keyed: Store) -> None:
+    """A pipe without a writer, where it was to read a file while mail is down: mail comes back."""
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+if [ $1 = full ]; then
+    cat {keyed.root}/mail/mailboxes/example.com/alice/fifo
+fi
+exec REAL "$@"
+""")
+    (keyed.root / "disk").mkdir()
+    program = keyed.changed_program("STALLED_SECONDS = 600", "STALLED_SECONDS = 1")
+    command = ["timeout", "60", PYTHON, program, *keyed.command()[2:]]
+    result = keyed.run("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0/disk" && "$@"',
+                       keyed.root, *command, exit_code=1)
+    assert "duplicity has done nothing for 1 seconds" in result.stderr
+    assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == []
+
+
 @pytest.mark.parametrize("option", ["--restore=--", "--config=--"])
 def test_value_that_argparse_takes_away(keyed: Store, option: str) -> None:
     """`--` is an empty list to it: what was to be a restore stops no mail."""
