@@ -100,6 +100,7 @@ MOST_FILES = 10_000  # that a run notes for the next
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 LONG_DOWNTIME_SECONDS = 60
+LAST_PASS_SECONDS = 600
 SHARES = 7  # of all backup files; a night checks one
 KEY_CHARACTERS = 43
 # A random key needs no stretching, and gpg's 65 million cost 0.3 s a file.
@@ -202,6 +203,11 @@ class Record:
     unread: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
+
+    @property
+    def news(self) -> bool:
+        """Whether something is wrong with backup files that no run has told of before."""
+        return not self.broken.items() <= self.told.items()
 
     def warn(self, message: str) -> None:
         """Say now, and remember, what an admin must look at."""
@@ -412,7 +418,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, record):  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
-                        utils.update_mirror(copy)                               # 9
+                        utils.update_mirror(copy, LAST_PASS_SECONDS)            # 9
                     else:
                         make_set(night, record, kind)
                 if copy:                                                        # 10: mail is back
@@ -425,13 +431,13 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             if not is_waiting(night, record):
                 delete_old_chains(night, record, sets)                          # 12
             if not is_waiting(night, record):
-                clean_up(night, record)                                         # 13
+                clean_up(night, record, sets)                                   # 13
             grant_group_read(night, record)                                     # 14
             check_a_share(night, record)
         look_for_losses(night, record)
         record.files = sorted(backup_files())
         write_last_run(night.user.pw_gid, record)                               # 15
-        if record.broken.items() <= record.told.items():
+        if not record.news:
             run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
     return exit_code_of(record)
@@ -1069,7 +1075,8 @@ def tell_of_losses(work: Work, record: Record) -> None:
             for name, why in sorted(record.broken.items() - record.told.items())]
     if lost:
         record.warn(f"{first_of(lost)}; fetch it from your copy elsewhere and run --verify: "
-                    "the hook after-backup is not run now, lest it delete that, too")
+                    "no old backups are deleted now, and the hook after-backup is not run, lest "
+                    "that goes, too")
 
 
 def reason_for_full(
@@ -1561,9 +1568,7 @@ def delete_old_chains(
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
         age = str(int(begin.timestamp()))
-    # A new set tells what the clock was for duplicity, should that have jumped meanwhile.
-    now = max([night.now, *(found.date for found in complete_sets())])
-    if sets and now - sets[-1].date > timedelta(days=FULL_DAYS):
+    if is_after_a_pause(night, sets):
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
                     "will delete them")
@@ -1571,31 +1576,40 @@ def delete_old_chains(
         run_pruning(night, record, "remove-older-than", age)
 
 
+def is_after_a_pause(night: Night, sets: Sets) -> bool:
+    """Tell whether the newest set from before this run is so old that the clock may be wrong.
+
+    A new set tells what the clock was for duplicity, should that have jumped meanwhile.
+    sets: see delete_old_chains.
+    """
+    now = max([night.now, *(found.date for found in complete_sets())])
+    return bool(sets) and now - sets[-1].date > timedelta(days=FULL_DAYS)
+
+
 def is_waiting(night: Night, record: Record) -> bool:
     """Tell, and warn, whether files that sets lack are waited for.
 
-    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and for a night
-    manifests of which nothing else is there. Duplicity would delete what is left of such sets,
-    or what is before them as a chain that is over.
+    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and in the night
+    that tells of them all. Duplicity would delete what is left of such sets, or what is before
+    them as a chain that is over.
     """
     kept = kept_since(night.keep_days)
     loose = [found.stamp for found in loose_sets(read_sets()) if found.date > kept]
-    waiting = loose or [name for name, why in record.broken.items() if ".manifest." in name
-                        and why == "is missing" and name not in record.told
-                        and stamp_of(Path(name)) > kept.strftime(STAMP_FORMAT)]
-    if waiting:
+    if loose:
         record.warn("no old backups were deleted, for with what is missing these would be whole "
-                    f"again: {first_of(waiting)}; put it back from your copy elsewhere")
-    return bool(waiting)
+                    f"again: {first_of(loose)}; put it back from your copy elsewhere")
+    return bool(loose) or record.news
 
 
 @needs_attention_at_most
-def clean_up(night: Night, record: Record) -> None:
-    """Run duplicity's cleanup, but not where signatures are lost.
+def clean_up(night: Night, record: Record, sets: Sets) -> None:
+    """Run duplicity's cleanup, but not where signatures are lost, nor after a pause.
 
     It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
+    sets: see delete_old_chains.
     """
-    if all(found.signed for chain in chains_of(complete_sets()) for found in chain):
+    if not is_after_a_pause(night, sets) and all(
+            found.signed for chain in chains_of(complete_sets()) for found in chain):
         run_pruning(night, record, "cleanup")
 
 
@@ -2168,7 +2182,7 @@ def reader_of(
         log.warning("what is read may be somebody else's: %s", error)
     with ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
-        own = stack.enter_context(reader_directory(temporary))
+        own = stack.enter_context(reader_directory(temporary, backup))
         reader = Reader(**vars(work), sets=link_sets(own, backup, choose, signatures))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
@@ -2178,17 +2192,24 @@ def reader_of(
 
 
 @contextmanager
-def reader_directory(temporary: str) -> Iterator[Path]:
-    """Make a directory for a command that reads: in backup/, or in temporary if that has room."""
+def reader_directory(temporary: str, backup: int) -> Iterator[Path]:
+    """Make a directory for a command that reads: in backup/, or in temporary if that has room.
+
+    It gets a link to the key. backup: the descriptor of backup/.
+    """
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
+    key = utils.path_of(backup) / KEY
     with ExitStack() as stack:
         own = Path(temporary, name)
         here, there = (shutil.disk_usage(place).free for place in (Path(), own.parent))
         if here >= min(TEMPORARY_BYTES, there):
-            with suppress(OSError):  # as on a disk that is mounted for reading only
-                own = stack.enter_context(utils.own_directory(Path(name)))
-        if not own.exists():
+            with suppress(OSError):  # as on a disk for reading only, or that has no links
+                near = stack.enter_context(utils.own_directory(Path(name)))
+                os.symlink(key, near / KEY)
+                own = near
+        if own.is_absolute():
             stack.enter_context(utils.own_directory(own))
+            os.symlink(key, own / KEY)
         yield own
 
 
@@ -2198,7 +2219,6 @@ def link_sets(own: Path, backup: int, choose: Choice, signatures: bool) -> Sets:
     backup: the descriptor of backup/. choose, signatures: see reader_of.
     """
     (own / TEMPORARY).mkdir()
-    os.symlink(utils.path_of(backup) / KEY, own / KEY)
     while True:
         for directory in (ENCRYPTED, CACHE, ARCHIVE):
             utils.remove(own / directory)

@@ -63,7 +63,7 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RUNNING_STATES = ("active", "reloading", "activating")
 STOPPED_WITH = ("ConsistsOf", "RequiredBy", "RequisiteOf", "BoundBy", "PropagatesStopTo")
 UNIT_PROPERTIES = ("Id", "ActiveState", "LoadState", "Transient", "Type", "Job", "TriggeredBy",
-                   *STOPPED_WITH)
+                   "After", *STOPPED_WITH)
 
 log = logging.getLogger(__name__)
 
@@ -408,8 +408,9 @@ class Mirror:
     are never rewritten in place: those become hard links, at no cost. spare_bytes: the room
     to leave when something is copied. own: the status of the working directory and of what
     holds the copy, which are left out under whatever name. settled_ns: what has an earlier
-    ctime, in nanoseconds of the epoch, has not changed since the last pass. unread: why
-    files could not be read, by relative path; target lacks them.
+    ctime, in nanoseconds of the epoch, has not changed since the last pass. deadline: when a
+    pass must have ended, in seconds of the monotonic clock. unread: why files could not be
+    read, by relative path; target lacks them.
     """
 
     source: Path
@@ -421,6 +422,7 @@ class Mirror:
     spare_bytes: int
     own: tuple[os.stat_result, ...]
     settled_ns: int = 0
+    deadline: float = math.inf
     unread: dict[str, str] = field(default_factory=dict)
 
 
@@ -487,16 +489,18 @@ def _catch_up(mirror: Mirror) -> None:
             return
 
 
-def update_mirror(mirror: Mirror) -> None:
+def update_mirror(mirror: Mirror, seconds: float = math.inf) -> None:
     """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
     own ctime, and that of every directory on the way to it below the top, which is held
     open, is settled (a rename changes the ctime of what is renamed on ext4, XFS and
     btrfs), and what stands in the copy is of its kind, size and mtime. In one thing the
-    mirror differs, see _replace. Raises Failure.
+    mirror differs, see _replace. seconds: how long it may take, for who moves directories
+    ahead of it could hold it for ever. Raises Failure.
     """
     mirror.unread.clear()
+    mirror.deadline = time.monotonic() + seconds
     try:
         # On btrfs a directory that stays open lists what it held when it was opened
         # (Linux 6.18).
@@ -535,7 +539,7 @@ def _mirror_directory(
     directory on the way to it are what they were in the last pass. live, copy:
     descriptors.
     """
-    raise_if_interrupted()
+    _check_time(mirror)
     status = os.fstat(live)
     if status.st_dev != os.fstat(copy).st_dev:
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
@@ -582,6 +586,14 @@ def _mirror_directory(
     set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
         os.utime(copy, ns=(0 if others else ONLY_LINKS_NS, status.st_mtime_ns))
+
+
+def _check_time(mirror: Mirror) -> None:
+    """Raise Interrupted if a signal has come, Failure if the pass takes too long."""
+    raise_if_interrupted()
+    if time.monotonic() > mirror.deadline:
+        raise Failure(f"the last changes of {mirror.source} could not be copied in time; see which "
+                      "large files are written to, or directories moved, all the time")
 
 
 def _copy_of_unchanged(
@@ -712,11 +724,11 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
             room = max(0, shutil.disk_usage(target).free - mirror.spare_bytes)
             if mirror.spare_bytes and room < status.st_blocks * 512:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name) from None
-            _copy_data(source, target, status.st_size)
+            _copy_data(mirror, source, target, status.st_size)
     return status
 
 
-def _copy_data(source: int, target: int, size: int) -> None:
+def _copy_data(mirror: Mirror, source: int, target: int, size: int) -> None:
     """Copy what a file holds, its holes left out. size: in bytes."""
     os.ftruncate(target, size)
     end = 0
@@ -732,7 +744,7 @@ def _copy_data(source: int, target: int, size: int) -> None:
         while begin < end and (
                 sent := os.sendfile(target, source, begin, min(end - begin, BLOCK_BYTES))):
             begin += sent
-            raise_if_interrupted()
+            _check_time(mirror)
 
 
 def _pass_over(mirror: Mirror, path: str, error: OSError) -> None:
@@ -1209,7 +1221,7 @@ class Systemd(ServiceManager):
 
         A job that is under way is left out, be it a oneshot or what a timer starts:
         neither is it waited for, nor begun anew. Raises Failure if it takes over 120
-        seconds, or if this process would go down with them.
+        seconds, or if this process would go down with them, or they wait for its end.
         """
         deadline = time.monotonic() + SERVICE_SECONDS
         while True:
@@ -1224,9 +1236,15 @@ class Systemd(ServiceManager):
                 sockets = {unit for unit in shlex.split(triggers) if unit.endswith(".socket")}
                 wanted = sockets.union(shlex.split(stopped)) - units.keys()
             groups = re.split("[/\n]", Path("/proc/self/cgroup").read_text())
-            if own := units.keys() & groups:
-                raise Failure(f"{min(own)}, in which this runs, would go down with {name}; take "
-                              "Requires=, BindsTo= and PartOf= out of it")
+            own = units.keys() & groups
+            after = " ".join(unit.get("After", "") for unit in units.values())
+            if before := set(groups).intersection(shlex.split(after)):
+                own |= {unit["Id"] for unit in self.show(before)
+                        if unit["ActiveState"] == "activating"}
+            if own:
+                raise Failure(f"{min(own)}, in which this runs, would go down with {name}, or "
+                              "keep it from starting; take Requires=, BindsTo=, PartOf= and "
+                              "Before= out of it")
             settled = [unit for unit in units.values()
                        if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")
                        and (unit["Id"] == name or ".timer" not in unit.get("TriggeredBy", ""))]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import utils
-from conftest import USER, FirstNight, Store, pass_the_second_of, tree_of
+from conftest import PYTHON, USER, FirstNight, Store, pass_the_second_of, tree_of
 from test_hooks import put_hook
 from test_services import STARTS, STOPS, wait_for
 
@@ -240,6 +240,14 @@ def test_second_pass_that_fails(keyed: Store) -> None:
     service.write_text(f"#!/bin/sh\n{real}")
     keyed.backup()
     keyed.assert_restores()
+
+
+def test_last_pass_without_an_end(keyed: Store) -> None:
+    """As when somebody moves a directory ahead of it: mail is started, and no backup made."""
+    program = keyed.changed_program("LAST_PASS_SECONDS = 600", "LAST_PASS_SECONDS = 0")
+    errors = keyed.run(PYTHON, program, *keyed.command()[2:], exit_code=1).stderr
+    assert f"the last changes of {keyed.root} could not be copied in time" in errors
+    assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == []
 
 
 def test_file_written_again_in_the_second_of_its_copy(keyed: Store) -> None:

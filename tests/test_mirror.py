@@ -610,10 +610,10 @@ def test_files_that_cannot_be_linked_or_read(
         assert_equal(mirror)
     real = utils._copy_data
 
-    def fail(source: int, target: int, size: int) -> None:
+    def fail(mirror: utils.Mirror, source: int, target: int, size: int) -> None:
         if os.readlink(f"/proc/self/fd/{source}").endswith("plain/index"):
             raise OSError(5, "Input/output error")
-        real(source, target, size)
+        real(mirror, source, target, size)
 
     monkeypatch.setattr(utils, "_copy_data", fail)
     with mirrored(root, tmp_path / "second") as mirror:

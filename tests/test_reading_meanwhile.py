@@ -383,3 +383,11 @@ def test_chain_that_is_being_pruned_is_no_damage(pruning: Store) -> None:
     for path in order + cached:
         path.unlink()
         assert pruning.backup("--verify").stderr == ""
+
+
+def test_disk_that_has_no_links(keyed: Store, first_night: FirstNight) -> None:
+    """As of a FAT file system, on a disk for other machines, too: the links are made elsewhere."""
+    first_night(keyed)
+    refuse = ["strace", "-qq", "-o", "/dev/null", "-e", "inject=symlink:error=EPERM:when=1"]
+    keyed.run(*refuse, *keyed.command("--restore", str(keyed.scratch / "restored")))
+    assert tree_of(keyed.scratch / "restored") == tree_of(keyed.root)

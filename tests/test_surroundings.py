@@ -78,9 +78,9 @@ exec REAL "$@"
 """)
     (keyed.root / "disk").mkdir()
     program = keyed.changed_program("STALLED_SECONDS = 600", "STALLED_SECONDS = 1")
-    command = ["timeout", "60", PYTHON, program, *keyed.command()[2:]]
     result = keyed.run("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0/disk" && "$@"',
-                       keyed.root, *command, exit_code=1)
+                       keyed.root, "timeout", "60", PYTHON, program, *keyed.command()[2:],
+                       exit_code=1)
     assert "duplicity has done nothing for 1 seconds" in result.stderr
     assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == []
 

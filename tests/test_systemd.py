@@ -232,10 +232,11 @@ def test_units_that_go_down_with_dovecot(machine: Machine) -> None:
             remove_unit(machine, unit)
 
 
-@pytest.mark.parametrize("kind", ["simple", "oneshot"])
-def test_unit_of_the_backup_that_needs_dovecot(machine: Machine, kind: str) -> None:
-    """It would end itself, and mail would be down for as long as that takes: exit 1, mail runs."""
-    add_unit(machine, "nightly-backup.service", "[Unit]\\nRequires=dovecot.service\\n"
+@pytest.mark.parametrize("needs, kind", [
+    ("Requires", "simple"), ("Requires", "oneshot"), ("Before", "oneshot")])
+def test_unit_of_the_backup_that_needs_dovecot(machine: Machine, needs: str, kind: str) -> None:
+    """It would end itself, or dovecot would wait for its end: exit 1, mail runs."""
+    add_unit(machine, "nightly-backup.service", f"[Unit]\\n{needs}=dovecot.service\\n"
              f"[Service]\\nType={kind}\\nExecStart={BACKUP}")
     try:
         machine.run("systemctl", "start", "nightly-backup", exit_code=None)

@@ -214,15 +214,31 @@ def test_second_loss_is_told_again(keyed: Store, first_night: FirstNight) -> Non
     assert keyed.backup("--status").stdout.count("Damaged") == 0
 
 
-@pytest.mark.parametrize("lost", ["*full.*manifest*", "*full-sig*"])
+@pytest.mark.parametrize("lost", ["*full.*manifest*", "*full-sig*", "*full.*vol1*"])
 def test_loss_in_a_chain_that_is_old(keyed: Store, old_nights: OldNights, lost: str) -> None:
-    """The machine was down for days: the newest chain is not too old for a loss to be told."""
+    """The machine was down for days: what is left of the newest chain is not too old for a loss.
+
+    The full backup that this brings about does not have that deleted before it can be mended.
+    """
     old_nights(keyed, "6 days ago", "5 days ago")
     mark, path = put_hook(keyed), next(keyed.encrypted.glob(lost))
+    content, all_of_it = path.read_bytes(), set(keyed.encrypted.iterdir())
     path.unlink()
     stamp = path.name.split(".")[1]
     assert stamp in keyed.backup("--verify", exit_code=3).stderr
     assert stamp in keyed.backup(exit_code=3).stderr and not mark.exists()
+    path.write_bytes(content)
+    assert all_of_it < set(keyed.encrypted.iterdir()) and keyed.backup("--verify").stderr == ""
+
+
+def test_lost_manifest_and_a_clock_that_jumps(keyed: Store, old_nights: OldNights) -> None:
+    """Neither is what the manifest has left deleted as of no use."""
+    old_nights(keyed, "70 days ago", "69 days ago")
+    (keyed.encrypted / keyed.manifests()[0]).unlink()
+    keyed.run("faketime", "68 days ago", *keyed.command(), exit_code=3)
+    before = set(keyed.encrypted.iterdir())
+    assert "check the clock" in keyed.backup(exit_code=3).stderr
+    assert before < set(keyed.encrypted.iterdir())
 
 
 def test_loss_while_verify_runs(keyed: Store, first_night: FirstNight) -> None:
@@ -316,8 +332,7 @@ def test_loss_is_told_again_after_a_kill(keyed: Store, first_night: FirstNight) 
     first_night(keyed)
     mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[0]
     manifest.write_bytes(manifest.read_bytes()[:-9] + b"x" * 9)
-    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in remove*) kill -9 $PPID;; esac\n"
-                   'exec REAL "$@"\n')
+    keyed.stand_in("duplicity", '#!/bin/sh\nREAL "$@"\n[ $1 != full ] || kill -9 $PPID\n')
     keyed.backup(exit_code=-9)
     (keyed.bin / "duplicity").unlink()
     assert f"{manifest} is damaged" in keyed.backup(exit_code=3).stderr and not mark.exists()
