@@ -327,7 +327,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest: so both processes of tests/run end at about the same time."""
+    """Begin with what takes longest: so all processes of tests/run end at about the same time."""
     items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
 
 
