@@ -2286,6 +2286,8 @@ def prefer_encrypted_manifests(reader: Reader, exit_code: int) -> None:
             raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} cannot be used; put back "
                           "your copy of it, or take an older backup with --time: gpg ended with "
                           f"{answer}", exit_code)
+        for volume in sorted(named - found.volumes):
+            log.warning("%s is missing", reader.backup / ENCRYPTED / volume)
 
 
 def verify(reader: Reader) -> dict[str, str]:

@@ -486,6 +486,17 @@ def test_restore_by_damaged_manifests(copy: Store, cached: str) -> None:
     reads(copy, "--verify", "--compare", exit_code=3)
 
 
+def test_restore_without_a_volume(copy: Store) -> None:
+    """Duplicity would not tell which: it is named, and what needs it not is restored."""
+    found = backup.complete_sets(copy.encrypted)[2]
+    (volume,) = (copy.encrypted / name for name in found.volumes)
+    volume.unlink()
+    options = ["--restore", str(copy.scratch / "restored"), "--time", found.stamp]
+    told = reads(copy, *options, exit_code=1).stderr
+    assert f"{volume} is missing" in told and "duplicity restore failed" in told
+    reads(copy, *options, "--path", "ssl/private.pem")
+
+
 def test_restore_beside_a_stray_volume(copy: Store) -> None:
     """One that no manifest names is no matter."""
     volume = next(copy.encrypted.glob("*inc*vol1*"))
