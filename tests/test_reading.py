@@ -492,7 +492,7 @@ def test_restore_without_a_volume(copy: Store) -> None:
     (volume,) = (copy.encrypted / name for name in found.volumes)
     volume.unlink()
     options = ["--restore", str(copy.scratch / "restored"), "--time", found.stamp]
-    told = reads(copy, *options, exit_code=1).stderr
+    told = copy.run(*copy.command(*options), exit_code=1).stderr
     assert f"{volume} is missing" in told and "duplicity restore failed" in told
     reads(copy, *options, "--path", "ssl/private.pem")
 
