@@ -424,7 +424,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                 if copy:                                                        # 10: mail is back
                     with utils.low_priority():
                         make_set(night, record, kind, copy)                     # 11
-            os.sync()  # before what is old goes
+            utils.sync(Path(), ENCRYPTED)  # before what is old goes
             look_for_losses(night, record)  # for the backup may have taken hours
             write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
@@ -469,26 +469,34 @@ def check_mounts(night: Night) -> None:
     """Check that what /etc/fstab mounts in STORAGE_ROOT is mounted. Raises Failure.
 
     Else all mail there would count as deleted; and with the key and last-run.json on a disk
-    that is missing it would look like a first night. And check that STORAGE_ROOT, or what
-    holds it, is not mounted inside it: that has no end.
+    that is missing it would look like a first night.
     """
     excluded = {night.root / name for name in night.excluded}
     mounted = utils.mounts()
-    for place in mounted:
-        above = {place, *place.parents}
-        with suppress(OSError):  # as of a user's file system in user space
-            if place != night.root and night.root in above and not excluded & above and any(
-                    map(place.samefile, [night.root, *night.root.parents])):
-                raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
-                              "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
     for place, options in utils.mounts("/etc/fstab").items():
-        # The place itself is not looked at: a server that is gone would not answer.
+        if place in mounted:
+            continue  # it is not looked at: a server that is gone would not answer
         place = Path(os.path.realpath(place.parent), place.name)
         above = {place, *place.parents}
         needed = night.root in above and not excluded & above and "noauto" not in options.split(",")
         if (needed or night.backup in above) and place not in mounted:
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
+
+
+def check_not_in_itself(night: Night) -> None:
+    """Check that STORAGE_ROOT, or what holds it, is not mounted inside it: that has no end.
+
+    A server that is gone is waited for here, as by a copy. Raises Failure (exit code 2).
+    """
+    excluded = {night.root / name for name in night.excluded}
+    for place in utils.mounts():
+        above = {place, *place.parents}
+        with suppress(OSError):  # as of a user's file system in user space
+            if place != night.root and night.root in above and not excluded & above and any(
+                    map(place.samefile, [night.root, *night.root.parents])):
+                raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
+                              "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
 
 
 def check_root() -> None:
@@ -523,6 +531,7 @@ def check_surroundings(night: Night) -> str:
 
     Returns duplicity's version. Raises Failure (exit code 2).
     """
+    check_not_in_itself(night)
     for program in PROGRAMS:
         utils.find_program(program, night.environment)
     for directory in (ENCRYPTED, CACHE, ARCHIVE, SNAPSHOT, TEMPORARY, PLAIN, LEGACY,
@@ -872,10 +881,12 @@ def move_plain_backups(work: Work) -> None:
     if os.path.lexists(target):
         with utils.owned_directory(target) as directory:
             there = utils.path_of(directory)
+            names = os.listdir(there)
             equal = filecmp.cmpfiles(PLAIN, there, utils.regular_files(there), shallow=False)[0]
         if len(equal) == len(os.listdir(PLAIN)):  # a run was killed before it had deleted all
             return
-        target = unused(target / "again")  # no name of a backup's: the directory may hold none
+        if names:
+            target = unused(target / "again")  # no name of a backup's: the directory may hold none
     with suppress(OSError):  # as where it is a mount point
         os.rename(PLAIN, target)
         return

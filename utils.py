@@ -280,6 +280,14 @@ def content_of(path: Path) -> bytes:
         return stream.read(LARGEST_FILE_BYTES)
 
 
+def sync(*paths: Path) -> None:
+    """Have what was written to the file systems of these paths reach their disks, see sync(1).
+
+    Others are not waited for: one of them may hang.
+    """
+    shell(["sync", "--file-system", *map(str, paths)], os.environ, directory=".")
+
+
 def sync_directory(path: Path) -> None:
     """Force a directory's entries (what was made, renamed or removed in it) to the disk."""
     with opened(path) as descriptor:
@@ -480,7 +488,7 @@ def _catch_up(mirror: Mirror) -> None:
     seconds = math.inf
     while True:
         settled_ns = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-        os.sync()
+        sync(path_of(mirror.live))
         began, before = time.monotonic(), seconds
         update_mirror(mirror)
         mirror.settled_ns = settled_ns

@@ -321,11 +321,12 @@ def test_directory_of_storage_user_gets_no_mail(old: Store, link: bool) -> None:
 
 
 def test_mail_in_a_directory_that_is_open_is_closed(root: Path, legacy: Legacy) -> None:
-    """One that an earlier script left readable by all becomes root's alone."""
+    """One that an earlier script left readable by all becomes root's alone; it was empty."""
     legacy.put(root)
     (root / MIGRATED).mkdir(mode=0o755)
     migrate(root)
     assert stat.S_IMODE((root / MIGRATED).stat().st_mode) == 0o700
+    assert legacy.manifest in os.listdir(root / MIGRATED)
 
 
 def test_dry_run_touches_nothing(old: Store) -> None:

@@ -395,7 +395,7 @@ def test_long_first_pass(
     place.mkdir(mode=0o700)
     begun: list[None] = []
 
-    def begin_pass() -> None:
+    def begin_pass(*_paths: Path) -> None:
         begun.append(None)
         append(root / "plain/index", root, 0)
 
@@ -404,7 +404,7 @@ def test_long_first_pass(
             time.sleep(0.3)
         return may_link(path, siblings)
 
-    monkeypatch.setattr(os, "sync", begin_pass)
+    monkeypatch.setattr(utils, "sync", begin_pass)
     monkeypatch.setattr(utils, "SHORT_PASS_SECONDS", 0.2)
     with utils.mirror_of(root, place, frozenset({"backup"}), take_long, 0) as mirror:
         assert len(begun) == 2
