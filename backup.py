@@ -428,14 +428,15 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             look_for_losses(night, record)  # for the backup may have taken hours
             write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
+            check_a_share(night, record)                                        # of 14
             if not is_waiting(night, record):
                 delete_old_chains(night, record, sets)                          # 12
             if not is_waiting(night, record):
                 clean_up(night, record, sets)                                   # 13
             grant_group_read(night, record)                                     # 14
-            check_a_share(night, record)
         look_for_losses(night, record)
-        record.files = sorted(backup_files())
+        # What is lost is looked for while something of its set is there, lest it part a chain.
+        record.files = sorted(backup_files().union(broken_in(read_sets(), record.broken)))
         write_last_run(night.user.pw_gid, record)                               # 15
         if not record.news:
             run_hook(night, "after-backup", record)
@@ -1140,6 +1141,7 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
         check_room(night, sets, kind)
     except Failure:
         if not chain or broken_in(chain, record.broken) or is_waiting(night, record):
+            record.told = record.broken  # that the next run need not wait for it
             raise
         with utils.own_directory(TEMPORARY):
             delete_old_chains(night, record, sets, chain[0].date)
@@ -1377,13 +1379,11 @@ def run_duplicity(
     with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
     prints it as an error of logging, from where it is put back as a WARNING. After a fatal
     error it may hang for ever: a thread waits for a gpg that nobody reads (seen: 0.8.22 to
-    3.2.1). It is ended then, and if it stands still: in the tree itself it would wait for a
-    writer of a pipe that was put in place of a file. Raises Failure.
+    3.2.1). It is ended then.
     """
     lines: list[str] = []
     lost_records: list[str] = []
     fatal: dict[int, float] = {}  # when it told of an error, by the exit code for that
-    state, since = b"", time.monotonic()
 
     def take_line(line: str) -> None:
         log.debug(line)
@@ -1396,15 +1396,9 @@ def run_duplicity(
             fatal.setdefault(int(match[1]), time.monotonic())
 
     def end_if_hanging(process: int) -> None:
-        nonlocal state, since
         watch(process)
         if fatal and time.monotonic() > max(fatal.values()) + HANGING_SECONDS:
             os.killpg(process, signal.SIGKILL)
-        if state != utils.state_of(process):
-            state, since = utils.state_of(process), time.monotonic()
-        elif time.monotonic() > since + STALLED_SECONDS:
-            raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
-                          f"disks of {work.root} and {work.backup}, and run this again")
 
     log.debug("running %s", shlex.join(command))
     passphrase = read_passphrase()
@@ -1446,7 +1440,7 @@ def make_set(
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
         total = utils.content_size(tree, excluded) if draw and action == "full" else None
-        answer, log_lines = run_duplicity(night, command, watch_set(night, draw, total))
+        answer, log_lines = run_duplicity(night, command, watch_set(night, record, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
     sets = complete_sets()
@@ -1481,17 +1475,28 @@ def make_set(
         record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
 
 
-def watch_set(work: Work, draw: Draw | None, total: int | None) -> utils.Watch:
+def watch_set(
+    work: Work, record: Record, draw: Draw | None, total: int | None
+) -> utils.Watch:
     """Return a watch on duplicity that ends it before it takes the last room.
 
+    Or if it stands still while mail is down: where a pipe was put in place of a file it would
+    wait for ever for somebody who writes to that.
     It also draws how much of the tree duplicity has read. total: how much there is to
     read, in bytes, if that is known. What it reads besides is, of each finished volume,
     three times as much (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
+    state, since = b"", time.monotonic()
 
     def watch(process: int) -> None:
+        nonlocal state, since
+        if record.source == "copy" or state != utils.state_of(process):
+            state, since = utils.state_of(process), time.monotonic()
+        elif time.monotonic() > since + STALLED_SECONDS:
+            raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
+                          f"disks of {work.root} and {work.backup}, and run this again")
         if any(shutil.disk_usage(place).free < reserve for place, reserve in reserves.items()):
             raise Failure("duplicity was ended before it took the last room of "
                           f"{work.backup}; make room there")

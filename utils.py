@@ -556,7 +556,7 @@ def _mirror_directory(
     excluded = {name for parent, name in mirror.excluded if parent == path}
     others: list[str] = []
     try:
-        others = _link_files(live, copy, present) if linked else os.listdir(live)
+        others = _link_files(mirror, live, copy, present) if linked else os.listdir(live)
     except OSError as error:
         if not path:
             raise
@@ -624,7 +624,7 @@ def _likeness(status: os.stat_result) -> tuple[int, int, int]:
     return kind, status.st_mtime_ns, 0 if kind == stat.S_IFDIR else status.st_size
 
 
-def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
+def _link_files(mirror: Mirror, live: int, copy: int, present: dict[str, int]) -> list[str]:
     """Link the regular files of one directory into another.
 
     present: the inode numbers there by name; those of links that are right already are
@@ -634,7 +634,7 @@ def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
     others = []
     with os.scandir(live) as entries:
         for entry in entries:
-            raise_if_interrupted()
+            _check_time(mirror)
             name = entry.name
             if not entry.is_file(follow_symlinks=False):
                 others.append(name)
@@ -1248,7 +1248,7 @@ class Systemd(ServiceManager):
             after = " ".join(unit.get("After", "") for unit in units.values())
             if before := set(groups).intersection(shlex.split(after)):
                 own |= {unit["Id"] for unit in self.show(before)
-                        if unit["ActiveState"] == "activating"}
+                        if unit["ActiveState"] != "active"}
             if own:
                 raise Failure(f"{min(own)}, in which this runs, would go down with {name}, or "
                               "keep it from starting; take Requires=, BindsTo=, PartOf= and "

@@ -232,6 +232,10 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
     result = with_room(keyed, SHORT, 0)
     assert result.stderr == ""
     assert old not in result.stdout and new in result.stdout
+    known.write_text(json.dumps({"checked": {}, "damaged": {old: "is damaged"}}))
+    result = with_room(keyed, f'{SHORT}; ! "$@"', 0)
+    assert f"{old} is damaged; fetch it" in result.stderr
+    assert old not in result.stdout and new in result.stdout
 
 
 def test_full_disk_takes_nothing_that_a_lost_manifest_needs(keyed: Store) -> None:

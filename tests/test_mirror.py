@@ -382,6 +382,16 @@ def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
     assert (copy / "plain/sparse").stat().st_blocks <= blocks <= 16
 
 
+def test_time_for_links_is_limited(tmp_path: Path) -> None:
+    """Who makes names in a Maildir faster than they are linked keeps no pass going."""
+    root = tmp_path / "tree"
+    grow(root)
+    with mirrored(root, tmp_path / "copy") as mirror, utils.opened(root / "box" / "cur") as live:
+        mirror.deadline = 0
+        with pytest.raises(utils.Failure, match="could not be copied in time"):
+            utils._link_files(mirror, live, mirror.copy, {})
+
+
 @pytest.mark.parametrize("always_long", [False, True])
 def test_long_first_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_long: bool

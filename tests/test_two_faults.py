@@ -298,6 +298,33 @@ def test_volume_of_an_old_chain_is_lost(keyed: Store) -> None:
     assert keyed.backup().stderr == "" and night() == ""
 
 
+def test_damage_that_the_night_finds_itself(keyed: Store, old_nights: OldNights) -> None:
+    """What is old and good is not deleted in the night that finds the newest backup damaged."""
+    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in remove*) ;; *) exec REAL \"$@\";; esac\n")
+    for age in ("9 days ago", "5 hours ago"):
+        keyed.run("faketime", age, *keyed.command("--full"))
+    (keyed.bin / "duplicity").unlink()
+    before = set(keyed.encrypted.iterdir())
+    volume = next(keyed.encrypted.glob(keyed.manifests()[1].replace("manifest", "vol1.difftar")))
+    volume.write_bytes(volume.read_bytes()[:-1] + b"x")
+    checked = dict.fromkeys(map(str, range(7)), "2026-01-01T00:00:00+00:00")
+    checked.pop(str(zlib.crc32(volume.name.encode()) % 7))
+    (keyed.backups / "last-verify.json").write_text(
+        json.dumps({"damaged": {}, "checked": checked}))
+    told = keyed.backup(exit_code=3).stderr
+    assert f"{volume} is damaged" in told and before < set(keyed.encrypted.iterdir())
+
+
+def test_loss_beside_what_is_waited_for(keyed: Store, old_nights: OldNights) -> None:
+    """The full backup that a lost manifest has parted from its increments is looked for, too."""
+    old_nights(keyed, "95 hours ago", "94 hours ago", "60 hours ago")
+    mark, (full, lost, _) = put_hook(keyed), keyed.manifests()
+    (keyed.encrypted / lost).unlink()
+    keyed.backup(exit_code=3)
+    (keyed.encrypted / full).unlink()
+    assert f"{full} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
+
+
 def test_clock_that_jumps_while_duplicity_runs(keyed: Store) -> None:
     """What is young by the clock at the begin of the run is not deleted as old."""
     for age in ("42 days ago", "40 days ago"):
