@@ -1588,8 +1588,14 @@ def delete_old_chains(
         record.warn("no old backups were deleted because the newest was over "
                     f"{FULL_DAYS} days old: check the clock; if it is right the next run "
                     "will delete them")
-    else:
-        run_pruning(night, record, "remove-older-than", age)
+        return
+    run_pruning(night, record, "remove-older-than", age)
+    # It leaves the manifests of sets that have lost their volumes (seen: 0.8.22).
+    for chain in chains_of(complete_sets())[:-1]:
+        if chain[-1].date < kept_since(night.keep_days) and not any(
+                found.volumes for found in chain):
+            for found in chain:
+                utils.remove(ENCRYPTED / found.manifest)
 
 
 def is_after_a_pause(night: Night, sets: Sets) -> bool:

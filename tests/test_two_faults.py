@@ -315,6 +315,17 @@ def test_damage_that_the_night_finds_itself(keyed: Store, old_nights: OldNights)
     assert f"{volume} is damaged" in told and before < set(keyed.encrypted.iterdir())
 
 
+def test_volumes_that_never_come_back(keyed: Store, old_nights: OldNights) -> None:
+    """Nothing is left of a backup that lost them when it is old: --verify has no more to tell."""
+    old_nights(keyed, "9 days ago")
+    manifest = keyed.encrypted / keyed.manifests()[0]
+    next(keyed.encrypted.glob("*.vol1.*")).unlink()
+    keyed.run("faketime", "8 days ago", *keyed.command(), exit_code=3)
+    assert manifest.exists()
+    assert keyed.backup().stderr == "" and not manifest.exists()
+    assert keyed.backup("--verify").stderr == "" and len(keyed.manifests()) == 2
+
+
 def test_loss_beside_what_is_waited_for(keyed: Store, old_nights: OldNights) -> None:
     """The full backup that a lost manifest has parted from its increments is looked for, too."""
     old_nights(keyed, "95 hours ago", "94 hours ago", "60 hours ago")
