@@ -491,10 +491,10 @@ def test_restore_without_a_volume(copy: Store) -> None:
     found = backup.complete_sets(copy.encrypted)[2]
     (volume,) = (copy.encrypted / name for name in found.volumes)
     volume.unlink()
-    options = ["--restore", str(copy.scratch / "restored"), "--time", found.stamp]
+    options = ["--time", found.stamp, "--restore", str(copy.scratch / "restored")]
     told = copy.run(*copy.command(*options), exit_code=1).stderr
     assert f"{volume} is missing" in told and "duplicity restore failed" in told
-    reads(copy, *options, "--path", "ssl/private.pem")
+    reads(copy, *options[:-1], str(copy.scratch / "part"), "--path", "ssl/private.pem")
 
 
 def test_restore_beside_a_stray_volume(copy: Store) -> None:

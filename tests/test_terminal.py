@@ -45,7 +45,7 @@ def test_backup_on_a_terminal(keyed: Store) -> None:
     lines = on_terminal(keyed)
     steps = [line.split(" ", 2)[2] for line in lines if re.match(r"backup: \d\d:\d\d:\d\d ", line)]
     assert [step.split()[0] for step in steps] == [
-        "copying", "stopping", "mail", "duplicity", "deleting", "deleting", "checking",
+        "copying", "stopping", "mail", "duplicity", "checking", "deleting", "deleting",
         "made"], lines
     drawn = [line.strip() for line in lines if not line.startswith("backup: ")]
     progress = re.compile(r"[\d.]+ \w+ of 3\.0 MB")
