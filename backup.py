@@ -640,7 +640,7 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
         if not force_full:
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it")
-        if not CACHE.exists() and not sets:
+        if not CACHE.exists() and not backup_files():
             record.files = []
 
 
@@ -1087,8 +1087,8 @@ def tell_of_losses(work: Work, record: Record) -> None:
             for name, why in sorted(record.broken.items() - record.told.items())]
     if lost:
         record.warn(f"{first_of(lost)}; fetch it from your copy elsewhere and run --verify: "
-                    "no old backups are deleted now, and the hook after-backup is not run, lest "
-                    "that goes, too")
+                    "no more old backups are deleted now, and the hook after-backup is not run, "
+                    "lest that goes, too")
 
 
 def reason_for_full(

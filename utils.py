@@ -283,9 +283,11 @@ def content_of(path: Path) -> bytes:
 def sync(*paths: Path) -> None:
     """Have what was written to the file systems of these paths reach their disks, see sync(1).
 
-    Others are not waited for: one of them may hang.
+    Others are not waited for, where sync(1) can do that: one of them may hang.
     """
-    shell(["sync", "--file-system", *map(str, paths)], os.environ, directory=".")
+    command = ["sync", "--file-system", *map(str, paths)]
+    if shell(command, {"PATH": SYSTEM_DIRECTORIES}, directory=".").exit_code:
+        os.sync()
 
 
 def sync_directory(path: Path) -> None:

@@ -705,6 +705,16 @@ def test_what_else_is_lost_beside_the_newest(keyed: Store, first_night: FirstNig
     assert f"{lost} is missing" in keyed.backup("--full", exit_code=3).stderr and not mark.exists()
 
 
+def test_manifests_and_notes_are_lost(keyed: Store, first_night: FirstNight) -> None:
+    """What is left of the backups was not moved aside: --full names what it begins anew without."""
+    first_night(keyed)
+    mark, manifest = put_hook(keyed), keyed.encrypted / keyed.manifests()[0]
+    manifest.unlink()
+    shutil.rmtree(keyed.backups / "cache")
+    assert f"{manifest} is missing" in keyed.backup("--full", exit_code=3).stderr
+    assert not mark.exists()
+
+
 def test_loss_while_the_hook_runs(keyed: Store, first_night: FirstNight) -> None:
     """The next night names it."""
     first_night(keyed)
