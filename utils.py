@@ -566,6 +566,7 @@ def _mirror_directory(
         linked = False  # it is no directory that holds nothing but links
     found = {}
     for name in others:
+        _check_time(mirror)
         if name not in excluded:
             try:
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
@@ -576,6 +577,7 @@ def _mirror_directory(
         name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode))
     longest_name = LONGEST_PATH - 1 - len(os.fsencode(mirror.target / path))
     for name, entry in found.items():
+        _check_time(mirror)
         below = os.path.join(path, name)
         if stat.S_ISSOCK(entry.st_mode):
             continue

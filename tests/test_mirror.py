@@ -382,6 +382,17 @@ def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
     assert (copy / "plain/sparse").stat().st_blocks <= blocks <= 16
 
 
+def test_time_within_a_directory_is_limited(tmp_path: Path) -> None:
+    """However many entries that hold nothing are put into it when mail stops."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    with mirrored(root, tmp_path / "copy") as mirror:
+        for number in range(3000):
+            (root / str(number)).touch()
+        with pytest.raises(utils.Failure, match="could not be copied in time"):
+            utils.update_mirror(mirror, 0.01)
+
+
 def test_time_for_links_is_limited(tmp_path: Path) -> None:
     """Who makes names in a Maildir faster than they are linked keeps no pass going."""
     root = tmp_path / "tree"

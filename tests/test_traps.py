@@ -15,7 +15,7 @@ from conftest import FirstNight, Result, Store, pass_the_second_of, tree_of
 from test_services import processes_of, wait_for
 
 KEY = "correct horse battery staple correct horse battery staple"
-BIG = 10_000_000
+BIG = 30_000_000
 
 # The real duplicity with volumes of 1 MB, so that a small tree fills several.
 SMALL_VOLUMES = """#!/bin/bash
