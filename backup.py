@@ -472,17 +472,21 @@ def check_mounts(night: Night) -> None:
     Else all mail there would count as deleted; and with the key and last-run.json on a disk
     that is missing it would look like a first night.
     """
-    excluded = {night.root / name for name in night.excluded}
     mounted = utils.mounts()
     for place, options in utils.mounts("/etc/fstab").items():
         if place in mounted:
             continue  # it is not looked at: a server that is gone would not answer
         place = Path(os.path.realpath(place.parent), place.name)
-        above = {place, *place.parents}
-        needed = night.root in above and not excluded & above and "noauto" not in options.split(",")
-        if (needed or night.backup in above) and place not in mounted:
+        needed = is_in_tree(night, place) and "noauto" not in options.split(",")
+        if (needed or night.backup in (place, *place.parents)) and place not in mounted:
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
+
+
+def is_in_tree(night: Night, place: Path) -> bool:
+    """Tell whether a place is STORAGE_ROOT or in it, and not in what BACKUP_EXCLUDE names."""
+    above = {place, *place.parents}
+    return night.root in above and above.isdisjoint(map(night.root.joinpath, night.excluded))
 
 
 def check_not_in_itself(night: Night) -> None:
@@ -490,11 +494,9 @@ def check_not_in_itself(night: Night) -> None:
 
     A server that is gone is waited for here, as by a copy. Raises Failure (exit code 2).
     """
-    excluded = {night.root / name for name in night.excluded}
     for place in utils.mounts():
-        above = {place, *place.parents}
         with suppress(OSError):  # as of a user's file system in user space
-            if place != night.root and night.root in above and not excluded & above and any(
+            if place != night.root and is_in_tree(night, place) and any(
                     map(place.samefile, [night.root, *night.root.parents])):
                 raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
                               "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
@@ -1492,8 +1494,9 @@ def watch_set(
 
     def watch(process: int) -> None:
         nonlocal state, since
-        if record.source == "copy" or state != utils.state_of(process):
-            state, since = utils.state_of(process), time.monotonic()
+        before_that, state = state, utils.state_of(process)
+        if record.source == "copy" or state != before_that:
+            since = time.monotonic()
         elif time.monotonic() > since + STALLED_SECONDS:
             raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
                           f"disks of {work.root} and {work.backup}, and run this again")

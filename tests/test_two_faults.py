@@ -24,6 +24,24 @@ def lose_older_chain(store: Store) -> Path:
     return mark
 
 
+def make_fulls(store: Store, *ages: str) -> list[Path]:
+    """Make full backups of these ages, and delete none. Returns the first volume of each."""
+    store.stand_in("duplicity", "#!/bin/sh\ncase $1 in remove*) ;; *) exec REAL \"$@\";; esac\n")
+    for age in ages:
+        store.run("faketime", age, *store.command("--full"))
+    return [store.encrypted / name.replace("manifest", "vol1.difftar")
+            for name in store.manifests()]
+
+
+def make_due(store: Store, file: Path) -> None:
+    """Have the next night check the share that a backup file is in."""
+    checks = store.backups / "last-verify.json"
+    known = json.loads(checks.read_text())
+    known["checked"] = {str(number): "2026-01-01T00:00:00+00:00" for number in range(7)}
+    known["checked"].pop(str(zlib.crc32(file.name.encode()) % 7))
+    checks.write_text(json.dumps(known))
+
+
 @pytest.mark.parametrize("table", [None, "/dev/sdb1 /mnt\n", "LABEL=x /mnt/a\u00a0b ext4 ro 0 0\n"])
 def test_fstab_that_findmnt_cannot_read(keyed: Store, table: str | None) -> None:
     """Is there no /etc/fstab, or a wrong line in it, backups are made all the same."""
@@ -278,19 +296,11 @@ def test_known_damage_outlives_a_night_that_failed(keyed: Store, first_night: Fi
 
 def test_volume_of_an_old_chain_is_lost(keyed: Store) -> None:
     """The night that finds it tells of it, and not each seventh that finds it anew."""
-    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in remove*) ;; *) exec REAL \"$@\";; esac\n")
-    for age in ("9 days ago", "1 hour ago"):
-        keyed.run("faketime", age, *keyed.command("--full"))
-    volume = next(keyed.encrypted.glob(keyed.manifests()[0].replace("manifest", "vol1.difftar")))
+    volume = make_fulls(keyed, "9 days ago", "1 hour ago")[0]
     volume.unlink()
-    share = str(zlib.crc32(volume.name.encode()) % 7)
-    checks = keyed.backups / "last-verify.json"
 
     def night() -> str:
-        known = json.loads(checks.read_text())
-        known["checked"] = {str(number): "2026-01-01T00:00:00+00:00" for number in range(7)}
-        known["checked"].pop(share)
-        checks.write_text(json.dumps(known))
+        make_due(keyed, volume)
         return keyed.backup(exit_code=None).stderr
 
     assert f"{volume} is missing" in night()
@@ -298,19 +308,13 @@ def test_volume_of_an_old_chain_is_lost(keyed: Store) -> None:
     assert keyed.backup().stderr == "" and night() == ""
 
 
-def test_damage_that_the_night_finds_itself(keyed: Store, old_nights: OldNights) -> None:
+def test_damage_that_the_night_finds_itself(keyed: Store) -> None:
     """What is old and good is not deleted in the night that finds the newest backup damaged."""
-    keyed.stand_in("duplicity", "#!/bin/sh\ncase $1 in remove*) ;; *) exec REAL \"$@\";; esac\n")
-    for age in ("9 days ago", "5 hours ago"):
-        keyed.run("faketime", age, *keyed.command("--full"))
+    volume = make_fulls(keyed, "9 days ago", "5 hours ago")[1]
     (keyed.bin / "duplicity").unlink()
     before = set(keyed.encrypted.iterdir())
-    volume = next(keyed.encrypted.glob(keyed.manifests()[1].replace("manifest", "vol1.difftar")))
     volume.write_bytes(volume.read_bytes()[:-1] + b"x")
-    checked = dict.fromkeys(map(str, range(7)), "2026-01-01T00:00:00+00:00")
-    checked.pop(str(zlib.crc32(volume.name.encode()) % 7))
-    (keyed.backups / "last-verify.json").write_text(
-        json.dumps({"damaged": {}, "checked": checked}))
+    make_due(keyed, volume)
     told = keyed.backup(exit_code=3).stderr
     assert f"{volume} is damaged" in told and before < set(keyed.encrypted.iterdir())
 
