@@ -594,6 +594,7 @@ def _mirror_directory(
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
     for name in excluded.union(present):  # one that is excluded may have become a link
+        _check_time(mirror)
         remove(name, copy)
     set_metadata(".", status, copy)
     if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds

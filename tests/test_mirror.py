@@ -383,12 +383,17 @@ def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
 
 
 def test_time_within_a_directory_is_limited(tmp_path: Path) -> None:
-    """However many entries that hold nothing are put into it when mail stops."""
-    root = tmp_path / "tree"
+    """However many entries that hold nothing are put into it, or deleted, when mail stops."""
+    root, files = tmp_path / "tree", [tmp_path / "tree" / str(number) for number in range(10_000)]
     root.mkdir()
     with mirrored(root, tmp_path / "copy") as mirror:
-        for number in range(3000):
-            (root / str(number)).touch()
+        for file in files:
+            file.touch()
+        with pytest.raises(utils.Failure, match="could not be copied in time"):
+            utils.update_mirror(mirror, 0.01)
+        utils.update_mirror(mirror)
+        for file in files:
+            file.unlink()
         with pytest.raises(utils.Failure, match="could not be copied in time"):
             utils.update_mirror(mirror, 0.01)
 
