@@ -1982,7 +1982,7 @@ def checks_text(status: Status) -> dict[str, str]:
     told = {"Damaged": first_of(damaged)} if damaged else {}
     if len(checked) == SHARES:
         date = datetime.fromisoformat(min(checked.values())).astimezone()
-        told["Verified"] = f"every backup file that was there at {date.isoformat()}"
+        told["Verified"] = f"up to {date.isoformat()}"
     excluded = [path if there else f"{path} (not found)"
                 for path, there in status["excluded"].items()]
     if excluded:
