@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -13,6 +14,7 @@ import pytest
 
 import backup
 import utils
+from benchmark import bench_of, compare
 from conftest import Entry, Store, copy_backups, make_store, tree_of
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("nights")]  # one process lives through them
@@ -391,3 +393,13 @@ def test_missing_entries_are_seen(keyed: Store, three_nights: Store) -> None:
     keyed.stand_in("duplicity", DUPLICITY_WITH_VANISHING_FILE)
     run = back_up(keyed, FIRST_DAY + timedelta(days=3))
     assert (run.exit_code, run.made) == (1, []), run.printed
+
+
+def test_nights_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes on measuring this script, with its checks and without, beside the order of 2015."""
+    with bench_of(Path("/var/tmp"), 100, None) as bench:  # gpg's agent fails under a long path
+        compare(bench, 1)
+    told = capsys.readouterr().out
+    for kind in ("full", "incremental"):
+        for name in ("this script", "without the checks", "order of 2015", "floor"):
+            assert f"| {kind}, {name} | " in told
