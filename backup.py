@@ -429,10 +429,10 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
             check_a_share(night, record)                                        # of 14
-            if not is_waiting(night, record):
-                delete_old_chains(night, record, sets)                          # 12
-            if not is_waiting(night, record):
-                clean_up(night, record, sets)                                   # 13
+            if not must_keep_all(night, record, sets):
+                delete_old_chains(night, record)                                # 12
+            if not must_keep_all(night, record, sets):
+                clean_up(night, record)                                         # 13
             grant_group_read(night, record)                                     # 14
         look_for_losses(night, record)
         # What is lost is looked for while something of its set is there, lest it part a chain.
@@ -1142,11 +1142,11 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
     try:
         check_room(night, sets, kind)
     except Failure:
-        if not chain or broken_in(chain, record.broken) or is_waiting(night, record):
+        if not chain or broken_in(chain, record.broken) or must_keep_all(night, record, sets):
             record.told = record.broken  # that the next run need not wait for it
             raise
         with utils.own_directory(TEMPORARY):
-            delete_old_chains(night, record, sets, chain[0].date)
+            delete_old_chains(night, record, chain[0].date)
         check_room(night, sets, kind)
 
 
@@ -1574,24 +1574,37 @@ def delete_migrated_backups(
     migrated.rmdir()
 
 
+def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
+    """Tell, and warn, whether nothing old may be deleted in this run.
+
+    Files may be waited for: what sets younger than BACKUP_KEEP_DAYS need that lead nowhere,
+    and in the night that tells of them all. Duplicity would delete what is left of such sets,
+    or what is before them as a chain that is over. Or the clock may have jumped ahead, and all
+    would be old; a new set tells what it was for duplicity, should it have jumped meanwhile.
+    sets: the complete ones from before this run, oldest first.
+    """
+    kept = kept_since(night.keep_days)
+    loose = [found.stamp for found in loose_sets(read_sets()) if found.date > kept]
+    if loose:
+        record.warn("no old backups were deleted, for with what is missing these would be whole "
+                    f"again: {first_of(loose)}; put it back from your copy elsewhere")
+    now = max([night.now, *(found.date for found in complete_sets())])
+    after_a_pause = bool(sets) and now - sets[-1].date > timedelta(days=FULL_DAYS)
+    if after_a_pause:
+        record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days "
+                    "old: check the clock; if it is right the next run will delete them")
+    return bool(loose) or after_a_pause or record.news
+
+
 @needs_attention_at_most
-def delete_old_chains(
-    night: Night, record: Record, sets: Sets, begin: datetime | None = None
-) -> None:
+def delete_old_chains(night: Night, record: Record, begin: datetime | None = None) -> None:
     """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS.
 
-    Where the clock may have jumped ahead none is deleted: it would be all of them. sets: the
-    complete ones from before this run. begin: that of a chain which is to stay, however old
-    its newest set is.
+    begin: that of a chain which is to stay, however old its newest set is.
     """
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
         age = str(int(begin.timestamp()))
-    if is_after_a_pause(night, sets):
-        record.warn("no old backups were deleted because the newest was over "
-                    f"{FULL_DAYS} days old: check the clock; if it is right the next run "
-                    "will delete them")
-        return
     run_pruning(night, record, "remove-older-than", age)
     # It leaves the manifests of sets that have lost their volumes (seen: 0.8.22).
     for chain in chains_of(complete_sets())[:-1]:
@@ -1601,44 +1614,16 @@ def delete_old_chains(
                 utils.remove(ENCRYPTED / found.manifest)
 
 
-def is_after_a_pause(night: Night, sets: Sets) -> bool:
-    """Tell whether the newest set from before this run is so old that the clock may be wrong.
-
-    A new set tells what the clock was for duplicity, should that have jumped meanwhile.
-    sets: see delete_old_chains.
-    """
-    now = max([night.now, *(found.date for found in complete_sets())])
-    return bool(sets) and now - sets[-1].date > timedelta(days=FULL_DAYS)
-
-
-def is_waiting(night: Night, record: Record) -> bool:
-    """Tell, and warn, whether files that sets lack are waited for.
-
-    These are what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and in the night
-    that tells of them all. Duplicity would delete what is left of such sets, or what is before
-    them as a chain that is over.
-    """
-    kept = kept_since(night.keep_days)
-    loose = [found.stamp for found in loose_sets(read_sets()) if found.date > kept]
-    if loose:
-        record.warn("no old backups were deleted, for with what is missing these would be whole "
-                    f"again: {first_of(loose)}; put it back from your copy elsewhere")
-    return bool(loose) or record.news
-
-
 @needs_attention_at_most
-def clean_up(night: Night, record: Record, sets: Sets) -> None:
-    """Run duplicity's cleanup, but not where signatures are lost, nor after a pause.
+def clean_up(night: Night, record: Record) -> None:
+    """Run duplicity's cleanup, but not where signatures are lost.
 
     It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
-    sets: see delete_old_chains.
     """
-    if not is_after_a_pause(night, sets) and all(
-            found.signed for chain in chains_of(complete_sets()) for found in chain):
+    if all(found.signed for chain in chains_of(complete_sets()) for found in chain):
         run_pruning(night, record, "cleanup")
 
 
-@needs_attention_at_most
 def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
     """Run remove-older-than or cleanup; that it fails needs attention, no more."""
     log.info("deleting old backups: %s", action)
