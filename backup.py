@@ -424,7 +424,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                 if copy:                                                        # 10: mail is back
                     with utils.low_priority():
                         make_set(night, record, kind, copy)                     # 11
-            utils.sync(Path(), ENCRYPTED)  # before what is old goes
+                utils.sync(Path(), ENCRYPTED)  # before what is old goes
             look_for_losses(night, record)  # for the backup may have taken hours
             write_last_run(night.user.pw_gid, record)  # should this run be killed
             delete_migrated_backups(night, record, migrated)
@@ -788,9 +788,11 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
+    newest_set, files = record.newest_set, record.files
     try:
         yield
     except BaseException as failure:
+        record.newest_set, record.files = newest_set, files
         try:
             if record.kind:  # duplicity had begun
                 ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
@@ -941,12 +943,13 @@ def openssl_size(size: int) -> int:
 def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
     """Tell from the names and sizes of files what sets there are, oldest first, complete or not.
 
+    An empty file counts as missing: a power cut leaves such.
     A signature file that is dated up to 60 seconds off a complete set without one
     belongs to that set: some versions date them so.
     """
     members: dict[SetKey, set[str]] = {}
-    for name in sizes:
-        if key := key_of(name):
+    for name, size in sizes.items():
+        if size and (key := key_of(name)):
             members.setdefault(key, set()).add(name)
     loose = {key for key, names in members.items() if all(".sigtar." in name for name in names)}
     sets = []
@@ -1040,7 +1043,7 @@ def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
 
 
 def backup_files() -> set[str]:
-    """Return the names of the files in encrypted/ that belong to a set; an empty one does not."""
+    """Return the names of the files in encrypted/ that belong to a set, see sets_of."""
     sizes = utils.regular_files(ENCRYPTED)
     return {name for name, size in sizes.items() if size and key_of(name)}
 
@@ -1053,7 +1056,7 @@ def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
     that run has left.
     """
     there = backup_files()
-    sets = [found for found in sets_of(dict.fromkeys(files, 0)) if found.complete]
+    sets = [found for found in sets_of(dict.fromkeys(files, 1)) if found.complete]
     kept = kept_since(keep_days, complete_sets())
     chains = [*chains_of(sets), *([found] for found in loose_sets(sets))]
     left = {name for chain in chains if chain[-1].date >= kept

@@ -46,6 +46,7 @@ SHORT_PASS_SECONDS = 1
 OPEN_FILES = 8192
 NESTED_CALLS = 10_000
 LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
+SPARE_INODES = 10_000
 ONLY_LINKS_NS = 1_000_000_000
 CLOCK_TICK_SECONDS = 0.02  # the clocks of file systems are up to 10 ms behind
 BLOCK_BYTES = 1 << 20
@@ -259,11 +260,14 @@ def mounts(table: str = "/proc/self/mounts") -> dict[Path, str]:
 def make_owned_directory(path: Path, mode: int, group: int) -> None:
     """Make a directory of root's with this mode and group (its id), or give an existing one both.
 
-    Raises Failure (exit code 2) if something else stands there.
+    It has no ACL then. Raises Failure (exit code 2) if something else stands there.
     """
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     with owned_directory(path) as directory:
+        for acl in ("access", "default"):  # what is inherited may let others write to all in it
+            with suppress(OSError):  # as where there is none
+                os.removexattr(directory, f"system.posix_acl_{acl}")
         os.fchown(directory, -1, group)
         os.fchmod(directory, mode)
 
@@ -283,11 +287,14 @@ def content_of(path: Path) -> bytes:
 def sync(*paths: Path) -> None:
     """Have what was written to the file systems of these paths reach their disks, see sync(1).
 
-    Others are not waited for, where sync(1) can do that: one of them may hang.
+    Others are not waited for: one of them may hang. Raises Failure if a disk could not take
+    what was written, of which nothing else tells (seen: a thin pool that was full).
     """
     command = ["sync", "--file-system", *map(str, paths)]
-    if shell(command, {"PATH": SYSTEM_DIRECTORIES}, directory=".").exit_code:
-        os.sync()
+    answer = shell(command, {"PATH": SYSTEM_DIRECTORIES}, directory=".")
+    if answer.exit_code:
+        raise Failure("what was written did not reach the disk; see to that: sync ended with "
+                      f"{answer}")
 
 
 def sync_directory(path: Path) -> None:
@@ -551,6 +558,9 @@ def _mirror_directory(
     """
     _check_time(mirror)
     status = os.fstat(live)
+    room = os.statvfs(copy)
+    if mirror.spare_bytes and room.f_favail < min(room.f_files // 20, SPARE_INODES):
+        raise Failure(f"the file system of {mirror.source} has few inodes left")
     if status.st_dev != os.fstat(copy).st_dev:
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
     with os.scandir(copy) as entries:
@@ -748,11 +758,11 @@ def _copy_data(mirror: Mirror, source: int, target: int, size: int) -> None:
     while end < size:
         try:
             begin = os.lseek(source, end, os.SEEK_DATA)
+            end = os.lseek(source, begin, os.SEEK_HOLE)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            return  # nothing but a hole is left
-        end = os.lseek(source, begin, os.SEEK_HOLE)
+            return  # nothing but a hole is left, or somebody has just shortened it
         os.lseek(target, begin, os.SEEK_SET)
         while begin < end and (
                 sent := os.sendfile(target, source, begin, min(end - begin, BLOCK_BYTES))):

@@ -304,7 +304,7 @@ def test_mirror_equals_the_tree(
     time.sleep(0.03)
     with pytest.MonkeyPatch.context() as patch:
         # On a busy disk it takes seconds; each store above is by a new mapping.
-        patch.setattr(os, "sync", lambda: None)
+        patch.setattr(utils, "sync", lambda *paths: None)
         patch.setattr(utils, "SETTLED_SECONDS", 0.02)
         patch.setattr(utils, "SHORT_PASS_SECONDS", short_pass)
         stack = contextlib.ExitStack()
@@ -600,6 +600,38 @@ def test_no_room(store: Store) -> None:
             (root / "plain/big2").write_bytes(os.urandom(shutil.disk_usage(place).free - 5_000_000))
             with pytest.raises(utils.Failure, match="No space left"):
                 utils.update_mirror(mirror)
+
+
+def test_few_inodes(store: Store) -> None:
+    """Mail needs the last ones more than a copy does."""
+    with disk(store, "mkfs.ext4", "-q", "-N", "1024") as place:
+        root = place / "tree"
+        grow(root)
+        for number in range(os.statvfs(place).f_favail - 40):
+            (root / f"plain/{number}").touch()
+        with pytest.raises(utils.Failure, match="few inodes"):
+            with mirrored(root, place / "copy", 1):
+                raise AssertionError("there are too few for it")
+
+
+def test_file_that_is_shortened_while_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is copied as far as it goes, and not taken for one that is gone."""
+    root = tmp_path / "tree"
+    grow(root)
+    seek = os.lseek
+
+    def shorten(descriptor: int, position: int, how: int) -> int:
+        if how == os.SEEK_HOLE:
+            os.truncate(f"/proc/self/fd/{descriptor}", 0)
+        return seek(descriptor, position, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lseek", shorten)
+        with mirrored(root, tmp_path / "copy") as mirror:
+            assert tree_of(mirror.target, "").keys() == tree_of(root).keys()
+            assert mirror.unread == {}
 
 
 def test_another_file_system_inside(store: Store) -> None:

@@ -2,6 +2,10 @@
 
 import json
 import os
+import pwd
+import shutil
+import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -171,3 +175,17 @@ def test_mount_that_is_hidden_by_another(keyed: Store) -> None:
     script = ('cd "$0" && mount -t tmpfs none disk && mkdir disk/inner && mount -t tmpfs none '
               'disk/inner && mount -t tmpfs none disk && exec "$@"')
     keyed.run("unshare", "--mount", "sh", "-c", script, keyed.root, *keyed.command())
+
+
+def test_default_acl(keyed: Store) -> None:
+    """STORAGE_USER owns STORAGE_ROOT: what he has inherited there gives him nothing in backup/."""
+    shutil.rmtree(keyed.backups)
+    everybody = [(tag, 7, 0xffffffff) for tag in (1, 4, 16, 32)]  # see acl(5): owner to others
+    everybody.insert(1, (2, 7, pwd.getpwnam("nobody").pw_uid))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in everybody)
+    os.setxattr(keyed.root, "system.posix_acl_default", acl)
+    for _ in range(2):
+        keyed.backup()
+        for path in [*keyed.backups.glob("encrypted/**"), *keyed.backups.glob("encrypted/*")]:
+            assert os.listxattr(path) == []
+        assert stat.S_IMODE((keyed.backups / "cache/backup").stat().st_mode) & 0o022 == 0

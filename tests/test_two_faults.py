@@ -729,3 +729,40 @@ def test_loss_while_the_hook_runs(keyed: Store, first_night: FirstNight) -> None
     keyed.backup()
     (keyed.bin / "setpriv").unlink()
     assert f"{signatures} is missing" in keyed.backup(exit_code=3).stderr
+
+
+def test_disk_that_loses_what_was_written(keyed: Store, old_nights: OldNights) -> None:
+    """The backup goes, what is old stays, and the next night is a good one again."""
+    old_nights(keyed, "6 days ago", "5 days ago")
+    before, mark = set(keyed.encrypted.iterdir()), put_hook(keyed)
+    trace = ["strace", "-f", "-qq", "-o", "/dev/null", "--seccomp-bpf",
+             "-e", "trace=syncfs", "-e", "inject=syncfs:error=EIO"]
+    errors = keyed.run(*trace, *keyed.command("--full"), exit_code=1).stderr
+    assert "did not reach the disk" in errors and "Input/output error" in errors
+    assert set(keyed.encrypted.iterdir()) == before and not mark.exists()
+    assert keyed.backup("--full").stderr == "" and mark.exists()
+    keyed.assert_restores()
+
+
+@pytest.mark.parametrize("emptied", ["*", "*.difftar.*"])
+def test_power_cut_that_leaves_empty_files(
+    keyed: Store, first_night: FirstNight, emptied: str
+) -> None:
+    """What was renamed is there, but its content never was written: that is no backup."""
+    first_night(keyed)
+    before, last_run = set(keyed.encrypted.iterdir()), keyed.backups / "last-run.json"
+    content = last_run.read_bytes()
+    keyed.backup()
+    last_run.write_bytes(content)
+    stamp = keyed.manifests()[1].split(".")[3]
+    for path in [*keyed.encrypted.glob(emptied), *keyed.backups.glob(f"cache/backup/{emptied}")]:
+        if f".to.{stamp}." in path.name:
+            os.truncate(path, 0)
+    if emptied == "*":
+        assert keyed.backup().stderr == ""
+        assert f".to.{stamp}." not in "".join(keyed.manifests())
+    else:
+        assert "difftar.gpg is missing" in keyed.backup(exit_code=3).stderr
+        assert keyed.backup().stderr == "" and "-full." in keyed.manifests()[-1]
+    assert before < set(keyed.encrypted.iterdir())
+    keyed.assert_restores()
