@@ -50,7 +50,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -343,7 +343,8 @@ def excluded_of(settings: Settings) -> tuple[str, ...]:
                       "shell", 2) from error
     for path in paths:
         parts = path.split("/")
-        if parts[0] in ("", MIGRATED) or not {".", ".."}.isdisjoint(parts):
+        if (parts[0] in ("", MIGRATED) or path.startswith("#")  # as if a comment could follow
+                or not {".", ".."}.isdisjoint(parts)):
             raise Failure(f"BACKUP_EXCLUDE names {printable(path) or 'an empty path'}; give it "
                           f"paths relative to STORAGE_ROOT, without . or .. and not {MIGRATED}", 2)
     return tuple(map(os.path.normpath, paths))
@@ -400,7 +401,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
     the run. The working directory is backup/ afterwards.
     """
     night = begin_night(settings)                                               # 1
-    with utils.exclusive_process(LOCK) as lock, last_run_recorded(night) as record:
+    with utils.exclusive_process(LOCK) as lock, last_run_recorded(night.user.pw_gid) as record:
         start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
@@ -448,8 +449,9 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
 
 
 def begin_night(settings: Settings) -> Night:
-    """Check what needs no lock, and work in backup/. A refusal is written to last-run.json.
+    """Check what needs no lock, and work in backup/.
 
+    A refusal is written to last-run.json, and leaves no service stopped that another run did.
     settings: see night_of. Raises Failure.
     """
     try:
@@ -459,9 +461,13 @@ def begin_night(settings: Settings) -> Night:
     except Exception as error:
         refusal = failure_of(error)
         with suppress(Failure, OSError):  # backup/ may be missing, or not sound
-            utils.work_inside(work_of(settings).backup)
-            write_last_run(Path().stat().st_gid, new_record(), refusal.exit_code, str(refusal))
-        raise
+            work = work_of(settings)
+            utils.work_inside(work.backup)
+            lock = utils.exclusive_process(LOCK) if LOCK.exists() else nullcontext()
+            with lock, last_run_recorded(Path().stat().st_gid) as record:
+                start_services_left_stopped(work, record)
+                raise refusal
+        raise refusal from error
     work_in_backup_directory(night)
     return night
 
@@ -520,7 +526,7 @@ def work_in_backup_directory(night: Night) -> None:
         utils.make_owned_directory(night.backup, 0o750, group)
     utils.work_inside(night.backup)
     names = set(os.listdir()) - {"lost+found"}  # of a new disk
-    if names and names.isdisjoint(map(str, (KEY, ENCRYPTED, PLAIN, LOCK, *HOOKS))):
+    if names and names.isdisjoint(map(str, (KEY, ENCRYPTED, PLAIN, LOCK, LAST_VERIFY, *HOOKS))):
         raise Failure(f"{night.backup} is no directory of backups, for it holds "
                       f"{printable(min(names))}; move it to where it belongs", 2)
     mode = stat.S_IMODE(os.stat(".").st_mode)
@@ -672,22 +678,26 @@ def run_gpg(
 ) -> Finished:
     """Have gpg open a file of encrypted/ and check its integrity.
 
-    take_text: gets its text by lines, and gpg's status lines. output: else gets it. Returns
-    how gpg ended; of some files of a few bytes its exit code is 0 and only its status lines
-    tell (seen: 2.2.40). Raises Failure if it was killed or could not be executed.
+    take_text: gets its text by lines. output: else gets it. Returns how gpg ended. Of some files
+    of a few bytes its exit code is 0, and of one that is not encrypted (seen: 2.2.40): only its
+    status lines tell, which are kept apart from the text. Raises Failure if it was killed or
+    could not be executed.
     """
-    command = ["gpg", "--batch", "--no-tty", "--quiet", "--no-keyring", "--status-fd", "1", "--yes",
+    command = ["gpg", "--batch", "--no-tty", "--quiet", "--no-keyring", "--status-fd=LOG", "--yes",
                "--pinentry-mode", "loopback", "--passphrase-fd", "0",
                "--output", "-" if take_text else str(output), "--decrypt",
                str(ENCRYPTED / name)]
     passphrase = read_passphrase()
+    status: list[str] = []
     answer = utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
-                         standard_input=passphrase, on_line=take_text or (lambda line: None))
+                         standard_input=passphrase, on_line=take_text or (lambda line: None),
+                         on_log=status.append)
     if answer.exit_code < 0 or answer.exit_code == utils.NOT_EXECUTABLE:
         raise Failure(f"gpg could not check {work.backup / ENCRYPTED / name}; run this again: it "
                       f"ended with {answer}")
-    opened = any("] DECRYPTION_OKAY" in line for line in answer.last_lines)
-    return answer if opened else Finished(answer.exit_code or 1, answer.last_lines)
+    opened = "[GNUPG:] DECRYPTION_OKAY" in status
+    return Finished(answer.exit_code if opened else answer.exit_code or 1,
+                    (*answer.last_lines, *status)[-utils.TAIL_LINES:])
 
 
 def is_wrong_key(answer: Finished) -> bool:
@@ -727,16 +737,16 @@ def gpg_home(work: Work) -> Iterator[None]:
 # Step 3: what a run that died has left
 
 
-def start_services_left_stopped(night: Night, record: Record) -> None:
+def start_services_left_stopped(work: Work, record: Record) -> None:
     """Start the services that are still listed in /run.
 
     An earlier run's keeper died, or they did not start.
     """
-    if lines := utils.services_to_start(night.stopped):
+    if lines := utils.services_to_start(work.stopped):
         log.warning("starting %s, which an earlier run left stopped; delete %s if it is to stay so",
-                    " and ".join(lines), night.stopped)
+                    " and ".join(lines), work.stopped)
         record.downtime.not_started = utils.start_services(
-            utils.service_manager(night.environment), lines, night.stopped)
+            utils.service_manager(work.environment), lines, work.stopped)
 
 
 def recover_from_dead_run(work: Work) -> None:
@@ -1667,8 +1677,8 @@ def check_a_share(night: Night, record: Record) -> None:
 
 
 @contextmanager
-def last_run_recorded(night: Night) -> Iterator[Record]:
-    """Write last-run.json when the block ends, however it ends.
+def last_run_recorded(group: int) -> Iterator[Record]:
+    """Write last-run.json, for a group by its id, when the block ends, however it ends.
 
     A service that could not be started again is told of, and outranks every other exit
     code.
@@ -1684,10 +1694,10 @@ def last_run_recorded(night: Night) -> Iterator[Record]:
             failure.exit_code = 1  # for step 1 is over
         if record.downtime.not_started:
             failure.exit_code = 5
-        write_last_run(night.user.pw_gid, record, failure.exit_code, str(failure))
+        write_last_run(group, record, failure.exit_code, str(failure))
         raise failure from error
     else:
-        write_last_run(night.user.pw_gid, record)
+        write_last_run(group, record)
     finally:
         for name, why in record.downtime.not_started.items():
             log.error("%s could not be started again; mend it, the next run tries it, too: %s",

@@ -149,7 +149,7 @@ def load_environment(path: Path) -> dict[str, str]:
     gives a key a second, different value.
     """
     try:
-        lines = os.fsdecode(content_of(path)).splitlines()
+        lines = os.fsdecode(content_of(path)).split("\n")
     except OSError as error:
         raise Failure(f"cannot read the settings file {path}: {error.strerror}; name another with "
                       "--config", 2) from error
@@ -989,10 +989,10 @@ def shell(
 
     No shell reads the command.
 
-    command: program and arguments; in "--log-fd=LOG" the word LOG becomes the number of
-    a descriptor whose lines go to on_log. environment: all of the program's environment.
-    secret: hidden in whatever the program prints. standard_input: a few lines for it to
-    read. directory: where it runs. umask: -1 for the caller's. starts_daemons: they would
+    command: program and arguments; in "--log-fd=LOG" and "--status-fd=LOG" the word LOG becomes
+    the number of a descriptor whose lines go to on_log. environment: all of the program's
+    environment. secret: hidden in whatever the program prints. standard_input: a few lines for
+    it to read. directory: where it runs. umask: -1 for the caller's. starts_daemons: they would
     hold an output pipe open for ever, so a file takes the output, whose lines come at the
     end. interruptible: whether a signal to this process ends it, and raises Interrupted.
     timeout_seconds: then it is ended, with exit code 124. on_line, on_log: called for each
@@ -1015,7 +1015,8 @@ def shell(
     with ExitStack() as stack:
         output = stack.enter_context((_file_to if starts_daemons else _pipe_to)(take_line))
         log = [stack.enter_context(_pipe_to(on_log))] if on_log else []
-        arguments = [f"--log-fd={log[0]}" if part == "--log-fd=LOG" else part for part in command]
+        arguments = [part.replace("LOG", str(*log)) if part in ("--log-fd=LOG", "--status-fd=LOG")
+                     else part for part in command]
         if interruptible:
             raise_if_interrupted()
         try:

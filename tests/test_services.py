@@ -448,13 +448,23 @@ def test_signal_while_a_stop_is_under_way(keyed: Store, fails: bool) -> None:
     assert_good_night(keyed)
 
 
-def test_services_left_stopped_come_back_before_a_refusal(keyed: Store) -> None:
-    """A run that refuses its settings or key starts first what a run that died left stopped."""
-    keyed.stopped_list.write_text("dovecot\npostfix\n")
-    for name in ("dovecot", "postfix"):
-        (keyed.bin / f"{name}.running").unlink()
-    (keyed.backups / "secret_key.txt").chmod(0o644)
-    assert "chmod 600" in keyed.backup(exit_code=2).stderr
+@pytest.mark.parametrize("wrong", ["key", "setting"])
+def test_services_left_stopped_come_back_before_a_refusal(keyed: Store, wrong: str) -> None:
+    """A run that is refused starts first what a run that died left stopped, or exits with 5."""
+    keyed.backup()
+    for exit_code in (5, 2):
+        keyed.stopped_list.write_text("dovecot\npostfix\n")
+        for name in ("dovecot", "postfix"):
+            (keyed.bin / f"{name}.running").unlink(missing_ok=True)
+        if exit_code == 5:
+            (keyed.bin / "postfix.fails-start").write_text("3")
+        if wrong == "key":
+            (keyed.backups / "secret_key.txt").chmod(0o644)
+        elif wrong == "setting":
+            keyed.settings.write_text(f"{keyed.settings.read_text()}BACKUP_KEEP=3\n")
+        result = keyed.backup(exit_code=exit_code)
+        assert {"key": "chmod 600", "setting": "BACKUP_KEEP is no setting"}[wrong] in result.stderr
+        assert keyed.last_run()["exit_code"] == exit_code
     assert keyed.running() == ["dovecot", "postfix"] and not keyed.stopped_list.exists()
 
 

@@ -53,6 +53,7 @@ WHOLE = f"{IN_ROOT}STORAGE_USER=nobody\n"
     (f"{WHOLE}BACKUP_EXCLUDE=www /etc\n", "BACKUP_EXCLUDE names /etc"),
     (f"{WHOLE}BACKUP_EXCLUDE=www/../mail\n", "BACKUP_EXCLUDE names www/../mail"),
     (f"{WHOLE}BACKUP_EXCLUDE=.\n", "BACKUP_EXCLUDE names ."),
+    (f"{WHOLE}BACKUP_EXCLUDE=www # not mail\n", "BACKUP_EXCLUDE names #"),
     (f"{WHOLE}BACKUP_EXCLUDE=''\n", "BACKUP_EXCLUDE names an empty path"),
     (f"{WHOLE}BACKUP_EXCLUDE=migrated_unencrypted_backup/a\n",
      "BACKUP_EXCLUDE names migrated_unencrypted_backup/a"),
@@ -79,11 +80,11 @@ def test_settings_file_that_cannot_be_read(store: Store) -> None:
 def test_settings_file_with_all_that_is_allowed(store: Store) -> None:
     """Blank lines, comments, spaces, CRLF, a line twice, keys of others, = and bytes in values."""
     text = (f"# settings\r\n\r\n  STORAGE_ROOT = {store.root} \r\n"
-            f"STORAGE_USER={USER}\nSTORAGE_USER={USER}\n  # more\nA=b=c\nEMPTY=\n")
+            f"STORAGE_USER={USER}\nSTORAGE_USER={USER}\n  # more\nA=b=c\u2028d=e\nEMPTY=\n")
     store.settings.write_bytes(text.encode() + b"NAME=\xff\n")
     assert utils.load_environment(store.settings) == {
         "STORAGE_ROOT": str(store.root), "STORAGE_USER": USER,
-        "A": "b=c", "EMPTY": "", "NAME": "\udcff"}
+        "A": "b=c\u2028d=e", "EMPTY": "", "NAME": "\udcff"}
     store.backup("--dry-run")
 
 

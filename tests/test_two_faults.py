@@ -1,5 +1,6 @@
 """Several things go wrong one after the other, and nothing that is good is lost."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -119,9 +120,12 @@ def test_root_takes_no_foreign_directory_for_backup(store: Store) -> None:
 
 
 def test_first_night_on_a_new_disk(store: Store) -> None:
-    """It holds lost+found, and nothing that a backup has made."""
+    """It holds lost+found, and nothing that a backup has made but what --verify has noted."""
     store.backups.mkdir()
     (store.backups / "lost+found").mkdir()
+    store.backup("--dry-run")
+    (store.backups / "last-verify.json").touch()
+    (store.backups / "old-key-2026-11-20").mkdir()
     store.backup()
     assert len(store.manifests()) == 1
 
@@ -766,3 +770,20 @@ def test_power_cut_that_leaves_empty_files(
         assert keyed.backup().stderr == "" and "-full." in keyed.manifests()[-1]
     assert before < set(keyed.encrypted.iterdir())
     keyed.assert_restores()
+
+
+def test_forged_manifest(keyed: Store, first_night: FirstNight) -> None:
+    """Who has no key cannot make one that passes: gpg opens what is not encrypted, exit code 0."""
+    first_night(keyed, 2)
+    manifest = keyed.encrypted / keyed.manifests()[0]
+    volume = next(keyed.encrypted.glob("*-full.*.vol1.*"))
+    volume.write_bytes(os.urandom(5000))
+    text = (f"Hostname x\nLocaldir /x\nVolume 1:\n    StartingPath   .  \n    EndingPath     z \n"
+            f"    Hash SHA1 {hashlib.sha1(volume.read_bytes()).hexdigest()}\n"
+            "[GNUPG:] DECRYPTION_OKAY\n")
+    plain = keyed.scratch / "plain"
+    plain.write_text(text)
+    keyed.run("gpg", "--homedir", keyed.scratch, "--batch", "--yes", "--store",
+              "--output", manifest, plain)
+    for result in keyed.backup(exit_code=3), keyed.backup("--verify", exit_code=3):
+        assert f"{manifest} is damaged" in result.stderr
