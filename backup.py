@@ -50,7 +50,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -346,7 +346,7 @@ def excluded_of(settings: Settings) -> tuple[str, ...]:
         if (parts[0] in ("", MIGRATED) or path.startswith("#")  # as if a comment could follow
                 or not {".", ".."}.isdisjoint(parts)):
             raise Failure(f"BACKUP_EXCLUDE names {printable(path) or 'an empty path'}; give it "
-                          f"paths relative to STORAGE_ROOT, without . or .. and not {MIGRATED}", 2)
+                          f"paths relative to STORAGE_ROOT, without ., .. or #, not {MIGRATED}", 2)
     return tuple(map(os.path.normpath, paths))
 
 
@@ -407,7 +407,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
         with gpg_home(night):
             check_newest_set(night, record)                                     # 2
             check_nothing_lost(night, record, force_full)
-            recover_from_dead_run(night)                                        # 3
+            recover_from_dead_run(night, record)                                # 3
             make_directories(night)
             migrated = migrate_legacy_layout(night)                             # 4
             sets = complete_sets()
@@ -451,7 +451,8 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
 def begin_night(settings: Settings) -> Night:
     """Check what needs no lock, and work in backup/.
 
-    A refusal is written to last-run.json, and leaves no service stopped that another run did.
+    A refusal is written to last-run.json. One of the settings leaves no service stopped that
+    another run did.
     settings: see night_of. Raises Failure.
     """
     try:
@@ -463,10 +464,12 @@ def begin_night(settings: Settings) -> Night:
         with suppress(Failure, OSError):  # backup/ may be missing, or not sound
             work = work_of(settings)
             utils.work_inside(work.backup)
-            lock = utils.exclusive_process(LOCK) if LOCK.exists() else nullcontext()
-            with lock, last_run_recorded(Path().stat().st_gid) as record:
-                start_services_left_stopped(work, record)
-                raise refusal
+            if LOCK.exists():  # else no run was ever here
+                with utils.exclusive_process(LOCK), last_run_recorded(
+                        Path().stat().st_gid) as record:
+                    if refusal.exit_code == 2:  # else what mail needs may not be mounted
+                        start_services_left_stopped(work, record)
+                    raise refusal
         raise refusal from error
     work_in_backup_directory(night)
     return night
@@ -749,15 +752,20 @@ def start_services_left_stopped(work: Work, record: Record) -> None:
             utils.service_manager(work.environment), lines, work.stopped)
 
 
-def recover_from_dead_run(work: Work) -> None:
+def recover_from_dead_run(work: Work, record: Record) -> None:
     """Delete what a run that died had not finished, and what readers that died have left.
 
     A set that was killed is never resumed: duplicity would believe parts of it that the
     tree does not bear out any more.
     """
-    for path in dead_files():
+    # Of a set that is newer than the last good run a power cut may have left but the names.
+    torn = [found.stamp for found in complete_sets()
+            if found.stamp > (record.newest_set or found.stamp)
+            and not (ENCRYPTED / found.manifest).stat().st_size]
+    for path in dead_files(torn):
         log.debug("deleting %s", path)
         utils.remove(path)
+        record.broken.pop(path.name, None)
     utils.remove(TEMPORARY)
     for place in (SNAPSHOT, work.copy_beside):
         remove_copy(place)
@@ -953,13 +961,13 @@ def openssl_size(size: int) -> int:
 def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
     """Tell from the names and sizes of files what sets there are, oldest first, complete or not.
 
-    An empty file counts as missing: a power cut leaves such.
+    A volume that is empty counts as missing: a power cut leaves such.
     A signature file that is dated up to 60 seconds off a complete set without one
     belongs to that set: some versions date them so.
     """
     members: dict[SetKey, set[str]] = {}
     for name, size in sizes.items():
-        if size and (key := key_of(name)):
+        if (size or ".difftar." not in name) and (key := key_of(name)):
             members.setdefault(key, set()).add(name)
     loose = {key for key, names in members.items() if all(".sigtar." in name for name in names)}
     sets = []
@@ -1053,7 +1061,7 @@ def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
 
 
 def backup_files() -> set[str]:
-    """Return the names of the files in encrypted/ that belong to a set, see sets_of."""
+    """Return the names of the files in encrypted/ that belong to a set; an empty one does not."""
     sizes = utils.regular_files(ENCRYPTED)
     return {name for name, size in sizes.items() if size and key_of(name)}
 
@@ -1247,6 +1255,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
     os.listdir(night.root)  # should that fail all mail would count as deleted
+    utils.sync(night.root)  # a disk that loses writes is no reason to have mail down
     log.info("copying %s while mail runs", night.root)
     with ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
@@ -2138,7 +2147,7 @@ def table(status: Status) -> str:
     A bar in each row is as wide, in percent of its cell, as the backup is big beside the
     largest.
     """
-    largest = max(backup["size"] for backup in status["backups"])
+    largest = max(1, *(backup["size"] for backup in status["backups"]))
     chains = "<tbody>\n"
     for number, backup in enumerate(status["backups"], 1):
         kind = "full" if backup["full"] else "increment"

@@ -55,8 +55,10 @@ FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
 TIMED_OUT = 124
 NOT_EXECUTABLE = 126
-# Of what is damaged, or refused even to root; EAGAIN comes for a file that is under a lease.
-UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EACCES, errno.EPERM, errno.EAGAIN)
+# Of what is damaged, or refused even to root; EAGAIN comes for a file that is under a lease,
+# EINVAL where a file system cannot copy.
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EACCES, errno.EPERM, errno.EAGAIN,
+              errno.EINVAL)
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Of systemd's units, see org.freedesktop.systemd1(5): states in which they run, and who
@@ -777,7 +779,7 @@ def _pass_over(mirror: Mirror, path: str, error: OSError) -> None:
     """
     if error.errno in UNREADABLE:
         mirror.unread[path] = error.strerror
-    elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL):
+    elif error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
         raise error
 
 

@@ -4,6 +4,7 @@ Without a copy the night goes on.
 """
 
 import contextlib
+import errno
 import os
 import pwd
 import subprocess
@@ -350,16 +351,17 @@ def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
     assert len(keyed.manifests()) == 2
 
 
-def test_file_that_cannot_be_copied(keyed: Store) -> None:
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL])
+def test_file_that_cannot_be_copied(keyed: Store, error: int) -> None:
     """A disk error in a file that is no message: the backup is made without it.
 
     The file is named, exit 3; a good disk mends it.
     """
     bad = keyed.root / "ssl/private.pem"
     trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad),
-             "-e", "trace=sendfile", "-e", "inject=sendfile:error=EIO"]
+             "-e", "trace=sendfile", "-e", f"inject=sendfile:error={errno.errorcode[error]}"]
     result = keyed.run(*trace, *keyed.command(), exit_code=3)
-    told = f"not all of {keyed.root} could be read; check the disk: {bad}: Input/output error"
+    told = f"not all of {keyed.root} could be read; check the disk: {bad}: {os.strerror(error)}"
     assert told in result.stderr and told in keyed.last_run()["message"]
     assert keyed.last_run()["source"] == "copy"
     assert not (keyed.restore("without") / "ssl/private.pem").exists()
