@@ -19,7 +19,7 @@ from test_migration import MIGRATED, Legacy, files_in, legacy
 from test_services import processes_of, wait_for
 
 __all__ = ["legacy"]
-STEP = int(os.environ.get("SWEEP_STEP", "61"))
+STEP = int(os.environ.get("SWEEP_STEP", "89"))
 ALLOWED = {
     "cache", "encrypted", "last-run.json", "last-verify.json", "lock", "secret_key.txt"}
 
