@@ -461,7 +461,7 @@ def begin_night(settings: Settings) -> Night:
         check_mounts(night)
     except Exception as error:
         refusal = failure_of(error)
-        with suppress(Failure, OSError):  # backup/ may be missing, or not sound
+        with suppress(Failure, OSError):  # backup/ may be missing, not sound, or in use by a run
             work = work_of(settings)
             utils.work_inside(work.backup)
             if LOCK.exists():  # else no run was ever here
@@ -699,7 +699,7 @@ def run_gpg(
         raise Failure(f"gpg could not check {work.backup / ENCRYPTED / name}; run this again: it "
                       f"ended with {answer}")
     opened = "[GNUPG:] DECRYPTION_OKAY" in status
-    return Finished(answer.exit_code if opened else answer.exit_code or 1,
+    return Finished(answer.exit_code or int(not opened),
                     (*answer.last_lines, *status)[-utils.TAIL_LINES:])
 
 
@@ -1255,13 +1255,14 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
     os.listdir(night.root)  # should that fail all mail would count as deleted
-    utils.sync(night.root)  # a disk that loses writes is no reason to have mail down
     log.info("copying %s while mail runs", night.root)
     with ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
         try:
             copy = stack.enter_context(
                 utils.mirror_of(night.root, place, excluded, may_link, spare))
+        except utils.LostWrites:
+            raise  # it is no reason to have mail down, too
         except (Failure, OSError) as error:
             record.remarks.insert(0, f"mail was down while duplicity read {night.root} "
                                   f"itself, because it could not be copied: {error}")
@@ -1605,12 +1606,12 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     would be old; a new set tells what it was for duplicity, should it have jumped meanwhile.
     sets: the complete ones from before this run, oldest first.
     """
-    kept = kept_since(night.keep_days)
-    loose = [found.stamp for found in loose_sets(read_sets()) if found.date > kept]
+    there, kept = read_sets(), kept_since(night.keep_days)
+    loose = [found.stamp for found in loose_sets(there) if found.date > kept]
     if loose:
         record.warn("no old backups were deleted, for with what is missing these would be whole "
                     f"again: {first_of(loose)}; put it back from your copy elsewhere")
-    now = max([night.now, *(found.date for found in complete_sets())])
+    now = max([night.now, *(found.date for found in there if found.complete)])
     after_a_pause = bool(sets) and now - sets[-1].date > timedelta(days=FULL_DAYS)
     if after_a_pause:
         record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days "

@@ -86,6 +86,10 @@ class Failure(Exception):
         self.exit_code = exit_code
 
 
+class LostWrites(Failure):
+    """A disk could not take what was written, of which only sync tells (seen: a full thin pool)."""
+
+
 class Interrupted(BaseException):
     """A signal asks the program to end.
 
@@ -289,14 +293,13 @@ def content_of(path: Path) -> bytes:
 def sync(*paths: Path) -> None:
     """Have what was written to the file systems of these paths reach their disks, see sync(1).
 
-    Others are not waited for: one of them may hang. Raises Failure if a disk could not take
-    what was written, of which nothing else tells (seen: a thin pool that was full).
+    Others are not waited for: one of them may hang. Raises LostWrites.
     """
     command = ["sync", "--file-system", *map(str, paths)]
     answer = shell(command, {"PATH": SYSTEM_DIRECTORIES}, directory=".")
     if answer.exit_code:
-        raise Failure("what was written did not reach the disk; see to that: sync ended with "
-                      f"{answer}")
+        raise LostWrites(f"what was written to {paths[0].resolve()} did not reach its disk; see "
+                         f"to that: sync ended with {answer}")
 
 
 def sync_directory(path: Path) -> None:
@@ -560,8 +563,8 @@ def _mirror_directory(
     """
     _check_time(mirror)
     status = os.fstat(live)
-    room = os.statvfs(copy)
-    if mirror.spare_bytes and room.f_favail < min(room.f_files // 20, SPARE_INODES):
+    if mirror.spare_bytes and (room := os.statvfs(copy)).f_favail < min(
+            room.f_files // 20, SPARE_INODES):
         raise Failure(f"the file system of {mirror.source} has few inodes left")
     if status.st_dev != os.fstat(copy).st_dev:
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")

@@ -756,7 +756,7 @@ def test_disk_that_loses_what_was_written(
     trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(keyed.scratch / disk),
              "-e", "trace=syncfs", "-e", "inject=syncfs:error=EIO"]
     errors = keyed.run(*trace, *keyed.command("--full"), exit_code=1).stderr
-    assert "did not reach the disk" in errors and "Input/output error" in errors
+    assert "did not reach its disk" in errors and "Input/output error" in errors
     assert set(keyed.encrypted.iterdir()) == before and not mark.exists()
     assert (keyed.last_run()["source"] == "copy") == bool(keyed.calls("stop")) == ("/" in disk)
     assert keyed.backup("--full").stderr == "" and mark.exists()
