@@ -160,6 +160,8 @@ def kill_while_mail_is_down() -> None:
 
 def kill_while_duplicity_runs() -> None:
     """Kill the program while duplicity makes the backup, whether mail is down for it or not."""
+    # On a busy machine it would be done with less before it is looked for.
+    (STORAGE_ROOT / "large").write_bytes(os.urandom(30_000_000))
     kill_and_back_up_again(lambda watcher: runs("duplicity", " full "))
 
 
