@@ -502,7 +502,7 @@ def _catch_up(mirror: Mirror) -> None:
     seconds = math.inf
     while True:
         settled_ns = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-        sync(path_of(mirror.live))
+        sync(mirror.source)
         began, before = time.monotonic(), seconds
         update_mirror(mirror)
         mirror.settled_ns = settled_ns
