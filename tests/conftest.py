@@ -64,7 +64,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 SUMMARY: list[str] = []  # what tests have to tell although they passed
 
 # They wait much, or one process must run them all.
-LONGEST = ["test_nights.py", "test_mail_server.py", "test_cron.py", "test_death.py"]
+LONGEST = ["test_nights.py", "test_reading.py", "test_mail_server.py", "test_cron.py",
+           "test_death.py", "test_restore.py"]
 
 Result = subprocess.CompletedProcess[str]
 Entry = tuple[object, ...]

@@ -16,6 +16,8 @@ import pytest
 import backup
 from conftest import PYTHON, FirstNight, Result, Store
 
+pytestmark = pytest.mark.long
+
 
 def put_hook(store: Store) -> Path:
     """Have a hook after the backup that leaves a mark, and return where."""
@@ -174,7 +176,6 @@ def test_rotten_file_is_found_within_seven_nights(keyed: Store, first_night: Fir
     assert status(keyed, 0)["last_verify"]["damaged"] == {}
 
 
-@pytest.mark.long
 def test_lost_manifest_keeps_what_it_leaves(keyed: Store, first_night: FirstNight) -> None:
     """The volumes stay until they are old, so that the manifest can be had from a copy."""
     first_night(keyed, 3)
@@ -239,7 +240,6 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
     assert old not in result.stdout and new in result.stdout
 
 
-@pytest.mark.long
 def test_full_disk_takes_nothing_that_a_lost_manifest_needs(keyed: Store) -> None:
     """What is before it looks like a chain that is over and old; the manifest may be fetched."""
     (keyed.root / "big").write_bytes(os.urandom(30_000_000))

@@ -13,21 +13,28 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 import backup
+import utils
 from conftest import SUMMARY, Result, Store, make_store, tree_of
 from test_migration import MIGRATED, Legacy, files_in, legacy
 from test_services import processes_of, wait_for
 
 __all__ = ["legacy"]
-STEP = int(os.environ.get("SWEEP_STEP", "89"))
+pytestmark = pytest.mark.sampled
+STEP = int(os.environ.get("SWEEP_STEP", "199"))
 ALLOWED = {
     "cache", "encrypted", "last-run.json", "last-verify.json", "lock", "secret_key.txt"}
 
 
 def store_at(place: Path, legacy: Legacy) -> Store:
-    """Make a store with the layout of old in a new directory."""
+    """Make a store with the layout of old in a new directory, and one of each kind of file."""
     place.mkdir()
     store = make_store(place)
+    mailbox = store.root / "mail" / "mailboxes" / "example.com" / "alice"
+    for path in (mailbox / ".Sent", mailbox / "tmp", *mailbox.glob("cur/17000[1-4]*")):
+        utils.remove(path)
     legacy.put(store.root)
     return store
 

@@ -371,8 +371,9 @@ def begun_before(root: Path, legacy: Legacy) -> None:
 
 
 @pytest.mark.parametrize(("put", "disks"), [
-    (put_with_strays, 1), (begun_before, 2), (migrated_before, 1), (migrated_before, 2),
-    (copied_before, 2)])
+    (put_with_strays, 1), (copied_before, 2), *(
+        pytest.param(*begun, marks=pytest.mark.long)
+        for begun in ((begun_before, 2), (migrated_before, 1), (migrated_before, 2)))])
 def test_killed_at_any_instant(
     root: Path, legacy: Legacy, put: Callable[[Path, Legacy], None], disks: int
 ) -> None:

@@ -16,6 +16,8 @@ import backup
 from conftest import PYTHON, SCRIPT, FirstNight, Result, Store, tree_of
 from utils import Failure
 
+pytestmark = pytest.mark.xdist_group("reading")  # one process makes what they read
+
 MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
 
 

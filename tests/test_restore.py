@@ -15,6 +15,8 @@ from test_reading_meanwhile import StoppedReader
 from test_terminal import on_terminal
 from test_traps import SMALL_VOLUMES
 
+pytestmark = pytest.mark.xdist_group("restore")  # one process makes what they restore
+
 ALICE = "mail/mailboxes/example.com/alice"
 
 # Takes its time for each volume, so that the progress is drawn several times.

@@ -1,6 +1,6 @@
 """The ways in which duplicity loses data silently: backup.py is not caught.
 
-That they bite is shown with plain duplicity by the tests marked long.
+That they bite is shown with plain duplicity.
 """
 
 import os
@@ -13,6 +13,8 @@ import pytest
 
 from conftest import FirstNight, Result, Store, pass_the_second_of, tree_of
 from test_services import processes_of, wait_for
+
+pytestmark = pytest.mark.long
 
 KEY = "correct horse battery staple correct horse battery staple"
 BIG = 30_000_000
@@ -100,7 +102,6 @@ def change(store: Store) -> None:
     (store.root / "mail/mailboxes/example.com/alice/new/170010.M1P1.host").unlink()
 
 
-@pytest.mark.long
 def test_plain_duplicity_resumes_a_killed_run(keyed: Store) -> None:
     """The trap: the next run resumes the killed one, exits 0, and does not restore to the tree."""
     plain = Plain(keyed)
@@ -144,7 +145,6 @@ def test_killed_run_is_never_resumed(
     keyed.assert_restores()
 
 
-@pytest.mark.long
 def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
     """The trap: an increment under another key exits 0, and then neither key restores the chain.
 
@@ -163,7 +163,6 @@ def test_plain_duplicity_mixes_keys(keyed: Store) -> None:
         assert result.returncode != 0
 
 
-@pytest.mark.long
 def test_plain_duplicity_passes_over_unread_files(keyed: Store) -> None:
     """The trap: a file that cannot be read is left out, exit 0.
 
@@ -176,7 +175,6 @@ def test_plain_duplicity_passes_over_unread_files(keyed: Store) -> None:
     assert not (plain.restore("caught") / "ssl/private.pem").exists()
 
 
-@pytest.mark.long
 def test_plain_duplicity_believes_a_tree_that_vanishes(keyed: Store) -> None:
     """The trap: of a tree that goes while it is read, what is left is kept, exit 0.
 
@@ -197,7 +195,6 @@ def test_plain_duplicity_believes_a_tree_that_vanishes(keyed: Store) -> None:
     assert len(list(plain.restore("caught").glob("file*"))) < 300
 
 
-@pytest.mark.long
 def test_plain_duplicity_makes_orphans_after_a_set_of_the_future(keyed: Store) -> None:
     """The trap: an increment on a set of the future fails, or is an orphan that no restore finds.
 

@@ -13,6 +13,8 @@ import backup
 from conftest import FirstNight, OldNights, Store, tree_of
 from test_bad_mornings import put_hook
 
+pytestmark = pytest.mark.long
+
 MAKES_NO_SET = '#!/bin/sh\ncase $1 in full|incremental) exit 50;; esac\nexec REAL "$@"\n'
 
 
@@ -178,7 +180,6 @@ def test_verify_finds_the_loss_before_the_night(keyed: Store, first_night: First
     assert keyed.backup().stderr == "" and mark.exists()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("cache", [True, False])
 def test_lost_manifest_keeps_what_is_older_than_it(
     keyed: Store, old_nights: OldNights, cache: bool
@@ -199,7 +200,6 @@ def test_lost_manifest_keeps_what_is_older_than_it(
     keyed.backup("--restore", str(keyed.scratch / "old"), "--time", "11h")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 2])
 def test_lost_signatures(keyed: Store, first_night: FirstNight, lost: int) -> None:
     """They are told, the others kept, and every backup is restored whole without them."""
@@ -301,7 +301,6 @@ def test_known_damage_outlives_a_night_that_failed(keyed: Store, first_night: Fi
     assert "-full." in keyed.manifests()[-1]
 
 
-@pytest.mark.long
 def test_volume_of_an_old_chain_is_lost(keyed: Store) -> None:
     """The night that finds it tells of it, and not each seventh that finds it anew."""
     volume = make_fulls(keyed, "9 days ago", "1 hour ago")[0]
@@ -338,7 +337,6 @@ def test_volumes_that_never_come_back(keyed: Store, old_nights: OldNights) -> No
     assert keyed.backup("--verify").stderr == "" and len(keyed.manifests()) == 2
 
 
-@pytest.mark.long
 def test_loss_beside_what_is_waited_for(keyed: Store, old_nights: OldNights) -> None:
     """The full backup that a lost manifest has parted from its increments is looked for, too."""
     old_nights(keyed, "95 hours ago", "94 hours ago", "60 hours ago")
@@ -390,7 +388,6 @@ def test_loss_is_told_again_after_a_kill(keyed: Store, first_night: FirstNight) 
     assert f"{manifest.name} is damaged" in keyed.backup("--status").stdout
 
 
-@pytest.mark.long
 def test_lost_signatures_of_an_older_chain(keyed: Store, first_night: FirstNight) -> None:
     """They are told, those after them are kept, and no full backup is made for them."""
     first_night(keyed)
@@ -409,7 +406,6 @@ def test_lost_signatures_of_an_older_chain(keyed: Store, first_night: FirstNight
     assert keyed.backup("--verify").stderr == ""
 
 
-@pytest.mark.long
 def test_damaged_note_beside_a_lost_volume(keyed: Store) -> None:
     """What duplicity has noted is thrown away, although something in encrypted/ is lost, too."""
     for option in ("-v", "-v", "--full"):
@@ -487,7 +483,6 @@ def test_two_damaged_files_are_no_other_key(
     assert f"{manifest} is damaged" in keyed.backup(exit_code=3).stderr
 
 
-@pytest.mark.long
 def test_damaged_note_beside_lost_signatures_of_an_older_chain(keyed: Store) -> None:
     """What duplicity has noted can be made anew, for the newest chain is whole."""
     for option in ("-v", "-v", "--full"):
@@ -529,7 +524,6 @@ def test_what_a_lost_set_would_complete_is_kept(keyed: Store, old_nights: OldNig
     assert before < set(keyed.encrypted.iterdir())
 
 
-@pytest.mark.long
 def test_loose_sets_go_although_signatures_were_lost(keyed: Store, old_nights: OldNights) -> None:
     """What leads nowhere is deleted when it is old, whatever was marked in it before."""
     old_nights(keyed, "9 days ago", "8 days ago", "7 days ago")
@@ -674,7 +668,6 @@ def test_disk_that_goes_while_duplicity_runs(keyed: Store, first_night: FirstNig
     assert keyed.backup().stderr == "" and before < set(keyed.encrypted.iterdir())
 
 
-@pytest.mark.long
 def test_killed_after_it_has_pruned(keyed: Store, old_nights: OldNights) -> None:
     """What went because it was old is no loss, although last-run.json still names it."""
     old_nights(keyed, "6 days ago", "5 days ago")
