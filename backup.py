@@ -650,7 +650,8 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     if lost := newest_lost(sets, record.newest_set):
         if not force_full:
             raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
-                          "from your copy elsewhere, or run --full to begin anew without it")
+                          "from your copy elsewhere, or run --full to begin anew without it, "
+                          "which deletes what is left of it")
         if not CACHE.exists() and not backup_files():
             record.files = []
 
