@@ -2173,6 +2173,8 @@ def table(status: Status) -> str:
 
 # Reading: verify, list, restore
 
+PUT_BACK = "put back your copy of it, or take an older backup with --time"
+
 
 @dataclass(frozen=True)
 class Reader(Work):
@@ -2317,11 +2319,10 @@ def prefer_encrypted_manifests(reader: Reader, exit_code: int) -> None:
                 take_line(line.rstrip("\n"))
         named = {volume for volume, checksum in checksums.items() if checksum}
         if not named or answer.exit_code and not named >= found.volumes:
-            raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} cannot be used; put back "
-                          "your copy of it, or take an older backup with --time: gpg ended with "
-                          f"{answer}", exit_code)
+            raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} cannot be used; "
+                          f"{PUT_BACK}: gpg ended with {answer}", exit_code)
         for volume in sorted(named - found.volumes):
-            log.warning("%s is missing", reader.backup / ENCRYPTED / volume)
+            log.warning("%s is missing; %s", reader.backup / ENCRYPTED / volume, PUT_BACK)
 
 
 def verify(reader: Reader) -> dict[str, str]:
@@ -2451,8 +2452,7 @@ def list_files(reader: Reader) -> list[str]:
     """Return the paths in a backup, in order, escaped. reader: of a chain. Raises Failure."""
     if unsigned := [found.signatures for found in reader.sets if not found.signed]:
         raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]} is missing: the files cannot "
-                      "be listed, but restored; put back your copy, or take an older backup with "
-                      "--time")
+                      f"be listed, but restored; {PUT_BACK}")
     if notes_are_damaged(reader):
         utils.remove(ARCHIVE)
     stamp = reader.sets[-1].stamp
