@@ -734,8 +734,8 @@ def gpg_home(work: Work) -> Iterator[None]:
         try:
             yield
         finally:  # should that fail: an agent whose home is gone ends by itself
-            utils.shell(["gpgconf", "--kill", "all"], gpg_environment(work), interruptible=False,
-                        timeout_seconds=GPGCONF_SECONDS)
+            utils.shell(["gpgconf", "--kill", "gpg-agent"], gpg_environment(work),
+                        interruptible=False, timeout_seconds=GPGCONF_SECONDS)
 
 
 # Step 3: what a run that died has left
@@ -759,11 +759,11 @@ def recover_from_dead_run(work: Work, record: Record) -> None:
     A set that was killed is never resumed: duplicity would believe parts of it that the
     tree does not bear out any more.
     """
-    # Of a set that is newer than the last good run a power cut may have left but the names.
-    torn = [found.stamp for found in complete_sets()
-            if found.stamp > (record.newest_set or found.stamp)
-            and not (ENCRYPTED / found.manifest).stat().st_size]
-    for path in dead_files(torn):
+    # What is newer than the last good run is not proved: a power cut may have left but names.
+    rejected = [found.stamp for found in complete_sets()[-1:]
+                if found.stamp > (record.newest_set or found.stamp)
+                and any(why for _, why in check_set(work, found))]
+    for path in dead_files(rejected):
         log.debug("deleting %s", path)
         utils.remove(path)
         record.broken.pop(path.name, None)
@@ -962,8 +962,8 @@ def openssl_size(size: int) -> int:
 def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
     """Tell from the names and sizes of files what sets there are, oldest first, complete or not.
 
-    A volume that is empty counts as missing: a power cut leaves such.
-    A signature file that is dated up to 60 seconds off a complete set without one
+    A volume that is empty counts as missing, and so does a set that holds nothing: a power cut
+    leaves such. A signature file that is dated up to 60 seconds off a complete set without one
     belongs to that set: some versions date them so.
     """
     members: dict[SetKey, set[str]] = {}
@@ -982,8 +982,8 @@ def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
             for key in near[:1]:
                 loose.remove(key)
                 names = names | members[key]
-        sets.append(BackupSet(stamp, previous, complete, frozenset(names),
-                              sum(sizes[name] for name in names)))
+        if size := sum(sizes[name] for name in names):
+            sets.append(BackupSet(stamp, previous, complete, frozenset(names), size))
     return sorted(sets, key=lambda found: (found.stamp, found.previous or ""))
 
 
@@ -1622,10 +1622,16 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
 
 @needs_attention_at_most
 def delete_old_chains(night: Night, record: Record, begin: datetime | None = None) -> None:
-    """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS.
+    """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS, if the newest is whole.
 
     begin: that of a chain which is to stay, however old its newest set is.
     """
+    chains = chains_of(complete_sets())
+    if any(chain[-1].date < kept_since(night.keep_days) for chain in chains[:-1]):
+        log.info("checking the newest backups before old ones are deleted")
+        check_files(night, record, chains[-1], range(SHARES))
+        if broken_in(chains[-1], record.broken):
+            return
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
         age = str(int(begin.timestamp()))
@@ -1672,16 +1678,27 @@ def grant_group_read(night: Night, record: Record) -> None:
 @needs_attention_at_most
 def check_a_share(night: Night, record: Record) -> None:
     """Check a seventh of the backup files as --verify does: those not checked for longest."""
-    last = read_last_verify(LAST_VERIFY)
-    share = min(range(SHARES), key=lambda number: last["checked"].get(str(number), ""))
+    checked = read_last_verify(LAST_VERIFY)["checked"]
+    share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
     log.info("checking a seventh of the backup files")
-    results = {**dict.fromkeys(last["damaged"], ""), **record.broken}  # or it is whole again
+    check_files(night, record, complete_sets(), [share], [share])
+
+
+def check_files(
+    night: Night, record: Record, sets: Sets, shares: Collection[int], noted: Collection[int] = ()
+) -> None:
+    """Check the files of some sets that are in some shares, and tell what is wrong with them.
+
+    noted: the shares of which all sets are checked.
+    """
+    known = read_last_verify(LAST_VERIFY)["damaged"]
+    results = {**dict.fromkeys(known, ""), **record.broken}  # or it is whole again
     with utils.low_priority():
-        for found in complete_sets():
-            results.update(check_set(night, found, [share]))
+        for found in sets:
+            results.update(check_set(night, found, shares))
     record.broken = {name: why for name, why in results.items() if why}
     tell_of_losses(night, record)
-    record_checks([share], results)
+    record_checks(noted, results)
 
 
 # Step 15: how the run went
@@ -2930,6 +2947,7 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     """
     keep_days = keep_days_of(settings)
     with utils.ended_in_good_order(), reader_of(settings) as reader:
+        known = read_last_verify(reader.backup / LAST_VERIFY)["damaged"]
         results = verify(reader)
     utils.raise_if_interrupted()
     print(f"checked {len(reader.sets)} backup sets: {len(results)} files, "
@@ -2939,7 +2957,9 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     results.update((name, why) for name, why in broken.items()
                    if why == "is missing" and not results.get(name))  # it may just have gone
     with suppress(OSError):  # as on a disk that is mounted for reading only
-        record_checks(range(SHARES), results)
+        # What a night may have found meanwhile stays known.
+        record_checks(range(SHARES), {name: why for name, why in results.items()
+                                      if why or name in known})
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
              "before the next night" for name, why in results.items() if why]
     wrong += missing_sets(keep_days)

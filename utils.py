@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,7 +48,6 @@ OPEN_FILES = 8192
 NESTED_CALLS = 10_000
 LONGEST_PATH = 4000  # in bytes; the kernel opens none of more than 4095
 SPARE_INODES = 10_000
-ONLY_LINKS_NS = 1_000_000_000
 CLOCK_TICK_SECONDS = 0.02  # the clocks of file systems are up to 10 ms behind
 BLOCK_BYTES = 1 << 20
 LARGEST_FILE_BYTES = 1_000_000
@@ -515,11 +515,11 @@ def update_mirror(mirror: Mirror, seconds: float = math.inf) -> None:
     """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
-    own ctime, and that of every directory on the way to it below the top, which is held
-    open, is settled (a rename changes the ctime of what is renamed on ext4, XFS and
-    btrfs), and what stands in the copy is of its kind, size and mtime. In one thing the
-    mirror differs, see _replace. seconds: how long it may take, for who moves directories
-    ahead of it could hold it for ever. Raises Failure.
+    own ctime is settled (a rename changes the ctime of what is renamed on ext4, XFS and
+    btrfs), every directory on the way to it below the top, which is held open, is the one
+    that was copied there, and what stands in the copy is of its kind, size and mtime. In
+    one thing the mirror differs, see _replace. seconds: how long it may take, for who moves
+    directories ahead of it could hold it for ever. Raises Failure.
     """
     mirror.unread.clear()
     mirror.deadline = time.monotonic() + seconds
@@ -558,14 +558,11 @@ def _mirror_directory(
     """Make one directory and all below it equal.
 
     path: relative. linked: whether its files may be links. settled: whether it and every
-    directory on the way to it are what they were in the last pass. live, copy:
-    descriptors.
+    directory on the way to it are those of the last pass. live, copy: descriptors.
     """
     _check_time(mirror)
     status = os.fstat(live)
-    if mirror.spare_bytes and (room := os.statvfs(copy)).f_favail < min(
-            room.f_files // 20, SPARE_INODES):
-        raise Failure(f"the file system of {mirror.source} has few inodes left")
+    _check_inodes(mirror, copy)
     if status.st_dev != os.fstat(copy).st_dev:
         raise Failure(f"{mirror.source / path} and {mirror.target} are not on the same file system")
     with os.scandir(copy) as entries:
@@ -604,7 +601,7 @@ def _mirror_directory(
         if name in directories:
             may_link = mirror.may_link(below, directories)
             # One that has not changed and that holds nothing but links is not listed.
-            if not (may_link and unchanged and unchanged.st_atime_ns == ONLY_LINKS_NS):
+            if not (may_link and unchanged and unchanged.st_atime_ns == _note_of(entry, True)):
                 _mirror_child(mirror, below, may_link, settled, live, copy)
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
@@ -612,8 +609,17 @@ def _mirror_directory(
         _check_time(mirror)
         remove(name, copy)
     set_metadata(".", status, copy)
-    if linked:  # the access time, which no backup keeps, notes what a directory of the mirror holds
-        os.utime(copy, ns=(0 if others else ONLY_LINKS_NS, status.st_mtime_ns))
+    note = 0 if linked and others else _note_of(status, linked)
+    os.utime(copy, ns=(note, status.st_mtime_ns))
+
+
+def _note_of(status: os.stat_result, linked: bool) -> int:
+    """Return what a directory of the mirror has as access time, in nanoseconds of the epoch.
+
+    It tells which directory it is a copy of, and no backup keeps it. Whole seconds of 31 bits
+    are what every file system can store. linked: whether it holds nothing but links.
+    """
+    return zlib.crc32(f"{status.st_ino} {linked}".encode()) % 2**31 * 1_000_000_000
 
 
 def _check_time(mirror: Mirror) -> None:
@@ -622,6 +628,14 @@ def _check_time(mirror: Mirror) -> None:
     if time.monotonic() > mirror.deadline:
         raise Failure(f"the last changes of {mirror.source} could not be copied in time; see which "
                       "large files are written to, or directories moved, all the time")
+
+
+def _check_inodes(mirror: Mirror, copy: int) -> None:
+    """Raise Failure if a copy of one entry more could take what mail needs."""
+    if mirror.spare_bytes:
+        room = os.statvfs(copy)
+        if 0 <= room.f_favail < min(room.f_files // 20, SPARE_INODES):  # -1 if it has no limit
+            raise Failure(f"the file system of {mirror.source} has few inodes left")
 
 
 def _copy_of_unchanged(
@@ -698,7 +712,7 @@ def _mirror_child(
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=copy)
         target = stack.enter_context(opened(name, parent=copy))
-        settled = settled and status.st_ctime_ns < mirror.settled_ns
+        settled = settled and os.fstat(target).st_atime_ns == _note_of(status, linked)
         _mirror_directory(mirror, path, linked, settled, below, target)
 
 
@@ -715,6 +729,7 @@ def _replace(
     remove(name, copy)
     if linked and stat.S_ISREG(status.st_mode) and _link(name, live, copy):
         return
+    _check_inodes(mirror, copy)
     began = int(time.time() - CLOCK_TICK_SECONDS)
     try:
         if stat.S_ISREG(status.st_mode):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import backup
-from conftest import PYTHON, FirstNight, Result, Store
+from conftest import PYTHON, FirstNight, OldNights, Result, Store
 
 pytestmark = pytest.mark.long
 
@@ -172,6 +172,44 @@ def test_rotten_file_is_found_within_seven_nights(keyed: Store, first_night: Fir
     assert "-full." in keyed.manifests()[-1] and status(keyed, 0)
     assert volume.name in keyed.backup("--verify", exit_code=3).stderr
     volume.write_bytes(content)
+    keyed.backup("--verify")
+    assert status(keyed, 0)["last_verify"]["damaged"] == {}
+
+
+def test_nothing_old_goes_for_what_is_damaged(keyed: Store, old_nights: OldNights) -> None:
+    """Before a chain is deleted the newest is checked whole, whatever share is due."""
+    old_nights(keyed, "-9 days")
+    old = names(keyed)
+    keyed.run("faketime", "-8 days", *keyed.command("--full"))
+    assert old < names(keyed)
+    volume = next(path for path in keyed.encrypted.glob("*full.*vol1*") if path.name not in old)
+    content = volume.read_bytes()
+    volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    checks = keyed.backups / "last-verify.json"
+    due = (zlib.crc32(volume.name.encode()) + 1) % 7
+    checks.write_text(json.dumps({"damaged": {}, "checked": {
+        str(number): "2026-01-01T00:00:00+00:00" for number in range(7) if number != due}}))
+    assert f"{volume} is damaged" in keyed.backup(exit_code=3).stderr
+    assert old < names(keyed) and "-inc." in keyed.manifests()[-1]
+    assert keyed.backup().stderr == "" and "-full." in keyed.manifests()[-1]
+    assert not old & names(keyed)
+
+
+def test_verify_that_outlasts_a_night(keyed: Store, first_night: FirstNight) -> None:
+    """It does not take back what the night has found in a file that it had read before."""
+    first_night(keyed, 2)
+    checks = keyed.backups / "last-verify.json"
+    known = json.loads(checks.read_text())
+    volume = next(keyed.encrypted.glob("*full.*vol1*")).name
+    found = keyed.scratch / "found"
+    found.write_text(json.dumps({**known, "damaged": {volume: "is damaged"}}))
+    keyed.stand_in("gpg", f"""#!/bin/sh
+case "$*" in *full-signatures*) cp {found} {checks};; esac
+exec REAL "$@"
+""")
+    keyed.backup("--verify")
+    assert status(keyed, 3)["last_verify"]["damaged"] == {volume: "is damaged"}
+    (keyed.bin / "gpg").unlink()
     keyed.backup("--verify")
     assert status(keyed, 0)["last_verify"]["damaged"] == {}
 

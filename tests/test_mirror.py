@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import BinaryIO, Optional, cast
+from typing import Any, BinaryIO, Optional, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -453,7 +453,8 @@ def test_directory_that_goes_and_comes_back(
     monkeypatch.setattr(utils, "SETTLED_SECONDS", 0.02)
     with mirrored(root, tmp_path / "copy") as mirror:
         # it would not be listed
-        assert (mirror.target / "box/new").stat().st_atime_ns == utils.ONLY_LINKS_NS
+        note = utils._note_of((root / "box/new").stat(), True)
+        assert (mirror.target / "box/new").stat().st_atime_ns == note
         (root / "box").rename(tmp_path / "away")
         if exchanged:
             (tmp_path / "other/new/message").touch()
@@ -465,6 +466,42 @@ def test_directory_that_goes_and_comes_back(
         (tmp_path / "away").rename(root / "box")
         utils.update_mirror(mirror)
         assert_equal(mirror)
+
+
+def test_journal_that_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beside it, or below, is not copied once more for that, while mail is down."""
+    def copy_file(_mirror: utils.Mirror, name: str, *_descriptors: int) -> None:
+        raise AssertionError(f"{name} was copied")
+
+    root = tmp_path / "tree"
+    grow(root)
+    (root / "plain/deep/index").touch()
+    for path in root.rglob("*"):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    time.sleep(0.05)
+    monkeypatch.setattr(utils, "SETTLED_SECONDS", 0.02)
+    with mirrored(root, tmp_path / "copy") as mirror:
+        monkeypatch.setattr(utils, "_copy_file", copy_file)
+        (root / "plain/journal").touch()
+        (root / "plain/journal").unlink()
+        utils.update_mirror(mirror)
+        assert_equal(mirror)
+
+
+def test_directory_that_is_no_maildir_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files may be rewritten in place from now on: their links become copies."""
+    root = tmp_path / "tree"
+    grow(root)
+    time.sleep(0.05)
+    monkeypatch.setattr(utils, "SETTLED_SECONDS", 0.02)
+    with mirrored(root, tmp_path / "copy") as mirror:
+        assert (mirror.target / "box/cur" / NAMES[0]).samefile(root / "box/cur" / NAMES[0])
+        (root / "box/tmp").rmdir()
+        utils.update_mirror(mirror)
+        assert_equal(mirror)
+        assert not (mirror.target / "box/cur" / NAMES[0]).samefile(root / "box/cur" / NAMES[0])
 
 
 def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
@@ -602,12 +639,20 @@ def test_no_room(store: Store) -> None:
                 utils.update_mirror(mirror)
 
 
-def test_few_inodes(store: Store) -> None:
-    """Mail needs the last ones more than a copy does."""
+@pytest.mark.parametrize("free", [40, 400])
+def test_few_inodes(store: Store, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Mail needs the last ones more than a copy does, be it of many files in one directory."""
+    def copy_file(*arguments: Any) -> os.stat_result:
+        status = real_copy_file(*arguments)
+        assert os.statvfs(place).f_favail >= 1024 // 20 - 1
+        return status
+
+    real_copy_file = utils._copy_file
+    monkeypatch.setattr(utils, "_copy_file", copy_file)
     with disk(store, "mkfs.ext4", "-q", "-N", "1024") as place:
         root = place / "tree"
         grow(root)
-        for number in range(os.statvfs(place).f_favail - 40):
+        for number in range(os.statvfs(place).f_favail - free):
             (root / f"plain/{number}").touch()
         with pytest.raises(utils.Failure, match="few inodes"):
             with mirrored(root, place / "copy", 1):

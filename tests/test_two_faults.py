@@ -756,7 +756,7 @@ def test_disk_that_loses_what_was_written(
     keyed.assert_restores()
 
 
-@pytest.mark.parametrize("emptied", ["*", "*.difftar.*"])
+@pytest.mark.parametrize("emptied", ["*", "*.manifest*", "*sigtar*", "*.difftar.*"])
 def test_power_cut_that_leaves_empty_files(
     keyed: Store, first_night: FirstNight, emptied: str
 ) -> None:
@@ -770,14 +770,36 @@ def test_power_cut_that_leaves_empty_files(
     for path in [*keyed.encrypted.glob(emptied), *keyed.backups.glob(f"cache/backup/{emptied}")]:
         if f".to.{stamp}." in path.name:
             os.truncate(path, 0)
-    if emptied == "*":
-        assert keyed.backup().stderr == ""
-        assert f".to.{stamp}." not in "".join(keyed.manifests())
-    else:
-        assert "difftar.gpg is missing" in keyed.backup(exit_code=3).stderr
-        assert keyed.backup().stderr == "" and "-full." in keyed.manifests()[-1]
+    assert keyed.backup().stderr == ""
+    assert f".to.{stamp}." not in "".join(keyed.manifests())
     assert before < set(keyed.encrypted.iterdir())
     keyed.assert_restores()
+
+
+def test_power_cut_at_the_end_of_the_first_night(keyed: Store, first_night: FirstNight) -> None:
+    """No night is held by files that hold nothing, and no copy has anything to fetch."""
+    first_night(keyed)
+    (keyed.backups / "last-run.json").unlink()
+    for path in [*keyed.encrypted.iterdir(), *keyed.backups.glob("cache/backup/*")]:
+        os.truncate(path, 0)
+    assert keyed.backup().stderr == "" and len(keyed.manifests()) == 1
+    keyed.assert_restores()
+
+
+def test_power_cut_that_hides_a_loss(keyed: Store, first_night: FirstNight) -> None:
+    """A set that holds nothing does not stand in for the newest, which is lost."""
+    first_night(keyed, 2)
+    newest = keyed.manifests()[1].split(".")[3]
+    last_run = keyed.backups / "last-run.json"
+    content = last_run.read_bytes()
+    keyed.backup()
+    last_run.write_bytes(content)
+    for path in keyed.encrypted.iterdir():
+        if f".to.{newest}." in path.name:
+            path.unlink()
+        elif f"{newest}.to." in path.name:
+            os.truncate(path, 0)
+    assert f"the newest backup, of {newest}, is missing" in keyed.backup(exit_code=1).stderr
 
 
 def test_forged_manifest(keyed: Store, first_night: FirstNight) -> None:
