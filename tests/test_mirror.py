@@ -493,13 +493,13 @@ def test_directory_that_is_no_maildir_any_more(tmp_path: Path) -> None:
     root = tmp_path / "tree"
     grow(root)
     with mirrored(root, tmp_path / "copy") as mirror:
-        assert (mirror.target / "box/cur" / NAMES[0]).samefile(root / "box/cur" / NAMES[0])
+        assert (mirror.target / "box/new" / NAMES[0]).samefile(root / "box/new" / NAMES[0])
         time.sleep(0.05)
         mirror.settled_ns = time.time_ns()  # as after a pass that took long
         (root / "box/tmp").rmdir()
         utils.update_mirror(mirror)
         assert_equal(mirror)
-        assert not (mirror.target / "box/cur" / NAMES[0]).samefile(root / "box/cur" / NAMES[0])
+        assert not (mirror.target / "box/new" / NAMES[0]).samefile(root / "box/new" / NAMES[0])
 
 
 def test_store_through_mmap_after_the_first_pass(tmp_path: Path) -> None:
