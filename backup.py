@@ -2166,7 +2166,7 @@ def table(status: Status) -> str:
     A bar in each row is as wide, in percent of its cell, as the backup is big beside the
     largest.
     """
-    largest = max(1, *(backup["size"] for backup in status["backups"]))
+    largest = max(backup["size"] for backup in status["backups"])
     chains = "<tbody>\n"
     for number, backup in enumerate(status["backups"], 1):
         kind = "full" if backup["full"] else "increment"

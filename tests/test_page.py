@@ -244,15 +244,16 @@ def test_bars(three_chains: Status) -> None:
     assert parts == ["<tbody>", '<tr class="full">'] * 3
 
 
-def test_sets_of_no_size_and_orphans(by_hand: ByHand) -> None:
-    """A manifest of no bytes and an increment whose full is gone are shown like any other."""
+def test_orphans_and_sets_of_no_size(by_hand: ByHand) -> None:
+    """An increment whose full is gone is shown like any other, what holds nothing is none."""
     by_hand.put_set(NOW - 2 * DAY, NOW - 3 * DAY, 15)
+    page = page_of(by_hand.status())
+    assert page.rows("tbody")[0][1:] == ["increment", "15 bytes", "1 day, 0 hours"]
+    assert page.rows("tfoot") == [["Total", "15 bytes", ""]]
+    assert [element.attributes["style"] for element in page.of_class("bar")] == ["width: 100.0%"]
     for path in by_hand.encrypted.iterdir():
         os.truncate(path, 0)
-    page = page_of(by_hand.status())
-    assert page.rows("tbody")[0][1:] == ["increment", "0 bytes", "1 day, 0 hours"]
-    assert page.rows("tfoot") == [["Total", "0 bytes", ""]]
-    assert [element.attributes["style"] for element in page.of_class("bar")] == ["width: 0.0%"]
+    assert by_hand.status()["backups"] == []
 
 
 # The command
