@@ -759,10 +759,13 @@ def recover_from_dead_run(work: Work, record: Record) -> None:
     A set that was killed is never resumed: duplicity would believe parts of it that the
     tree does not bear out any more.
     """
+    sets = complete_sets()
     # What is newer than the last good run is not proved: a power cut may have left but names.
-    rejected = [found.stamp for found in complete_sets()[-1:]
-                if found.stamp > (record.newest_set or found.stamp)
+    rejected = [found.stamp for found in sets[-1:]
+                if any(older.stamp == record.newest_set for older in sets[:-1])
                 and any(why for _, why in check_set(work, found))]
+    for stamp in rejected:
+        log.warning("deleting the backup of %s, for its run was ended, and it is damaged", stamp)
     for path in dead_files(rejected):
         log.debug("deleting %s", path)
         utils.remove(path)
@@ -1630,7 +1633,7 @@ def delete_old_chains(night: Night, record: Record, begin: datetime | None = Non
     if any(chain[-1].date < kept_since(night.keep_days) for chain in chains[:-1]):
         log.info("checking the newest backups before old ones are deleted")
         check_files(night, record, chains[-1], range(SHARES))
-        if broken_in(chains[-1], record.broken):
+        if record.news:
             return
     age = f"{night.keep_days}D"
     if begin and night.now - begin > timedelta(days=night.keep_days):
@@ -1691,6 +1694,7 @@ def check_files(
 
     noted: the shares of which all sets are checked.
     """
+    look_for_losses(night, record)  # for the check before may have taken hours
     known = read_last_verify(LAST_VERIFY)["damaged"]
     results = {**dict.fromkeys(known, ""), **record.broken}  # or it is whole again
     with utils.low_priority():
@@ -1698,7 +1702,7 @@ def check_files(
             results.update(check_set(night, found, shares))
     record.broken = {name: why for name, why in results.items() if why}
     tell_of_losses(night, record)
-    record_checks(noted, results)
+    record_checks(noted, results, known)
 
 
 # Step 15: how the run went
@@ -1801,15 +1805,19 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     return {"checked": {}, "damaged": {}}
 
 
-def record_checks(shares: Collection[int], results: Mapping[str, str]) -> None:
+def record_checks(
+    shares: Collection[int], results: Mapping[str, str], known: Collection[str] = ()
+) -> None:
     """Add to last-verify.json which shares of the files were checked just now.
 
     results: what is wrong with files, by name, empty if nothing is. What was wrong before
-    stays so until it was checked again, or nothing of its set is there any more.
+    stays so until it was checked again, or nothing of its set is there any more. known: what
+    was wrong when the check began: what another has found meanwhile is not taken back.
     """
     last = read_last_verify(LAST_VERIFY)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    wrong = {**last["damaged"], **results}
+    wrong = {**last["damaged"],
+             **{name: why for name, why in results.items() if why or name in known}}
     save_json(LAST_VERIFY, {
         "checked": {**last["checked"], **{str(share): now for share in shares}},
         "damaged": {name: wrong[name] for name in broken_in(read_sets(), wrong)
@@ -2957,9 +2965,7 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     results.update((name, why) for name, why in broken.items()
                    if why == "is missing" and not results.get(name))  # it may just have gone
     with suppress(OSError):  # as on a disk that is mounted for reading only
-        # What a night may have found meanwhile stays known.
-        record_checks(range(SHARES), {name: why for name, why in results.items()
-                                      if why or name in known})
+        record_checks(range(SHARES), results, known)
     wrong = [f"{reader.backup / ENCRYPTED / name} {why}; fetch it from your copy elsewhere "
              "before the next night" for name, why in results.items() if why]
     wrong += missing_sets(keep_days)

@@ -515,11 +515,11 @@ def update_mirror(mirror: Mirror, seconds: float = math.inf) -> None:
     """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
-    own ctime is settled (a rename changes the ctime of what is renamed on ext4, XFS and
-    btrfs), every directory on the way to it below the top, which is held open, is the one
-    that was copied there, and what stands in the copy is of its kind, size and mtime. In
-    one thing the mirror differs, see _replace. seconds: how long it may take, for who moves
-    directories ahead of it could hold it for ever. Raises Failure.
+    own ctime is settled (a rename changes the ctime of what is renamed on ext4, btrfs and,
+    but for an exchange, XFS), every directory on the way to it below the top, which is held
+    open, is the one that was copied there, and what stands in the copy is of its kind, size
+    and mtime. In one thing the mirror differs, see _replace. seconds: how long it may take,
+    for who moves directories ahead of it could hold it for ever. Raises Failure.
     """
     mirror.unread.clear()
     mirror.deadline = time.monotonic() + seconds
@@ -609,17 +609,20 @@ def _mirror_directory(
         _check_time(mirror)
         remove(name, copy)
     set_metadata(".", status, copy)
-    note = 0 if linked and others else _note_of(status, linked)
+    note = _note_of(status, linked, linked and bool(others))
     os.utime(copy, ns=(note, status.st_mtime_ns))
 
 
-def _note_of(status: os.stat_result, linked: bool) -> int:
+def _note_of(status: os.stat_result, linked: bool, mixed: bool = False) -> int:
     """Return what a directory of the mirror has as access time, in nanoseconds of the epoch.
 
-    It tells which directory it is a copy of, and no backup keeps it. Whole seconds of 31 bits
-    are what every file system can store. linked: whether it holds nothing but links.
+    It tells which directory it is a copy of, and no backup keeps it. It is in the years 2029
+    to 2038: who lists a directory changes one of the past (see mount(8), relatime), and
+    whole seconds of 31 bits are what every file system can store. linked: whether its files
+    may be links. mixed: whether it holds something else, too.
     """
-    return zlib.crc32(f"{status.st_ino} {linked}".encode()) % 2**31 * 1_000_000_000
+    kind = f"{status.st_ino} {linked} {mixed}"
+    return (7 * 2**28 + zlib.crc32(kind.encode()) % 2**28) * 1_000_000_000
 
 
 def _check_time(mirror: Mirror) -> None:
@@ -712,7 +715,8 @@ def _mirror_child(
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=copy)
         target = stack.enter_context(opened(name, parent=copy))
-        settled = settled and os.fstat(target).st_atime_ns == _note_of(status, linked)
+        settled = settled and os.fstat(target).st_atime_ns in (
+            _note_of(status, linked), _note_of(status, linked, mixed=True))
         _mirror_directory(mirror, path, linked, settled, below, target)
 
 

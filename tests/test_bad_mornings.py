@@ -214,6 +214,27 @@ exec REAL "$@"
     assert status(keyed, 0)["last_verify"]["damaged"] == {}
 
 
+def test_night_that_outlasts_a_verify(keyed: Store, old_nights: OldNights) -> None:
+    """It does not take back what a --verify has found while it checked a share."""
+    old_nights(keyed, "-86 hours")
+    old = names(keyed)
+    for age in ("-2 days", "-1 day"):
+        keyed.run("faketime", age, *keyed.command("--full"))
+    kept = names(keyed)
+    assert old < kept
+    checks, found = keyed.backups / "last-verify.json", keyed.scratch / "found"
+    volume = sorted(keyed.encrypted.glob("*full.*vol1*"))[-2].name
+    found.write_text(json.dumps({
+        **json.loads(checks.read_text()), "damaged": {volume: "is damaged"}}))
+    keyed.stand_in("gpg", f"""#!/bin/sh
+case "$*" in *{keyed.manifests()[0]}*) cp {found} {checks};; esac
+exec REAL "$@"
+""")
+    assert f"{volume} is damaged" in keyed.backup(exit_code=3).stderr
+    assert status(keyed, 0)["last_verify"]["damaged"] == {volume: "is damaged"}
+    assert kept < names(keyed)
+
+
 def test_lost_manifest_keeps_what_it_leaves(keyed: Store, first_night: FirstNight) -> None:
     """The volumes stay until they are old, so that the manifest can be had from a copy."""
     first_night(keyed, 3)

@@ -770,7 +770,8 @@ def test_power_cut_that_leaves_empty_files(
     for path in [*keyed.encrypted.glob(emptied), *keyed.backups.glob(f"cache/backup/{emptied}")]:
         if f".to.{stamp}." in path.name:
             os.truncate(path, 0)
-    assert keyed.backup().stderr == ""
+    told = keyed.backup().stderr
+    assert (f"deleting the backup of {stamp}" in told) == (emptied != "*")
     assert f".to.{stamp}." not in "".join(keyed.manifests())
     assert before < set(keyed.encrypted.iterdir())
     keyed.assert_restores()
@@ -800,6 +801,22 @@ def test_power_cut_that_hides_a_loss(keyed: Store, first_night: FirstNight) -> N
         elif f"{newest}.to." in path.name:
             os.truncate(path, 0)
     assert f"the newest backup, of {newest}, is missing" in keyed.backup(exit_code=1).stderr
+
+
+def test_damaged_set_beside_a_lost_manifest(keyed: Store, first_night: FirstNight) -> None:
+    """What a killed run has left stays while nothing else tells that the newest is lost."""
+    first_night(keyed, 2)
+    lost, last_run = keyed.manifests()[1], keyed.backups / "last-run.json"
+    content = last_run.read_bytes()
+    keyed.backup()
+    last_run.write_bytes(content)
+    (keyed.encrypted / lost).unlink()
+    stamp = keyed.manifests()[1].split(".")[3]
+    for path in keyed.encrypted.glob(f"*.to.{stamp}.vol1.*"):
+        os.truncate(path, 100)
+    before = set(keyed.encrypted.iterdir())
+    assert f"{lost} is missing" in keyed.backup(exit_code=3).stderr
+    assert before < set(keyed.encrypted.iterdir())
 
 
 def test_forged_manifest(keyed: Store, first_night: FirstNight) -> None:
