@@ -347,7 +347,7 @@ def test_new_key(keyed: Store, first_night: FirstNight) -> None:
     block = in_test(sh_block("mv encrypted cache"), {"/opt/backup": PROJECT, "/home/user-data": keyed.root}).replace(
         "backup.py", f"backup.py --config {shlex.quote(str(keyed.settings))}")
     before, old_key = keyed.manifests(), key.read_text()
-    assert block.endswith(" --full\n")  # a night refuses to begin anew unasked
+    assert block.endswith(" --full\n}\n")  # a night refuses to begin anew unasked
     result = keyed.run("sh", "-c", block)
     assert result.stderr.startswith("backup: made a new key") and key.read_text() != old_key
     (old,) = keyed.backups.glob("old-key-*")
