@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import pytest
+from _pytest.mark import ParameterSet
 from _pytest.terminal import TerminalReporter
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -396,6 +397,11 @@ def copy_backups(made: Store, store: Store) -> None:
     if store.backups.exists():
         shutil.rmtree(store.backups)
     subprocess.run(["cp", "-a", made.backups, store.backups], check=True)
+
+
+def long(*values: object) -> ParameterSet:
+    """Return a set of parameters of a test that only .ci/run tries."""
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 OldNights = Callable[..., None]

@@ -138,7 +138,7 @@ def test_script_and_children_killed(tmp_path: Path, legacy: Legacy) -> None:
 
 def test_keeper_killed_too(tmp_path: Path, legacy: Legacy) -> None:
     """SIGKILL for all, while the keeper lives: services run after the next night, which is good."""
-    sweep(tmp_path, legacy, ["keeper"], "keeper killed too", min(STEP, 19), only="utils.py")
+    sweep(tmp_path, legacy, ["keeper"], "keeper killed too", min(STEP, 49), only="utils.py")
 
 
 def test_signals(tmp_path: Path, legacy: Legacy) -> None:

@@ -17,7 +17,8 @@ import pytest
 
 import backup
 import utils
-from conftest import PROJECT, PYTHON, FirstNight, Result, Store, tree_of, write_messages
+from conftest import (
+    PROJECT, PYTHON, FirstNight, Result, Store, long, tree_of, write_messages)
 
 MIGRATED = "migrated_unencrypted_backup"
 PART = f"{MIGRATED}.part"
@@ -371,9 +372,8 @@ def begun_before(root: Path, legacy: Legacy) -> None:
 
 
 @pytest.mark.parametrize(("put", "disks"), [
-    (put_with_strays, 1), (copied_before, 2), *(
-        pytest.param(*begun, marks=pytest.mark.long)
-        for begun in ((begun_before, 2), (migrated_before, 1), (migrated_before, 2)))])
+    (put_with_strays, 1), (copied_before, 2), long(begun_before, 2), long(migrated_before, 1),
+    long(migrated_before, 2)])
 def test_killed_at_any_instant(
     root: Path, legacy: Legacy, put: Callable[[Path, Legacy], None], disks: int
 ) -> None:

@@ -276,7 +276,7 @@ def volume(
     subprocess.run(["umount", place], check=True)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(before=strategies.lists(CHANGES, max_size=12),
        during=strategies.dictionaries(strategies.integers(1, 150), CHANGES, max_size=6),
        between=strategies.lists(CHANGES, max_size=12), later=strategies.lists(CHANGES, max_size=4),

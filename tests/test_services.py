@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import utils
-from conftest import PYTHON, Store
+from conftest import PYTHON, Store, long
 
 STOPS = ["dovecot stop", "postfix stop"]
 STARTS = ["dovecot start", "postfix start"]
@@ -110,9 +110,10 @@ def assert_good_night(store: Store) -> None:
 
 
 @pytest.mark.parametrize("number, action", [
-    (signal.SIGTERM, "duplicity"), (signal.SIGINT, "duplicity"), (signal.SIGHUP, "duplicity"),
-    (signal.SIGINT, "postfix status"), (signal.SIGHUP, "postfix stop"),
-    (signal.SIGTERM, "dovecot stop"), (signal.SIGINT, "dovecot start")])
+    (signal.SIGTERM, "duplicity"), (signal.SIGHUP, "postfix stop"),
+    (signal.SIGINT, "dovecot start"), long(signal.SIGINT, "duplicity"),
+    long(signal.SIGHUP, "duplicity"), long(signal.SIGINT, "postfix status"),
+    long(signal.SIGTERM, "dovecot stop")])
 def test_signals_end_the_run_in_good_order(
     keyed: Store, number: signal.Signals, action: str
 ) -> None:
@@ -152,7 +153,8 @@ def test_ended_while_mail_is_down(direct: Store, number: signal.Signals) -> None
 
 
 @pytest.mark.parametrize(
-    "action", ["duplicity", "postfix stop", "dovecot stop", "dovecot start", "postfix start"])
+    "action", ["duplicity", "dovecot start", *map(
+        long, ["postfix stop", "dovecot stop", "postfix start"])])
 def test_services_come_back_after_sigkill(keyed: Store, action: str) -> None:
     """The script dies by SIGKILL at any moment: services come back by themselves.
 
@@ -176,7 +178,8 @@ def keeper_of(process: "subprocess.Popen[str]") -> int:
     return int(answer.stdout)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGPIPE, long(signal.SIGINT), long(signal.SIGHUP)])
 def test_keeper_is_deaf_to_signals(direct: Store, number: signal.Signals) -> None:
     """No signal but SIGKILL disturbs the keeper, and what it starts is not deaf."""
     service, ignored = direct.bin / "service", direct.scratch / "ignored"
