@@ -144,7 +144,7 @@ def test_keeper_killed_too(tmp_path: Path, legacy: Legacy) -> None:
 def test_signals(tmp_path: Path, legacy: Legacy) -> None:
     """After each signal: exit 128+n, services up, duplicity gone; then a good night."""
     kinds = [str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    sweep(tmp_path, legacy, kinds, "signals", max(STEP, 6))
+    sweep(tmp_path, legacy, kinds, "signals", max(STEP, 12))
 
 
 def test_hook_counts_all_that_strace_sees(tmp_path: Path, legacy: Legacy) -> None:

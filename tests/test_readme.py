@@ -144,7 +144,8 @@ def test_every_block_of_commands_is_run_or_excused() -> None:
 def test_test_command_is_what_ci_runs() -> None:
     """The README's second command is the script that .ci/run ends with."""
     assert [block for block in sh_blocks(section("Try it"))][1:] == list(UNTESTED)
-    assert (PROJECT / ".ci" / "run").read_text().splitlines()[-2:] == ["tests/run || failed=1", 'exit "$failed"']
+    assert (PROJECT / ".ci" / "run").read_text().splitlines()[-2:] == [
+        'tests/run --cov="$PWD" --cov-branch --cov-report=term-missing || failed=1', 'exit "$failed"']
 
 
 def test_first_command_backs_up_a_copy_of_the_sample(store: Store) -> None:
