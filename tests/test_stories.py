@@ -27,7 +27,7 @@ pytestmark = pytest.mark.long
 FIRST_NIGHT = datetime(2026, 1, 1, 3, tzinfo=timezone.utc)
 KEEP_DAYS = 2
 NIGHTS = 9
-STORIES = int(os.environ.get("STORIES", "12"))
+STORIES = int(os.environ.get("STORIES", "10"))
 FIRST_STORY = int(os.environ.get("FIRST_STORY", "1"))
 
 MIRROR = """#!/bin/sh
