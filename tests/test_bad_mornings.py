@@ -43,6 +43,13 @@ def names(store: Store) -> set[str]:
     return {path.name for path in store.encrypted.iterdir()}
 
 
+def damage(file: Path) -> bytes:
+    """Flip a bit in the last byte of a file, and return what it held."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return content
+
+
 @pytest.mark.parametrize("lost", ["*", "*inc*", "*inc*manifest*"])
 def test_lost_backups_are_no_first_night(
     keyed: Store, first_night: FirstNight, lost: str
@@ -153,8 +160,7 @@ def test_rotten_file_is_found_within_seven_nights(keyed: Store, first_night: Fir
     all_checked = json.loads(checks.read_text())["checked"]
     assert len(all_checked) == 7 and "Verified: " in keyed.backup("--status").stdout
     volume = next(keyed.encrypted.glob("*full.*vol1*"))
-    content = volume.read_bytes()
-    volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    content = damage(volume)
     import backup
     share = str(zlib.crc32(volume.name.encode()) % 7)
     checks.write_text(json.dumps({
@@ -183,8 +189,7 @@ def test_nothing_old_goes_for_what_is_damaged(keyed: Store, old_nights: OldNight
     keyed.run("faketime", "-8 days", *keyed.command("--full"))
     assert old < names(keyed)
     volume = next(path for path in keyed.encrypted.glob("*full.*vol1*") if path.name not in old)
-    content = volume.read_bytes()
-    volume.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    damage(volume)
     checks = keyed.backups / "last-verify.json"
     due = (zlib.crc32(volume.name.encode()) + 1) % 7
     checks.write_text(json.dumps({"damaged": {}, "checked": {

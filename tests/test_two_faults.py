@@ -36,6 +36,18 @@ def make_fulls(store: Store, *ages: str) -> list[Path]:
             for name in store.manifests()]
 
 
+def make_unproved(store: Store) -> str:
+    """Make a backup that last-run.json does not know, as of a run that was killed.
+
+    Returns its stamp.
+    """
+    last_run = store.backups / "last-run.json"
+    content = last_run.read_bytes()
+    store.backup()
+    last_run.write_bytes(content)
+    return store.manifests()[-1].split(".")[3]
+
+
 def make_due(store: Store, file: Path) -> None:
     """Have the next night check the share that a backup file is in."""
     checks = store.backups / "last-verify.json"
@@ -762,11 +774,7 @@ def test_power_cut_that_leaves_empty_files(
 ) -> None:
     """What was renamed is there, but its content never was written: that is no backup."""
     first_night(keyed)
-    before, last_run = set(keyed.encrypted.iterdir()), keyed.backups / "last-run.json"
-    content = last_run.read_bytes()
-    keyed.backup()
-    last_run.write_bytes(content)
-    stamp = keyed.manifests()[1].split(".")[3]
+    before, stamp = set(keyed.encrypted.iterdir()), make_unproved(keyed)
     for path in [*keyed.encrypted.glob(emptied), *keyed.backups.glob(f"cache/backup/{emptied}")]:
         if f".to.{stamp}." in path.name:
             os.truncate(path, 0)
@@ -791,10 +799,7 @@ def test_power_cut_that_hides_a_loss(keyed: Store, first_night: FirstNight) -> N
     """A set that holds nothing does not stand in for the newest, which is lost."""
     first_night(keyed, 2)
     newest = keyed.manifests()[1].split(".")[3]
-    last_run = keyed.backups / "last-run.json"
-    content = last_run.read_bytes()
-    keyed.backup()
-    last_run.write_bytes(content)
+    make_unproved(keyed)
     for path in keyed.encrypted.iterdir():
         if f".to.{newest}." in path.name:
             path.unlink()
@@ -806,12 +811,8 @@ def test_power_cut_that_hides_a_loss(keyed: Store, first_night: FirstNight) -> N
 def test_damaged_set_beside_a_lost_manifest(keyed: Store, first_night: FirstNight) -> None:
     """What a killed run has left stays while nothing else tells that the newest is lost."""
     first_night(keyed, 2)
-    lost, last_run = keyed.manifests()[1], keyed.backups / "last-run.json"
-    content = last_run.read_bytes()
-    keyed.backup()
-    last_run.write_bytes(content)
+    lost, stamp = keyed.manifests()[1], make_unproved(keyed)
     (keyed.encrypted / lost).unlink()
-    stamp = keyed.manifests()[1].split(".")[3]
     for path in keyed.encrypted.glob(f"*.to.{stamp}.vol1.*"):
         os.truncate(path, 100)
     before = set(keyed.encrypted.iterdir())
