@@ -1632,7 +1632,6 @@ def delete_old_chains(night: Night, record: Record, begin: datetime | None = Non
     chains = chains_of(complete_sets())
     if any(chain[-1].date < kept_since(night.keep_days) for chain in chains[:-1]):
         log.info("checking the newest backups before old ones are deleted")
-        look_for_losses(night, record)  # for the check of a share may have taken hours
         check_files(night, record, chains[-1], range(SHARES))
         if record.news:
             return
@@ -1695,6 +1694,7 @@ def check_files(
 
     noted: the shares of which all sets are checked.
     """
+    look_for_losses(night, record)  # a --verify may have found some since, or a check took hours
     known = read_last_verify(LAST_VERIFY)["damaged"]
     results = {**dict.fromkeys(known, ""), **record.broken}  # or it is whole again
     with utils.low_priority():
