@@ -191,8 +191,9 @@ def make_private(directory: Path) -> None:
     """
     run("ip", "link", "set", "lo", "up")
     run("mount", "--bind", str(directory), str(SHARED_DIRECTORY))
-    mount_private_directories(
-        "/run", "/var/log", "/var/lib/dovecot", "/var/lib/postfix", "/var/spool/postfix")
+    # /dev/shm: libfaketime leaves files there, named by process ids that mean others outside.
+    mount_private_directories("/run", "/var/log", "/var/lib/dovecot", "/var/lib/postfix",
+                              "/var/spool/postfix", "/dev/shm")
     for name in ("lock", "home", "etc-changes", "etc-work"):
         Path("/run", name).mkdir()
     layers = "lowerdir=/etc,upperdir=/run/etc-changes,workdir=/run/etc-work"

@@ -35,10 +35,6 @@ NOON_DAYS = frozenset([4, 17, 63])  # an admin makes another backup at noon
 RESTORED_RUNS = frozenset([15, 30, 45])
 SOON = "on next daily backup"
 
-# Real gpg, but it does not take a second or two each night to measure how often it can afford to
-# hash the passphrase.
-QUICK_GPG = '#!/bin/sh\nexec REAL --s2k-count 65536 "$@"\n'
-
 # Real duplicity, but a file vanishes from the tree, its last argument but one, before it reads it.
 DUPLICITY_WITH_VANISHING_FILE = """#!/bin/sh
 for argument; do source=$target; target=$argument; done
@@ -169,9 +165,8 @@ def back_up(store: Store, start: datetime, *arguments: str) -> Run:
         start, end, full_forecast, before, after, result.returncode, printed, store.running())
 
 
-def prepare(store: Store) -> None:
-    """Make a store quick, and its full backups large beside quiet increments."""
-    store.stand_in("gpg", QUICK_GPG)
+def add_archive(store: Store) -> None:
+    """Make the full backups of a store large beside quiet increments."""
     (store.root / "archive").write_bytes(secrets.token_bytes(ARCHIVE_BYTES))
 
 
@@ -185,7 +180,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     with store.settings.open("a") as stream:
         stream.write("BACKUP_KEEP_DAYS=3\n")
     store.put_key()
-    prepare(store)
+    add_archive(store)
     runs: list[Run] = []
     restores: list[Restore] = []
     originals: dict[str, Tree] = {}
@@ -332,7 +327,7 @@ def test_nothing_goes_right_after_a_long_absence(keyed: Store) -> None:
 
     It is the one exception.
     """
-    prepare(keyed)
+    add_archive(keyed)
     back_up(keyed, FIRST_DAY)
     old = stamps(back_up(keyed, FIRST_DAY + timedelta(days=1), "--full").after)
     first, second = (back_up(keyed, FIRST_DAY + timedelta(days=day)) for day in (40, 41))
@@ -347,7 +342,7 @@ def three_nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store with a full and two increments. Never written to."""
     store = make_store(tmp_path_factory.mktemp("three-nights"))
     store.put_key()
-    prepare(store)
+    add_archive(store)
     for day in range(3):
         back_up(store, FIRST_DAY + timedelta(days=day))
     yield store
@@ -359,7 +354,7 @@ def make_orphans(store: Store, three_nights: Store, lost: int) -> set[str]:
 
     Returns the stamps of those that lead back to no full now.
     """
-    prepare(store)
+    add_archive(store)
     shutil.copy2(three_nights.root / "archive", store.root)
     copy_backups(three_nights, store)
     made = [name.split(".manifest")[0][-16:] for name in store.manifests()]
