@@ -97,6 +97,7 @@ SETTINGS = ("BACKUP_EXCLUDE", "BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
 MOST_FILES = 10_000  # that a run notes for the next
+MOST_NAMES = 20  # in a message
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 LONG_DOWNTIME_SECONDS = 60
@@ -187,7 +188,9 @@ class Record:
     """How a run goes, as last-run.json tells it.
 
     attention: what an admin must look at although the backup was made. broken: what is
-    known to be wrong with backup files, by name, which may be a pattern.
+    known to be wrong with backup files, by name, which may be a pattern. unread: what of
+    the tree could not be read. cut: what of that is cut off or empty in the newest backups, up
+    to a full one.
     """
 
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -197,10 +200,12 @@ class Record:
     files: list[str] = field(default_factory=list)  # what backup files the last good run has left
     kind: str | None = None
     source: str | None = None
+    entries: int = 0  # of STORAGE_ROOT, counted while mail runs, where duplicity reads it itself
     size: int = 0  # of the new set, in bytes
     duplicity_version: str | None = None
     downtime: Downtime = field(default_factory=Downtime)
     unread: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
 
@@ -416,7 +421,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
         check_cached_signatures(night, record)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), utils.own_directory(TEMPORARY):
-            with copy_of_tree(night, record) as copy, failed_set_thrown_away(night, record):  # 7
+            with failed_set_thrown_away(night, record), copy_of_tree(night, record) as copy:  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
                         utils.update_mirror(copy, LAST_PASS_SECONDS)            # 9
@@ -486,10 +491,27 @@ def check_mounts(night: Night) -> None:
         if place in mounted:
             continue  # it is not looked at: a server that is gone would not answer
         place = Path(os.path.realpath(place.parent), place.name)
-        needed = is_in_tree(night, place) and "noauto" not in options.split(",")
+        needed = is_in_tree(night, place) and (
+            "noauto" not in options.split(",") or "x-systemd.automount" in options)
         if (needed or night.backup in (place, *place.parents)) and place not in mounted:
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
+
+
+def mounts_in_tree(night: Night) -> set[Path]:
+    """Return what is mounted in the tree, all of which answers. Raises Failure or OSError.
+
+    Else all mail there would count as deleted: duplicity passes over a directory whose server
+    is gone without a word (ENOTCONN, ENODEV; seen: 0.8.22).
+    """
+    check_mounts(night)
+    os.listdir(night.root)
+    places = {place for place in utils.mounts() if is_in_tree(night, place)}
+    for place in places:
+        # That may be a file, below another mount, or a user's own.
+        with suppress(NotADirectoryError, FileNotFoundError, PermissionError):
+            os.listdir(place)
+    return places
 
 
 def is_in_tree(night: Night, place: Path) -> bool:
@@ -611,9 +633,10 @@ def check_newest_set(night: Night, record: Record) -> None:
     future, and exit 0; a copy such as NAME~ beside a file ends every run of it. A manifest
     that is damaged is noted. Raises Failure.
     """
+    regular = utils.regular_files(ENCRYPTED)
     for path in ENCRYPTED.glob("duplicity-*"):
         mistaken = FILE.match(path.name) and not key_of(path.name) and path.suffix != ".enc"
-        if mistaken or not stat.S_ISREG(path.lstat().st_mode):
+        if mistaken or path.name not in regular:
             raise Failure(f"duplicity would take {path.absolute()} for a backup file; see what it "
                           "is, and move it elsewhere")
     sets = complete_sets()
@@ -810,11 +833,11 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
-    newest_set, files = record.newest_set, record.files
+    handed_on = record.newest_set, record.files, record.cut
     try:
         yield
     except BaseException as failure:
-        record.newest_set, record.files = newest_set, files
+        record.newest_set, record.files, record.cut = handed_on
         try:
             if record.kind:  # duplicity had begun
                 ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
@@ -1083,10 +1106,10 @@ def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
     chains = [*chains_of(sets), *([found] for found in loose_sets(sets))]
     left = {name for chain in chains if chain[-1].date >= kept
             for found in chain for name in found.files}
-    known = read_last_verify(LAST_VERIFY)["damaged"]
+    known, all_there = read_last_verify(LAST_VERIFY)["damaged"], utils.regular_files(ENCRYPTED)
     return {**dict.fromkeys(sorted(left - there), "is missing"), **{
         name: why for name, why in known.items()
-        if (name not in there if why == "is missing" else (ENCRYPTED / name).exists())}}
+        if (name not in there if why == "is missing" else name in all_there)}}
 
 
 def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
@@ -1231,7 +1254,7 @@ def run_hook(night: Night, name: str, record: Record) -> None:
     itself, as the 2015 script did. It has a day: STORAGE_USER could suspend it for ever.
     """
     hook, user = night.backup / name, night.user
-    if os.path.lexists(name):
+    if name in os.listdir():  # also one whose inode is damaged
         log.info("running the hook %s", hook)
         environment = {**night.settings, "PATH": night.environment["PATH"],
                        "HOME": user.pw_dir, "USER": user.pw_name}
@@ -1258,7 +1281,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     spare = min(shutil.disk_usage(night.root).total // 10, SPARE_BYTES)
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
-    os.listdir(night.root)  # should that fail all mail would count as deleted
+    mounted = mounts_in_tree(night)
     log.info("copying %s while mail runs", night.root)
     with ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
@@ -1271,7 +1294,11 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
             record.remarks.insert(0, f"mail was down while duplicity read {night.root} "
                                   f"itself, because it could not be copied: {error}")
             log.info(record.remarks[0])
+            record.entries = utils.count_entries(night.root, left_out(night, night.excluded))
         yield copy
+        if not copy and mounts_in_tree(night) != mounted:
+            raise Failure(f"what is mounted in {night.root} has changed while duplicity read it; "
+                          "see to that and run this again")
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
@@ -1464,7 +1491,7 @@ def make_set(
     excluded = [] if copy else left_out(night, night.excluded)
     if not copy and not os.path.samefile(".", night.backup):
         raise Failure(f"somebody renamed {night.backup}; give it its name back")
-    entries = utils.count_entries(tree, excluded)
+    entries = utils.count_entries(tree) if copy else record.entries
     log.info("duplicity makes the %s backup of %s", action, root)
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
@@ -1498,10 +1525,14 @@ def make_set(
     record.size, record.newest_set = made[0].size, made[0].stamp
     record.files = sorted(backup_files().union(record.files))
     unread = copy.unread if copy else {}
+    cut = dict.fromkeys(warning.replace(str(tree), root) for warning in warnings)
+    # An increment does not read again what has not changed since.
+    record.cut = [*cut] if made[0].full else [*dict.fromkeys(record.cut) | cut]
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
-    record.unread += [warning.replace(str(tree), root) for warning in warnings]
+    record.unread += record.cut
     if record.unread:
-        record.warn(f"not all of {root} could be read; check the disk: {first_of(record.unread)}")
+        record.warn(f"not all of {root} could be read, so that no old backups are deleted; check "
+                    f"the disk, and run --full: {first_of(record.unread)}")
 
 
 def watch_set(
@@ -1516,7 +1547,10 @@ def watch_set(
     three times as much (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
-    reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
+    # While mail is down a disk of another server is not asked: it might never answer.
+    disk = work.root.stat().st_dev
+    reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)
+                if record.source == "copy" or place.stat().st_dev == disk}
     state, since = b"", time.monotonic()
 
     def watch(process: int) -> None:
@@ -1538,9 +1572,9 @@ def watch_set(
 
 
 def first_of(texts: Sequence[str]) -> str:
-    """Return the first 20 of some texts, and how many more there are."""
-    more = f"; and {len(texts) - 20} more" if len(texts) > 20 else ""
-    return "; ".join(texts[:20]) + more
+    """Return the first of some texts, and how many more there are."""
+    more = f"; and {len(texts) - MOST_NAMES} more" if len(texts) > MOST_NAMES else ""
+    return "; ".join(texts[:MOST_NAMES]) + more
 
 
 def read_machine_log(lines: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -1604,6 +1638,7 @@ def delete_migrated_backups(
 def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     """Tell, and warn, whether nothing old may be deleted in this run.
 
+    The old ones alone may hold a file that could not be read since.
     Files may be waited for: what sets younger than BACKUP_KEEP_DAYS need that lead nowhere,
     and in the night that tells of them all. Duplicity would delete what is left of such sets,
     or what is before them as a chain that is over. Or the clock may have jumped ahead, and all
@@ -1620,7 +1655,7 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     if after_a_pause:
         record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days "
                     "old: check the clock; if it is right the next run will delete them")
-    return bool(loose) or after_a_pause or record.news
+    return bool(loose or record.unread) or after_a_pause or record.news
 
 
 @needs_attention_at_most
@@ -1740,6 +1775,7 @@ def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
     return Record(newest_set=last.get("newest_set"), files=list(map(str, last.get("files", []))),
+                  cut=list(map(str, last.get("cut", []))),
                   told={name: str(why) for name, why in last.get("told", {}).items()})
 
 
@@ -1777,6 +1813,7 @@ def write_last_run(
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
         "told": record.told,
+        "cut": record.cut[:MOST_NAMES],
         # Of more the volumes are passed over: their manifests name them, too.
         "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
     }, group)
@@ -1834,7 +1871,7 @@ def read_last_run(path: Path) -> dict[str, Any]:
         if content and isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
-            for name, kind in ("told", dict), ("files", list):
+            for name, kind in ("told", dict), ("cut", list), ("files", list):
                 if not isinstance(content.get(name), kind):
                     content.pop(name, None)
             return content
@@ -2357,16 +2394,15 @@ def verify(reader: Reader) -> dict[str, str]:
     by gpg's own check. Returns what is wrong with each, by name, empty if nothing is.
     """
     results: dict[str, str] = {}
-    size = 0
+    checked, sizes = 0, utils.regular_files(ENCRYPTED)
     total = sum(found.size for found in reader.sets)
     with progress() as draw:
         for found in reader.sets:
             for name, why in check_set(reader, found):
                 results[name] = why
-                if name in found.files:
-                    size += (ENCRYPTED / name).stat().st_size
+                checked += sizes.get(name, 0)
                 if draw:
-                    draw(size, total)
+                    draw(checked, total)
     return results
 
 

@@ -55,10 +55,10 @@ FICLONE = 0x40049409  # of linux/fs.h
 START_ATTEMPTS = 3
 TIMED_OUT = 124
 NOT_EXECUTABLE = 126
+DAMAGED = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ)
 # Of what is damaged, or refused even to root; EAGAIN comes for a file that is under a lease,
 # EINVAL where a file system cannot copy.
-UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EACCES, errno.EPERM, errno.EAGAIN,
-              errno.EINVAL)
+UNREADABLE = (*DAMAGED, errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EINVAL)
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Of systemd's units, see org.freedesktop.systemd1(5): states in which they run, and who
@@ -338,14 +338,21 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
 def regular_files(directory: Path) -> dict[str, int]:
     """Return the sizes in bytes of the regular files in a directory by name.
 
-    There are none if it is missing. Links are not followed.
+    There are none if it is missing. Links are not followed. One whose inode is damaged has a byte,
+    lest it pass for one that is lost, or for an empty one.
     """
     sizes: dict[str, int] = {}
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
-            with suppress(FileNotFoundError):
+            try:
                 if entry.is_file(follow_symlinks=False):
                     sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno not in DAMAGED:
+                    raise
+                sizes[entry.name] = 1
     return sizes
 
 
@@ -893,11 +900,14 @@ def raise_if_interrupted() -> None:
 @contextmanager
 def not_suspended() -> Iterator[None]:
     """Have Ctrl-Z not suspend this process in the block."""
-    # Not SIG_IGN, which daemons would inherit.
+    # Blocked, for one that is being started would be suspended before it is a program of its own,
+    # and this one wait for it. Not SIG_IGN, which daemons would inherit.
     before = signal.signal(signal.SIGTSTP, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
         signal.signal(signal.SIGTSTP, before)
 
 
@@ -1129,7 +1139,8 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
             os.killpg(process.pid, signal.SIGTERM)
             _wait(process, ENDING_SECONDS, lambda process: None)
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            # A disk that does not answer may hold it for ever.
+            _wait(process, ENDING_SECONDS, lambda process: None)
 
 
 # Services that come back
@@ -1480,4 +1491,5 @@ def _tell(answer: object) -> None:
 
 
 if __name__ == "__main__":
+    reset_signals()
     sys.exit(keep_services(sys.argv[2:], Path(sys.argv[1])))

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import backup
-from conftest import PYTHON, FirstNight, OldNights, Result, Store
+from conftest import PYTHON, FirstNight, OldNights, Result, Store, tree_of
+from test_mirror import disk
 
 pytestmark = pytest.mark.long
 
@@ -123,6 +124,7 @@ def test_disk_of_mail_that_is_not_mounted(keyed: Store) -> None:
     run = ["unshare", "--mount", "sh", "-c", f'mount --bind {table} /etc/fstab && "$@"', "sh",
            *keyed.command()]
     for place, options, exit_code in (("mail", "defaults,nofail", 1), ("mail", "ro,noauto", 0),
+                                      ("mail", "noauto,x-systemd.automount", 1),
                                       ("../mail", "defaults", 0), ("", "defaults", 1)):
         table.write_text(f"UUID=1 {keyed.root}/{place} ext4 {options} 0 2\n")
         result = keyed.run(*run, exit_code=exit_code)
@@ -379,3 +381,29 @@ def test_signatures_of_another_date(keyed: Store, first_night: FirstNight) -> No
     keyed.backup()
     assert "-full." in keyed.manifests()[-1] and len(keyed.manifests()) == 2
     assert keyed.backup().stderr == ""
+
+
+def test_damaged_inodes(keyed: Store) -> None:
+    """What the disk tells nothing of is named, and in the way of no other backup.
+
+    That is a volume of an older chain here, and a hook.
+    """
+    with disk(keyed, "mkfs.ext4", "-q", "-O", "metadata_csum", size="900M", place=keyed.backups):
+        keyed.backups.chmod(0o750)
+        keyed.put_key()
+        keyed.backup()
+        keyed.backup("--full")
+        put_hook(keyed)
+        volume, hook = min(keyed.encrypted.glob("*vol1*")), keyed.backups / "after-backup"
+        numbers = [path.stat().st_ino for path in (volume, hook)]
+        keyed.run("umount", keyed.backups)
+        for number in numbers:
+            keyed.run("debugfs", "-w", "-R", f"set_inode_field <{number}> checksum 0x1234",
+                      keyed.scratch / "disk")
+        keyed.run("mount", "-o", "loop", keyed.scratch / "disk", keyed.backups)
+        assert f"the hook {hook} failed" in keyed.backup(exit_code=3).stderr
+        assert len(keyed.backup("--list").stdout.splitlines()) > 10
+        keyed.backup("--restore", str(keyed.scratch / "restored"))
+        assert tree_of(keyed.scratch / "restored") == tree_of(keyed.root)
+        assert str(volume) in keyed.backup("--verify", exit_code=3).stderr
+        assert len(keyed.manifests()) == 3

@@ -41,6 +41,7 @@ def disk_at(store: Store, place: Path, size: str = "900M", *options: str) -> Ite
         yield
     finally:
         store.run("umount", place)
+        image.unlink()  # another namespace may have it mounted still: the next is to be another
 
 
 def assert_no_copy_left(store: Store) -> None:
@@ -179,6 +180,38 @@ def test_another_file_system_in_the_tree(keyed: Store) -> None:
         keyed.backup()
         assert keyed.last_run()["source"] == "direct" and len(keyed.manifests()) == 3
         keyed.assert_restores("direct-again")
+
+
+def test_mount_in_the_tree_whose_server_is_gone(keyed: Store, first_night: FirstNight) -> None:
+    """What was there is not taken for deleted, and mail not stopped for it."""
+    first_night(keyed)
+    place, server = keyed.root / "mail/archive", os.open("/dev/fuse", os.O_RDWR)
+    place.mkdir()
+    subprocess.run(
+        ["mount", "-i", "-t", "fuse", "-o", f"fd={server},rootmode=40000,user_id=0,group_id=0",
+         "archive", place], check=True, pass_fds=[server])
+    os.close(server)
+    try:
+        errors = keyed.backup(exit_code=1).stderr
+    finally:
+        keyed.run("umount", place)
+    assert f"{place}: Transport endpoint is not connected" in errors
+    assert keyed.calls("stop") == [] and len(keyed.manifests()) == 1
+
+
+def test_mount_in_the_tree_that_goes_meanwhile(keyed: Store) -> None:
+    """A set that lacks what was there is thrown away."""
+    place = keyed.root / "mail/archive"
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) umount --lazy {place};; esac
+exec REAL "$@"
+""")
+    place.mkdir()
+    (place / "empty").touch()  # as many entries as on the disk
+    keyed.run("mount", "-t", "tmpfs", "none", place)
+    (place / "file").write_text("on another disk")
+    assert f"mounted in {keyed.root} has changed" in keyed.backup(exit_code=1).stderr
+    assert keyed.manifests() == [] and keyed.running() == ["dovecot", "postfix"]
 
 
 def test_tree_that_is_written_to_while_duplicity_reads_it(keyed: Store) -> None:
@@ -361,7 +394,7 @@ def test_file_that_cannot_be_copied(keyed: Store, error: int) -> None:
     trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad),
              "-e", "trace=sendfile", "-e", f"inject=sendfile:error={errno.errorcode[error]}"]
     result = keyed.run(*trace, *keyed.command(), exit_code=3)
-    told = f"not all of {keyed.root} could be read; check the disk: {bad}: {os.strerror(error)}"
+    told = f"check the disk, and run --full: {bad}: {os.strerror(error)}"
     assert told in result.stderr and told in keyed.last_run()["message"]
     assert keyed.last_run()["source"] == "copy"
     assert not (keyed.restore("without") / "ssl/private.pem").exists()

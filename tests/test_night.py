@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from conftest import FirstNight, Store
+from conftest import FirstNight, OldNights, Store
 from test_services import STARTS, STOPS
 
 # Records its arguments and runs the real one.
@@ -246,17 +246,33 @@ exec REAL "$@"
         assert all(shown in text for shown in bad.values())
 
 
-def test_unread_file_is_in_the_backup_of_a_good_disk(keyed: Store) -> None:
-    """An increment takes in what the night before could not open."""
-    keyed.stand_in("duplicity", """#!/bin/sh
+@pytest.mark.parametrize("call", ["openat", "read"])
+def test_unread_file_is_told_until_a_full_backup_has_it(
+    keyed: Store, old_nights: OldNights, call: str
+) -> None:
+    """Nothing old is deleted until then: an increment may not read the file again.
+
+    It does if the file could not be opened.
+    """
+    old_nights(keyed, "-9 days")
+    old = set(os.listdir(keyed.encrypted))
+    keyed.stand_in("duplicity", f"""#!/bin/sh
 case $1 in full) exec strace -qq -o /dev/null -P snapshot/tree/ssl/private.pem \\
-    -e trace=openat -e inject=openat:error=EIO REAL "$@";; esac
+    -e trace={call} -e inject={call}:error=EIO REAL "$@";; esac
 exec REAL "$@"
 """)
-    keyed.backup(exit_code=3)
+    keyed.run("faketime", "-8 days", *keyed.command("--full"), exit_code=3)
+    keyed.stand_in("duplicity", '#!/bin/sh\n[ "$1" = full ] && exit 50\nexec REAL "$@"\n')
+    keyed.backup("--full", exit_code=1)
     (keyed.bin / "duplicity").unlink()
-    keyed.backup()
-    keyed.assert_restores()
+    for _ in range(2):
+        assert "ssl/private.pem" in keyed.backup(exit_code=3).stderr
+    assert old < set(os.listdir(keyed.encrypted))
+    if call == "openat":
+        keyed.assert_restores()
+    assert keyed.backup("--full").stderr == ""
+    assert old.isdisjoint(os.listdir(keyed.encrypted))
+    keyed.assert_restores("after")
 
 
 def test_failing_pruning_needs_attention(keyed: Store, first_night: FirstNight) -> None:

@@ -184,7 +184,7 @@ def test_keeper_is_deaf_to_signals(direct: Store, number: signal.Signals) -> Non
     """No signal but SIGKILL disturbs the keeper, and what it starts is not deaf."""
     service, ignored = direct.bin / "service", direct.scratch / "ignored"
     service.write_text(service.read_text().replace("case $2 in", f"""\
-if [ "$2" = start ]; then grep SigIgn /proc/self/status >> {ignored}; fi
+if [ "$2" = start ]; then grep -E "Sig(Ign|Blk)" /proc/self/status >> {ignored}; fi
 case $2 in"""))
     process = start_and_reach(direct)
     os.kill(keeper_of(process), number)
@@ -193,7 +193,7 @@ case $2 in"""))
     process.terminate()
     process.communicate()
     assert direct.running() == ["dovecot", "postfix"]
-    deaf_to = sum(1 << signal_number - 1 for signal_number in (1, 2, 13, 15))
+    deaf_to = sum(1 << signal_number - 1 for signal_number in (1, 2, 13, 15, 20))
     for line in ignored.read_text().splitlines():
         assert int(line.split()[1], 16) & deaf_to == 0
 

@@ -100,10 +100,21 @@ def test_terminal_that_takes_nothing(keyed: Store) -> None:
 
 
 def test_suspended_while_mail_is_down(keyed: Store) -> None:
-    """Ctrl-Z waits: mail is not down until somebody types fg."""
-    with subprocess.Popen(direct(keyed), env=keyed.environment, preexec_fn=os.setpgrp) as process:
-        wait_for(lambda: keyed.calls("stop") != [] and keyed.running() == [], seconds=30)
-        os.killpg(process.pid, signal.SIGTSTP)
+    """Ctrl-Z does nothing: mail is not down until somebody types fg.
+
+    Not even while a program is being started, which would be suspended, and the run wait for it.
+    """
+    command, go_on = direct(keyed), keyed.scratch / "go-on"
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) while [ ! -e {go_on} ]; do sleep 0.05; done;; esac
+exec REAL "$@"
+""")
+    with subprocess.Popen(command, env=keyed.environment, preexec_fn=os.setpgrp) as process:
+        wait_for(lambda: keyed.calls("stop") != [], seconds=30)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            os.killpg(process.pid, signal.SIGTSTP)
+        go_on.touch()
         try:
             assert process.wait(30) == 0
         finally:
