@@ -189,8 +189,8 @@ class Record:
 
     attention: what an admin must look at although the backup was made. broken: what is
     known to be wrong with backup files, by name, which may be a pattern. unread: what of
-    the tree could not be read. cut: what of that is cut off or empty in the newest backups, up
-    to a full one.
+    the tree could not be read. lacking: what of that the newest full backup or one since lacks
+    because the disk is damaged.
     """
 
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -205,7 +205,7 @@ class Record:
     duplicity_version: str | None = None
     downtime: Downtime = field(default_factory=Downtime)
     unread: list[str] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
 
@@ -506,7 +506,8 @@ def mounts_in_tree(night: Night) -> set[Path]:
     """
     check_mounts(night)
     os.listdir(night.root)
-    places = {place for place in utils.mounts() if is_in_tree(night, place)}
+    places = {place for place in utils.mounts()
+              if is_in_tree(night, place) and night.backup not in (place, *place.parents)}
     for place in places:
         # That may be a file, below another mount, or a user's own.
         with suppress(NotADirectoryError, FileNotFoundError, PermissionError):
@@ -833,11 +834,11 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
-    handed_on = record.newest_set, record.files, record.cut
+    handed_on = record.newest_set, record.files, record.lacking
     try:
         yield
     except BaseException as failure:
-        record.newest_set, record.files, record.cut = handed_on
+        record.newest_set, record.files, record.lacking = handed_on
         try:
             if record.kind:  # duplicity had begun
                 ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
@@ -1296,9 +1297,9 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
             log.info(record.remarks[0])
             record.entries = utils.count_entries(night.root, left_out(night, night.excluded))
         yield copy
-        if not copy and mounts_in_tree(night) != mounted:
-            raise Failure(f"what is mounted in {night.root} has changed while duplicity read it; "
-                          "see to that and run this again")
+        if not copy and (gone := mounted - mounts_in_tree(night)):
+            raise Failure(f"{min(gone)} was unmounted while duplicity read it; see to that and run "
+                          "this again")
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
@@ -1495,7 +1496,7 @@ def make_set(
     log.info("duplicity makes the %s backup of %s", action, root)
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
-        total = utils.content_size(tree, excluded) if draw and action == "full" else None
+        total = utils.content_size(tree) if draw and copy and action == "full" else None
         answer, log_lines = run_duplicity(night, command, watch_set(night, record, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
@@ -1525,14 +1526,19 @@ def make_set(
     record.size, record.newest_set = made[0].size, made[0].stamp
     record.files = sorted(backup_files().union(record.files))
     unread = copy.unread if copy else {}
-    cut = dict.fromkeys(warning.replace(str(tree), root) for warning in warnings)
-    # An increment does not read again what has not changed since.
-    record.cut = [*cut] if made[0].full else [*dict.fromkeys(record.cut) | cut]
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
-    record.unread += record.cut
+    record.unread += [warning.replace(str(tree), root) for warning in warnings]
+    # An increment does not read again what has not changed since.
+    lacking = [] if made[0].full else record.lacking
+    record.lacking = [*dict.fromkeys(lacking + list(filter(is_damage, record.unread)))]
     if record.unread:
-        record.warn(f"not all of {root} could be read, so that no old backups are deleted; check "
-                    f"the disk, and run --full: {first_of(record.unread)}")
+        record.warn(f"not all of {root} could be read; check the disk, or leave out what cannot be "
+                    f"read with BACKUP_EXCLUDE: {first_of(record.unread)}")
+
+
+def is_damage(why: str) -> bool:
+    """Tell whether a file could not be read because the disk is damaged."""
+    return any(os.strerror(number) in why for number in utils.DAMAGED)
 
 
 def watch_set(
@@ -1615,7 +1621,7 @@ def delete_migrated_backups(
     if state is None:
         return
     root = f" {night.root}"
-    if any(migrated.name in why or why.endswith(root) for why in record.unread):
+    if any(migrated.name in why or why.endswith(root) for why in record.unread + record.lacking):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
     with utils.owned_directory(migrated) as directory:
@@ -1655,7 +1661,10 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     if after_a_pause:
         record.warn(f"no old backups were deleted because the newest was over {FULL_DAYS} days "
                     "old: check the clock; if it is right the next run will delete them")
-    return bool(loose or record.unread) or after_a_pause or record.news
+    if record.lacking:
+        record.warn("no old backups were deleted, for they alone may hold what could not be read; "
+                    f"mend the disk, and run --full: {first_of(record.lacking)}")
+    return bool(loose or record.lacking) or after_a_pause or record.news
 
 
 @needs_attention_at_most
@@ -1775,7 +1784,7 @@ def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
     return Record(newest_set=last.get("newest_set"), files=list(map(str, last.get("files", []))),
-                  cut=list(map(str, last.get("cut", []))),
+                  lacking=list(map(str, last.get("lacking", []))),
                   told={name: str(why) for name, why in last.get("told", {}).items()})
 
 
@@ -1813,7 +1822,7 @@ def write_last_run(
         "duplicity_version": record.duplicity_version,
         "newest_set": record.newest_set,
         "told": record.told,
-        "cut": record.cut[:MOST_NAMES],
+        "lacking": record.lacking[:MOST_NAMES],
         # Of more the volumes are passed over: their manifests name them, too.
         "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
     }, group)
@@ -1871,7 +1880,7 @@ def read_last_run(path: Path) -> dict[str, Any]:
         if content and isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
-            for name, kind in ("told", dict), ("cut", list), ("files", list):
+            for name, kind in ("told", dict), ("lacking", list), ("files", list):
                 if not isinstance(content.get(name), kind):
                     content.pop(name, None)
             return content

@@ -284,6 +284,20 @@ SHORT = ("free=$(($(stat -f -c '%a * %S' .))) && "
          f"fallocate -l $((free - {575_000_000 + 42_000_000 - 10_000_000})) filler")
 
 
+def test_full_disk_does_not_heal_by_what_alone_holds_a_file(keyed: Store) -> None:
+    """What the disk could not read the night before is whole in the old backup only."""
+    big, bad = keyed.root / "big", keyed.root / "ssl/private.pem"
+    big.write_bytes(os.urandom(30_000_000))
+    keyed.run("faketime", "10 days ago", *keyed.command())
+    big.unlink()
+    keyed.run("faketime", "8 days ago", "strace", "-qq", "-o", "/dev/null", "-P", bad, "-e",
+              "trace=sendfile", "-e", "inject=sendfile:error=EIO", *keyed.command("--full"),
+              exit_code=3)
+    result = with_room(keyed, SHORT, 1)
+    assert f"run --full: {bad}" in result.stderr and "make room there" in result.stderr
+    assert set(keyed.manifests()) <= set(result.stdout.split())
+
+
 def test_full_disk_heals_itself(keyed: Store) -> None:
     """Where room is lacking old chains go first, but never the newest, however old it is."""
     big = keyed.root / "big"
@@ -401,9 +415,10 @@ def test_damaged_inodes(keyed: Store) -> None:
             keyed.run("debugfs", "-w", "-R", f"set_inode_field <{number}> checksum 0x1234",
                       keyed.scratch / "disk")
         keyed.run("mount", "-o", "loop", keyed.scratch / "disk", keyed.backups)
-        assert f"the hook {hook} failed" in keyed.backup(exit_code=3).stderr
         assert len(keyed.backup("--list").stdout.splitlines()) > 10
         keyed.backup("--restore", str(keyed.scratch / "restored"))
         assert tree_of(keyed.scratch / "restored") == tree_of(keyed.root)
         assert str(volume) in keyed.backup("--verify", exit_code=3).stderr
-        assert len(keyed.manifests()) == 3
+        assert str(volume) in keyed.backup(exit_code=3).stderr
+        assert f"the hook {hook} failed" in keyed.backup(exit_code=3).stderr
+        assert len(keyed.manifests()) == 4
