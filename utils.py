@@ -383,10 +383,10 @@ def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:
     return 1 + sum(1 for _ in walk_entries(root, excluded))
 
 
-def content_size(root: Path, excluded: Collection[Path] = ()) -> int:
+def content_size(root: Path) -> int:
     """Return the bytes in the regular files of a tree, see walk_entries."""
     total = 0
-    for entry in walk_entries(root, excluded):
+    for entry in walk_entries(root):
         with suppress(OSError):
             if entry.is_file(follow_symlinks=False):
                 total += entry.stat(follow_symlinks=False).st_size
