@@ -200,6 +200,7 @@ class Record:
     files: list[str] = field(default_factory=list)  # what backup files the last good run has left
     kind: str | None = None
     source: str | None = None
+    mounted: set[Path] = field(default_factory=set)  # in STORAGE_ROOT, while mail runs
     entries: int = 0  # of STORAGE_ROOT, counted while mail runs, where duplicity reads it itself
     size: int = 0  # of the new set, in bytes
     duplicity_version: str | None = None
@@ -1282,7 +1283,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     spare = min(shutil.disk_usage(night.root).total // 10, SPARE_BYTES)
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
-    mounted = mounts_in_tree(night)
+    record.mounted = mounts_in_tree(night)
     log.info("copying %s while mail runs", night.root)
     with ExitStack() as stack:
         stack.callback(remove_copy_at_last, night, record, place)
@@ -1297,9 +1298,8 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
             log.info(record.remarks[0])
             record.entries = utils.count_entries(night.root, left_out(night, night.excluded))
         yield copy
-        if not copy and (gone := mounted - mounts_in_tree(night)):
-            raise Failure(f"{min(gone)} was unmounted while duplicity read it; see to that and run "
-                          "this again")
+        if not copy:
+            mounts_in_tree(night)
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
@@ -1500,6 +1500,9 @@ def make_set(
         answer, log_lines = run_duplicity(night, command, watch_set(night, record, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
+    if not copy and (gone := record.mounted - utils.mounts().keys()):
+        raise Failure(f"{min(gone)} was unmounted while mail was down; see to that and run this "
+                      "again")
     sets = complete_sets()
     if before.difference(found.stamps for found in sets):
         raise Failure(f"while duplicity ran backups went from {ENCRYPTED.absolute()}; see to its "
@@ -1537,8 +1540,15 @@ def make_set(
 
 
 def is_damage(why: str) -> bool:
-    """Tell whether a file could not be read because the disk is damaged."""
-    return any(os.strerror(number) in why for number in utils.DAMAGED)
+    """Tell whether a file could not be read because the disk is damaged.
+
+    why: a path and the reason, or what duplicity says: of what it cannot list or look at no reason
+    (0.8.22, 3.2.1).
+    """
+    reasons = [os.strerror(number) for number in utils.DAMAGED]
+    if why.startswith("/"):
+        return why.endswith(tuple(reasons))
+    return bool(re.match(f"Error (listing directory|accessing|{'|'.join(reasons)}) ", why))
 
 
 def watch_set(
@@ -1553,10 +1563,11 @@ def watch_set(
     three times as much (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
-    # While mail is down a disk of another server is not asked: it might never answer.
-    disk = work.root.stat().st_dev
+    # While mail is down a mount that is no disk, of major number 0, is not asked: its server might
+    # never answer.
+    mounted = {work.backup, work.backup / ENCRYPTED} & utils.mounts().keys()
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)
-                if record.source == "copy" or place.stat().st_dev == disk}
+                if record.source == "copy" or not mounted or os.major(place.stat().st_dev)}
     state, since = b"", time.monotonic()
 
     def watch(process: int) -> None:
@@ -1621,7 +1632,9 @@ def delete_migrated_backups(
     if state is None:
         return
     root = f" {night.root}"
-    if any(migrated.name in why or why.endswith(root) for why in record.unread + record.lacking):
+    unread = record.unread + record.lacking  # of the latter a run notes the first for the next
+    if len(record.lacking) >= MOST_NAMES or any(
+            migrated.name in why or why.endswith(root) for why in unread):
         record.warn(f"{migrated} is kept because not all of it could be read; check the disk")
         return
     with utils.owned_directory(migrated) as directory:

@@ -15,7 +15,7 @@ import pytest
 
 import backup
 from conftest import PYTHON, FirstNight, OldNights, Result, Store, tree_of
-from test_mirror import disk
+from test_mirror import damage_inodes, disk
 
 pytestmark = pytest.mark.long
 
@@ -402,19 +402,15 @@ def test_damaged_inodes(keyed: Store) -> None:
 
     That is a volume of an older chain here, and a hook.
     """
-    with disk(keyed, "mkfs.ext4", "-q", "-O", "metadata_csum", size="900M", place=keyed.backups):
+    with disk(keyed, "mkfs.ext4", "-q", "-O", "metadata_csum,^has_journal", size="900M",
+              place=keyed.backups):
         keyed.backups.chmod(0o750)
         keyed.put_key()
         keyed.backup()
         keyed.backup("--full")
         put_hook(keyed)
         volume, hook = min(keyed.encrypted.glob("*vol1*")), keyed.backups / "after-backup"
-        numbers = [path.stat().st_ino for path in (volume, hook)]
-        keyed.run("umount", keyed.backups)
-        for number in numbers:
-            keyed.run("debugfs", "-w", "-R", f"set_inode_field <{number}> checksum 0x1234",
-                      keyed.scratch / "disk")
-        keyed.run("mount", "-o", "loop", keyed.scratch / "disk", keyed.backups)
+        damage_inodes(keyed, keyed.backups, [path.stat().st_ino for path in (volume, hook)])
         assert len(keyed.backup("--list").stdout.splitlines()) > 10
         keyed.backup("--restore", str(keyed.scratch / "restored"))
         assert tree_of(keyed.scratch / "restored") == tree_of(keyed.root)

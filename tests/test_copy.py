@@ -202,19 +202,41 @@ def test_mount_whose_server_is_gone(
     assert (keyed.calls("stop") == []) == (exit_code == 1)
 
 
-def test_mount_in_the_tree_that_goes_meanwhile(keyed: Store) -> None:
-    """A set that lacks what was there is thrown away."""
+@pytest.mark.parametrize("moment", ["dovecot stop", "duplicity"])
+def test_mount_in_the_tree_that_goes_meanwhile(keyed: Store, moment: str) -> None:
+    """A set that lacks what was there is thrown away; it may be back when mail is."""
     place = keyed.root / "mail/archive"
-    keyed.stand_in("duplicity", f"""#!/bin/sh
-case $1 in full) umount --lazy {place};; esac
+    service, away = keyed.bin / "service", f"umount --lazy {place}"
+    if moment == "duplicity":
+        keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) {away};; esac
 exec REAL "$@"
 """)
+    else:
+        service.write_text(service.read_text().replace("case $2 in", f"""\
+case "$1 $2" in "dovecot stop") {away};; "dovecot start") mount -t tmpfs none {place};; esac
+case $2 in"""))
     place.mkdir()
     (place / "empty").touch()  # as many entries as on the disk
     keyed.run("mount", "-t", "tmpfs", "none", place)
     (place / "file").write_text("on another disk")
     assert f"{place} was unmounted" in keyed.backup(exit_code=1).stderr
     assert keyed.manifests() == [] and keyed.running() == ["dovecot", "postfix"]
+    if moment != "duplicity":
+        keyed.run("umount", place)
+
+
+def test_directory_that_cannot_be_listed_in_a_direct_read(keyed: Store) -> None:
+    """It counts as damaged, although duplicity does not say why, and is told each night."""
+    bad = keyed.root / "mail/mailboxes/example.com/alice/new"
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) exec strace -qq -o /dev/null -P {bad} -e trace=getdents64 \\
+    -e inject=getdents64:error=EIO REAL "$@";; esac
+exec REAL "$@"
+""")
+    with disk_at(keyed, keyed.root / "mail/archive", "4M"):
+        for _ in range(2):
+            assert f"run --full: Error listing directory {bad}" in keyed.backup(exit_code=3).stderr
 
 
 def test_tree_that_is_written_to_while_duplicity_reads_it(keyed: Store) -> None:
