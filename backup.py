@@ -1299,7 +1299,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
             record.entries = utils.count_entries(night.root, left_out(night, night.excluded))
         yield copy
         if not copy:
-            mounts_in_tree(night)
+            mounts_in_tree(night)  # a server that died meanwhile ends the run
 
 
 def place_of_copy(work: Work, backup: Path) -> Path:
@@ -1489,7 +1489,6 @@ def make_set(
     root, tree = str(night.root), copy.target if copy else night.root
     record.kind, record.source = action, "copy" if copy else "direct"
     before = {found.stamps for found in complete_sets()}
-    excluded = [] if copy else left_out(night, night.excluded)
     if not copy and not os.path.samefile(".", night.backup):
         raise Failure(f"somebody renamed {night.backup}; give it its name back")
     entries = utils.count_entries(tree) if copy else record.entries
@@ -1522,7 +1521,7 @@ def make_set(
     # Nothing changes a copy. Others than mail may go on writing to the tree itself: then
     # a hundredth of it may come or go meanwhile.
     if unexplained > 0 and (copy or unexplained > entries // 100 + abs(
-            utils.count_entries(tree, excluded) - entries)):
+            utils.count_entries(tree, left_out(night, night.excluded)) - entries)):
         raise Failure(f"duplicity read {reported} of the {entries} files and directories "
                       f"of {root}, and did not say why; see that nothing but mail writes "
                       "there, and run the backup again")

@@ -1136,11 +1136,10 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """End a program that still runs, with its process group: SIGTERM, ten seconds later SIGKILL."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-            _wait(process, ENDING_SECONDS, lambda process: None)
-            os.killpg(process.pid, signal.SIGKILL)
-            # A disk that does not answer may hold it for ever.
-            _wait(process, ENDING_SECONDS, lambda process: None)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                os.killpg(process.pid, number)
+                # A disk that does not answer may hold it for ever.
+                _wait(process, ENDING_SECONDS, lambda process: None)
 
 
 # Services that come back

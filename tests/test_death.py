@@ -19,7 +19,7 @@ import backup
 import utils
 from conftest import SUMMARY, Result, Store, make_store, tree_of
 from test_migration import MIGRATED, Legacy, files_in, legacy
-from test_services import processes_of, wait_for
+from test_services import processes_of, programs_of, wait_for
 
 __all__ = ["legacy"]
 pytestmark = pytest.mark.sampled
@@ -95,7 +95,7 @@ def survive(place: Path, legacy: Legacy, instant: int, kind: str) -> None:
         assert store.running() == ["dovecot", "postfix"] and not store.stopped_list.exists()
     if kind != "keeper":
         wait_for(lambda: store.running() == ["dovecot", "postfix"], seconds=5)
-    wait_for(lambda: [line for line in processes_of(store) if "gpg-agent" not in line] == [])
+    wait_for(lambda: programs_of(store) == [])
     assert_good_next_night(store, legacy)
     store.clean()
     shutil.rmtree(place)

@@ -17,7 +17,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from conftest import USER, Entry, FirstNight, Store, copy_backups, make_store, tree_of
-from test_services import processes_of, wait_for
+from test_services import programs_of, wait_for
 
 MESSAGE = "mail/mailboxes/example.com/alice/new/170010.M1P1.host"
 ADDED = "ssl/added"
@@ -153,8 +153,7 @@ def unfinished(
         if instant.killed:
             process.kill()
             process.wait()
-            wait_for(lambda: not [
-                line for line in processes_of(store) if "gpg-agent" not in line])
+            wait_for(lambda: programs_of(store) == [])
         yield Unfinished(store, tree)
     finally:
         end_backup(store, process)

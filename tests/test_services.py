@@ -94,6 +94,11 @@ def processes_of(store: Store) -> list[str]:
     return found
 
 
+def programs_of(store: Store) -> list[str]:
+    """Return the same without gpg's agents, which end by themselves."""
+    return [line for line in processes_of(store) if "gpg-agent" not in line]
+
+
 def is_over(store: Store) -> bool:
     """Return whether services run again, and nothing else of the store."""
     return store.running() == ["dovecot", "postfix"] and processes_of(store) == []

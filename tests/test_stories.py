@@ -20,7 +20,7 @@ import pytest
 import backup
 import utils
 from conftest import USER, Entry, Store, tree_of
-from test_services import processes_of, wait_for
+from test_services import programs_of, wait_for
 
 pytestmark = pytest.mark.long
 
@@ -172,7 +172,7 @@ def run(story: Story, *arguments: str, seconds: float = 0) -> "subprocess.Comple
     killed = ["timeout", "--signal=KILL", f"{seconds:.2f}"] if seconds else []
     result = story.store.run("faketime", story.now.strftime("%Y-%m-%d %H:%M:%S"), *killed,
                              *story.store.command(*arguments), exit_code=None)
-    wait_for(lambda: [line for line in processes_of(story.store) if "gpg-agent" not in line] == [])
+    wait_for(lambda: programs_of(story.store) == [])
     story.told += [f"{story.now}: {' '.join(arguments)} exit code {result.returncode}",
                    result.stderr]
     assert not re.search("^Traceback", result.stderr, re.MULTILINE), result.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import FirstNight, Result, Store, pass_the_second_of, tree_of
-from test_services import processes_of, wait_for
+from test_services import programs_of, wait_for
 
 pytestmark = pytest.mark.long
 
@@ -136,7 +136,7 @@ def test_killed_run_is_never_resumed(
         assert process.returncode == 1 and "signal 9" in errors
         # at once, not the night after
         assert {path.name for path in keyed.encrypted.iterdir()} == old
-    wait_for(lambda: [line for line in processes_of(keyed) if "gpg-agent" not in line] == [])
+    wait_for(lambda: programs_of(keyed) == [])
     change(keyed)
     keyed.backup()
     assert len(keyed.manifests()) == (2 if action == "incremental" else 1)
