@@ -461,6 +461,13 @@ def begin_night(settings: Settings) -> Night:
     another run did.
     settings: see night_of. Raises Failure.
     """
+    # A disk that hangs would hold every night here, before there is a lock that tells of it.
+    backup = os.path.join(settings.get("STORAGE_ROOT", ""), "backup")
+    answer = utils.shell(["ls", "--all", "--", backup], program_environment(),
+                         timeout_seconds=STALLED_SECONDS)
+    if answer.exit_code == utils.TIMED_OUT:
+        raise Failure(f"{printable(backup)} has not answered for {STALLED_SECONDS} seconds; see to "
+                      "its disk")
     try:
         check_root()
         night = night_of(settings)

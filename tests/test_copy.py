@@ -5,6 +5,7 @@ Without a copy the night goes on.
 
 import contextlib
 import errno
+import io
 import os
 import pwd
 import subprocess
@@ -182,22 +183,45 @@ def test_another_file_system_in_the_tree(keyed: Store) -> None:
         keyed.assert_restores("direct-again")
 
 
+@contextlib.contextmanager
+def mounted_with_a_server(store: Store, place: Path) -> Iterator[io.FileIO]:
+    """Mount a file system whose server is this process. Yields the file it would serve through.
+
+    Until it answers, which it never does, or is closed, whoever looks at the place waits.
+    """
+    with open("/dev/fuse", "r+b", buffering=0) as server:
+        options = f"fd={server.fileno()},rootmode=40000,user_id=0,group_id=0"
+        subprocess.run(["mount", "-i", "-t", "fuse", "-o", options, "archive", place],
+                       check=True, pass_fds=[server.fileno()])
+        try:
+            yield server
+        finally:
+            store.run("umount", "--lazy", place)
+
+
+def test_backup_directory_that_does_not_answer(keyed: Store, first_night: FirstNight) -> None:
+    """It holds no night silently: that is said, and mail is not stopped."""
+    first_night(keyed)
+    program = keyed.changed_program("STALLED_SECONDS = 600", "STALLED_SECONDS = 1")
+    with mounted_with_a_server(keyed, keyed.backups):
+        result = keyed.run("timeout", "--signal=KILL", "60", PYTHON, program,
+                           *keyed.command()[2:], exit_code=1)
+    assert result.stderr == (
+        f"backup: {keyed.backups} has not answered for 1 seconds; see to its disk\n")
+    assert keyed.calls() == []
+
+
 @pytest.mark.parametrize("below, exit_code", [("mail/archive", 1), ("backup/elsewhere", 0)])
 def test_mount_whose_server_is_gone(
     keyed: Store, first_night: FirstNight, below: str, exit_code: int
 ) -> None:
     """What was there is not taken for deleted, nor mail stopped; in backup/ it is no matter."""
     first_night(keyed)
-    place, server = keyed.root / below, os.open("/dev/fuse", os.O_RDWR)
+    place = keyed.root / below
     place.mkdir()
-    subprocess.run(
-        ["mount", "-i", "-t", "fuse", "-o", f"fd={server},rootmode=40000,user_id=0,group_id=0",
-         "archive", place], check=True, pass_fds=[server])
-    os.close(server)
-    try:
+    with mounted_with_a_server(keyed, place) as server:
+        server.close()
         errors = keyed.backup(exit_code=exit_code).stderr
-    finally:
-        keyed.run("umount", place)
     assert (f"{place}: Transport endpoint is not connected" in errors) == (exit_code == 1)
     assert (keyed.calls("stop") == []) == (exit_code == 1)
 
