@@ -1432,10 +1432,10 @@ def services_stopped(
         env=manager.environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         pass_fds=[lock], start_new_session=True)
     assert keeper.stdin and keeper.stdout
-    began = time.monotonic()
+    began, stopped = time.monotonic(), ""
     try:
-        answer = keeper.stdout.readline()
-        failed = json.loads(answer or '"the process that stops and starts services died"')
+        stopped = keeper.stdout.readline()
+        failed = json.loads(stopped or '"the process that stops and starts services died"')
         raise_if_interrupted()
         if failed:
             raise Failure(f"mail could not be stopped; mend that: {failed}")
@@ -1447,6 +1447,8 @@ def services_stopped(
         if answer:
             vars(downtime).update(json.loads(answer))
         else:  # it died
+            if not stopped:  # the stop that it had begun goes on, and would overtake the start
+                time.sleep(ENDING_SECONDS)
             listed = services_to_start(list_path, lines)
             downtime.not_started = start_services(manager, listed, list_path)
             downtime.seconds = time.monotonic() - began

@@ -215,6 +215,20 @@ exec REAL "$@"
     direct.assert_restores()
 
 
+def test_keeper_dies_while_it_stops_a_service(keyed: Store) -> None:
+    """The stop goes on, and the start does not come before its end: exit 1, mail runs."""
+    held = hold(keyed, "dovecot stop")
+    process = start_and_reach(keyed, "dovecot stop")
+    os.kill(keeper_of(process), signal.SIGKILL)
+    time.sleep(1)
+    held.unlink()
+    assert "stops and starts services died" in process.communicate()[1]
+    assert process.returncode == 1
+    wait_for(lambda: processes_of(keyed) == [])
+    assert keyed.running() == ["dovecot", "postfix"]
+    assert keyed.calls("stop", "start") == ["dovecot stop", *STARTS]
+
+
 def test_next_run_starts_services_if_script_and_keeper_die(direct: Store) -> None:
     """Both are killed while mail is stopped: the next run says so and starts the services first."""
     process = start_and_reach(direct)
