@@ -258,7 +258,9 @@ def mounts(table: str = "/proc/self/mounts") -> dict[Path, str]:
     text = ""
     with suppress(FileNotFoundError):  # as in a container
         text = os.fsdecode(content_of(Path(table)))
-    found = re.findall(r"^\s*[^#\s]\S*[ \t]+(/\S*)(?:[ \t]+\S+[ \t]+(\S+))?", text, re.MULTILINE)
+    word = r"[^ \t\n]"  # a name may hold whatever else is white space
+    found = re.findall(rf"^[ \t]*(?!#){word}+[ \t]+(/{word}*)(?:[ \t]+{word}+[ \t]+({word}+))?",
+                       text, re.MULTILINE)
     return {Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name)): options
             for name, options in found}
 
@@ -359,23 +361,32 @@ def regular_files(directory: Path) -> dict[str, int]:
 def walk_entries(root: Path, excluded: Collection[Path] = ()) -> Iterator["os.DirEntry[str]"]:
     """Yield the entries of a tree: files of every kind but sockets.
 
-    What is excluded is left out, and all below it.
+    What is excluded is left out, and all below it, and so is what is gone or cannot be read.
+    Raises Failure where the server of a file system is gone.
     """
     left_out = {os.fspath(path) for path in excluded}
     pending = [os.fspath(root)]
     while pending:
         raise_if_interrupted()
-        with suppress(OSError), os.scandir(pending.pop()) as entries:
+        with _unreadable_passed_over(), os.scandir(pending.pop()) as entries:
             for entry in entries:
-                try:
+                with _unreadable_passed_over():
                     if entry.path in left_out or not entry.is_file(follow_symlinks=False) and (
                             stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)):
                         continue
-                except OSError:  # gone, or unreadable: duplicity tells of that
-                    continue
-                yield entry
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
+                    yield entry
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+
+
+@contextmanager
+def _unreadable_passed_over() -> Iterator[None]:
+    """Pass over what is gone or cannot be read, of which duplicity tells, see walk_entries."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ENODEV):  # to duplicity 0.8.22 that is "gone"
+            raise Failure(f"{path_in(error)}: {error.strerror}; see to its server") from error
 
 
 def count_entries(root: Path, excluded: Collection[Path] = ()) -> int:

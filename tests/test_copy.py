@@ -211,7 +211,8 @@ def test_backup_directory_that_does_not_answer(keyed: Store, first_night: FirstN
     assert keyed.calls() == []
 
 
-@pytest.mark.parametrize("below, exit_code", [("mail/archive", 1), ("backup/elsewhere", 0)])
+@pytest.mark.parametrize("below, exit_code", [
+    ("mail/archive", 1), ("mail/old\u3000mail\r", 1), ("backup/elsewhere", 0)])
 def test_mount_whose_server_is_gone(
     keyed: Store, first_night: FirstNight, below: str, exit_code: int
 ) -> None:
@@ -222,7 +223,8 @@ def test_mount_whose_server_is_gone(
     with mounted_with_a_server(keyed, place) as server:
         server.close()
         errors = keyed.backup(exit_code=exit_code).stderr
-    assert (f"{place}: Transport endpoint is not connected" in errors) == (exit_code == 1)
+    told = f"{utils.printable(str(place))}: Transport endpoint is not connected"
+    assert (told in errors) == (exit_code == 1)
     assert (keyed.calls("stop") == []) == (exit_code == 1)
 
 
@@ -261,6 +263,18 @@ exec REAL "$@"
     with disk_at(keyed, keyed.root / "mail/archive", "4M"):
         for _ in range(2):
             assert f"run --full: Error listing directory {bad}" in keyed.backup(exit_code=3).stderr
+
+
+@pytest.mark.parametrize("error", ["ENOTCONN", "ENODEV"])
+def test_directory_of_a_server_that_is_gone_in_a_direct_read(keyed: Store, error: str) -> None:
+    """To duplicity it is a directory that is gone, and so all mail in it: there is no backup."""
+    bad = keyed.root / "mail/mailboxes/example.com/alice/new"
+    gone = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(bad), "-e", "trace=openat",
+            "-e", f"inject=openat:error={error}"]
+    with disk_at(keyed, keyed.root / "mail/archive", "4M"):
+        errors = keyed.run(*gone, *keyed.command(), exit_code=1).stderr
+    assert f"{bad}: {os.strerror(getattr(errno, error))}; see to its server" in errors
+    assert keyed.calls("stop") == [] and keyed.manifests() == []
 
 
 def test_tree_that_is_written_to_while_duplicity_reads_it(keyed: Store) -> None:
