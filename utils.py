@@ -1438,8 +1438,8 @@ def services_stopped(
         yield
         return
     keeper = subprocess.Popen(
-        [*manager.outliving(), sys.executable, os.path.abspath(__file__), os.fspath(list_path),
-         *lines],
+        [*manager.outliving(), "ionice", "--ignore", "--class", "none", sys.executable,
+         os.path.abspath(__file__), os.fspath(list_path), *lines],
         env=manager.environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         pass_fds=[lock], start_new_session=True)
     assert keeper.stdin and keeper.stdout
@@ -1478,6 +1478,8 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
+    with suppress(PermissionError):  # as in some containers
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # nor are they to inherit that of `nice backup.py`
     manager = service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
     began, awake = time.monotonic(), ""

@@ -204,6 +204,16 @@ case $2 in"""))
         assert int(line.split()[1], 16) & deaf_to == 0
 
 
+def test_services_do_not_inherit_a_low_priority(keyed: Store) -> None:
+    """Cron lines often begin with nice and ionice, which are not meant for mail."""
+    service, told = keyed.bin / "service", keyed.scratch / "told"
+    service.write_text(service.read_text().replace("case $2 in", f"""\
+if [ "$2" = start ]; then nice >> {told}; ionice -p $$ >> {told}; fi
+case $2 in"""))
+    keyed.run("nice", "-n", "10", "ionice", "-c", "idle", *keyed.command())
+    assert told.read_text() == "0\nnone: prio 0\n" * 2
+
+
 def test_script_starts_services_if_the_keeper_dies(direct: Store) -> None:
     """The keeper is killed while mail is stopped: the script starts it, and the backup counts."""
     direct.stand_in("duplicity", f"""#!/bin/sh
