@@ -201,6 +201,7 @@ class Record:
     kind: str | None = None
     source: str | None = None
     mounted: set[Path] = field(default_factory=set)  # in STORAGE_ROOT, while mail runs
+    unmounted: set[Path] = field(default_factory=set)  # now, of what earlier backups have
     entries: int = 0  # of STORAGE_ROOT, counted while mail runs, where duplicity reads it itself
     size: int = 0  # of the new set, in bytes
     duplicity_version: str | None = None
@@ -672,16 +673,20 @@ def check_clock(night: Night, sets: Sets) -> float:
     return ahead
 
 
-def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
+def check_nothing_lost(night: Night, record: Record, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
-    Else a disk that was not mounted would pass for a first night. force_full: a new beginning
-    is made. What is lost is told then all the same, unless all was moved aside, cache/, too.
+    Else a disk that was not mounted would pass for a first night. One of the tree that /etc/fstab
+    does not name is noted, see must_keep_all. force_full: a new beginning is made. What is lost
+    is told then all the same, unless all was moved aside, cache/, too.
     """
+    if not force_full:
+        record.unmounted = {place for place in record.mounted - utils.mounts().keys()
+                            if is_in_tree(night, place)}
     sets = complete_sets()
     if lost := newest_lost(sets, record.newest_set):
         if not force_full:
-            raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
+            raise Failure(f"{lost} from {night.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it, "
                           "which deletes what is left of it")
         if not CACHE.exists() and not backup_files():
@@ -842,11 +847,11 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
-    handed_on = record.newest_set, record.files, record.lacking
+    handed_on = record.newest_set, record.files, record.lacking, record.mounted
     try:
         yield
     except BaseException as failure:
-        record.newest_set, record.files, record.lacking = handed_on
+        record.newest_set, record.files, record.lacking, record.mounted = handed_on
         try:
             if record.kind:  # duplicity had begun
                 ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
@@ -1354,7 +1359,7 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
                     "of this system and was not stopped; correct it in the settings")
     try:
         with utils.not_suspended(), utils.services_stopped(
-                manager, lines, night.stopped, lock, record.downtime):
+                manager, lines, night.stopped, lock, record.downtime, STALLED_SECONDS):
             yield
     except Interrupted:
         if record.downtime.seconds and not record.downtime.not_started:
@@ -1569,11 +1574,7 @@ def watch_set(
     three times as much (seen: 0.8.22, 3.2.1).
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
-    # While mail is down a mount that is no disk, of major number 0, is not asked: its server might
-    # never answer.
-    mounted = {work.backup, work.backup / ENCRYPTED} & utils.mounts().keys()
-    reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)
-                if record.source == "copy" or not mounted or os.major(place.stat().st_dev)}
+    reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
     state, since = b"", time.monotonic()
 
     def watch(process: int) -> None:
@@ -1581,6 +1582,7 @@ def watch_set(
         before_that, state = state, utils.state_of(process)
         if record.source == "copy" or state != before_that:
             since = time.monotonic()
+            record.downtime.go_on()
         elif time.monotonic() > since + STALLED_SECONDS:
             raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
                           f"disks of {work.root} and {work.backup}, and run this again")
@@ -1617,12 +1619,13 @@ def read_machine_log(lines: Sequence[str]) -> tuple[int | None, list[str]]:
         text = line.removeprefix(".").strip()
         if line and not line.startswith("."):
             level = "" if re.match("WARNING [2-6]\\b", line) else line.split()[0]
+            warnings.append("")
+        elif level == "WARNING":  # a name with a line break takes several
+            warnings[-1] = f"{warnings[-1]} {text}".strip()
         elif match := re.fullmatch(r"SourceFiles (\d+)", text):
             entries = int(match[1])
-        elif level == "WARNING" and text and text not in warnings[-1:] and (
-                not text.startswith("Warning, discarding last backup set")):
-            warnings.append(text)
-    return entries, warnings
+    return entries, [text for text in dict.fromkeys(warnings)
+                     if text and not text.startswith("Warning, discarding last backup set")]
 
 
 @needs_attention_at_most
@@ -1649,8 +1652,10 @@ def delete_migrated_backups(
                         "run the backup again")
             return
         names = sorted(os.listdir(directory), key=lambda name: name.startswith("duplicity-"))
-        if names and not names[-1].startswith("duplicity-"):
-            record.warn(f"{migrated} is kept because it holds no backups; move it to "
+        # Encrypted ones, moved aside, STORAGE_USER may have given this name.
+        if names and not names[-1].startswith("duplicity-") or any(
+                name.endswith(".gpg") for name in names):
+            record.warn(f"{migrated} is kept because it holds no plain backups; move it to "
                         "where it belongs, or away")
             return
         # What tells that they are backups goes last, so that the run after one that is
@@ -1663,7 +1668,8 @@ def delete_migrated_backups(
 def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     """Tell, and warn, whether nothing old may be deleted in this run.
 
-    What is old may alone hold a file that could not be read since. Or files may be waited for:
+    What is old may alone hold a file that could not be read since, or what a disk holds that is
+    not mounted. Or files may be waited for:
     what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and in the night that tells
     of them all. Duplicity would delete what is left of such sets, or what is before them as a
     chain that is over. Or the clock may have jumped ahead, and all would be old; a new set tells
@@ -1683,7 +1689,10 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     if record.lacking:
         record.warn("no old backups were deleted, for they alone may hold what could not be read; "
                     f"mend the disk, and run --full: {first_of(record.lacking)}")
-    return bool(loose or record.lacking) or after_a_pause or record.news
+    if record.unmounted:
+        record.warn(f"no old backups were deleted, for {min(record.unmounted)} is not mounted and "
+                    "was when they were made; mount it, or run --full to do without it")
+    return bool(loose or record.lacking or record.unmounted) or after_a_pause or record.news
 
 
 @needs_attention_at_most
@@ -1804,6 +1813,7 @@ def new_record() -> Record:
     last = read_last_run(LAST_RUN)
     return Record(newest_set=last.get("newest_set"), files=list(map(str, last.get("files", []))),
                   lacking=list(map(str, last.get("lacking", []))),
+                  mounted={Path(str(place)) for place in last.get("mounted", [])},
                   told={name: str(why) for name, why in last.get("told", {}).items()})
 
 
@@ -1842,6 +1852,7 @@ def write_last_run(
         "newest_set": record.newest_set,
         "told": record.told,
         "lacking": record.lacking[:MOST_NAMES],
+        "mounted": sorted(map(str, record.mounted | record.unmounted)),
         # Of more the volumes are passed over: their manifests name them, too.
         "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
     }, group)
@@ -1899,7 +1910,7 @@ def read_last_run(path: Path) -> dict[str, Any]:
         if content and isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
-            for name, kind in ("told", dict), ("lacking", list), ("files", list):
+            for name, kind in ("told", dict), ("lacking", list), ("mounted", list), ("files", list):
                 if not isinstance(content.get(name), kind):
                     content.pop(name, None)
             return content
@@ -1910,7 +1921,8 @@ def read_last_run(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         why = f"cannot read {path}: {error}"
-    return {"exit_code": 1, "message": f"{why}; remove it"}
+    # Nobody knows what was lacking.
+    return {"exit_code": 1, "message": f"{why}; remove it", "lacking": [why]}
 
 
 # Status
@@ -2298,7 +2310,9 @@ def reader_of(
     if not complete_sets(work.backup / ENCRYPTED):
         raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; mount its disk, "
                       "put your copy of the backups there, or make one")
-    temporary = os.path.abspath(tempfile.gettempdir())
+    temporary = "/tmp"
+    with suppress(FileNotFoundError):  # as where all disks but that of backup/ are full
+        temporary = os.path.abspath(tempfile.gettempdir())
     utils.work_inside(work.backup)
     read_passphrase()
     try:

@@ -28,7 +28,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -257,7 +257,7 @@ def mounts(table: str = "/proc/self/mounts") -> dict[Path, str]:
     """
     text = ""
     with suppress(FileNotFoundError):  # as in a container
-        text = os.fsdecode(content_of(Path(table)))
+        text = os.fsdecode(Path(table).read_bytes())
     word = r"[^ \t\n]"  # a name may hold whatever else is white space
     found = re.findall(rf"^[ \t]*(?!#){word}+[ \t]+(/{word}*)(?:[ \t]+{word}+[ \t]+({word}+))?",
                        text, re.MULTILINE)
@@ -1162,12 +1162,16 @@ class Downtime:
 
     seconds: from the first stop until all are known to run again. not_started: why
     services could not be started again, by their line, see ServiceManager. awake: which
-    ran again before that, as somebody else had started them; empty if none did.
+    ran again before that, as somebody else had started them; empty if none did. too_long:
+    whether they were started although the block that they were stopped for had not ended.
+    go_on: to be called while that goes on, see services_stopped.
     """
 
     seconds: float = 0.0
     not_started: dict[str, str] = field(default_factory=dict)
     awake: str = ""
+    too_long: bool = False
+    go_on: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -1263,7 +1267,7 @@ class Systemd(ServiceManager):
         """Return the lines of those services that run, see ServiceManager.
 
         A line has all running units that go down with the service, and before them the
-        sockets that would start it again, lest they do so between their stop and its
+        sockets and paths that would start it again, lest they do so between their stop and its
         own. Raises Failure also if a unit could not be started again.
         """
         lines = []
@@ -1302,8 +1306,9 @@ class Systemd(ServiceManager):
                 # A name that was escaped, as of a template for a mail address, is quoted.
                 stopped = " ".join(unit.get(key, "") for unit in found for key in STOPPED_WITH)
                 triggers = " ".join(unit.get("TriggeredBy", "") for unit in found)
-                sockets = {unit for unit in shlex.split(triggers) if unit.endswith(".socket")}
-                wanted = sockets.union(shlex.split(stopped)) - units.keys()
+                wakers = {unit for unit in shlex.split(triggers)
+                          if unit.endswith((".socket", ".path"))}
+                wanted = wakers.union(shlex.split(stopped)) - units.keys()
             groups = re.split("[/\n]", Path("/proc/self/cgroup").read_text())
             own = units.keys() & groups
             after = " ".join(unit.get("After", "") for unit in units.values())
@@ -1316,7 +1321,8 @@ class Systemd(ServiceManager):
                               "Before= out of it")
             settled = [unit for unit in units.values()
                        if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")
-                       and (unit["Id"] == name or ".timer" not in unit.get("TriggeredBy", ""))]
+                       and (unit["Id"] == next(iter(units))  # its own, which may be an alias
+                            or ".timer" not in unit.get("TriggeredBy", ""))]
             busy = [unit["Id"] for unit in settled
                     if unit.get("Job") or unit["ActiveState"] == "deactivating"]
             if not busy:
@@ -1423,7 +1429,8 @@ def start_services(
 
 @contextmanager
 def services_stopped(
-    manager: ServiceManager, lines: Sequence[str], list_path: Path, lock: int, downtime: Downtime
+    manager: ServiceManager, lines: Sequence[str], list_path: Path, lock: int, downtime: Downtime,
+    seconds: float
 ) -> Iterator[None]:
     """Stop services, and start them again after the block whatever happens.
 
@@ -1431,18 +1438,27 @@ def services_stopped(
     them back. lines: see ServiceManager, in the order in which they stop and start.
     list_path: where the keeper notes what it stops; what is listed there already is
     started too. lock: a descriptor that the keeper holds until the services are back.
-    downtime: filled in at the end. Raises Failure if a service cannot be stopped; all are
-    started again then.
+    downtime: filled in at the end. seconds: how long they are stopped at most since they were, or
+    since its go_on was called: a disk that does not answer can hold this process for ever. Raises
+    Failure if a service cannot be stopped, when all are started again, or if it took too long.
     """
     if not lines:
         yield
         return
     keeper = subprocess.Popen(
         [*manager.outliving(), "ionice", "--ignore", "--class", "none", sys.executable,
-         os.path.abspath(__file__), os.fspath(list_path), *lines],
+         os.path.abspath(__file__), os.fspath(list_path), str(seconds), *lines],
         env=manager.environment, text=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         pass_fds=[lock], start_new_session=True)
     assert keeper.stdin and keeper.stdout
+    standard_input = keeper.stdin
+
+    def go_on() -> None:
+        if not standard_input.closed:
+            with suppress(BrokenPipeError):
+                os.write(standard_input.fileno(), b"\n")
+
+    downtime.go_on = go_on
     began, stopped = time.monotonic(), ""
     try:
         stopped = keeper.stdout.readline()
@@ -1452,7 +1468,7 @@ def services_stopped(
             raise Failure(f"mail could not be stopped; mend that: {failed}")
         yield
     finally:
-        keeper.stdin.close()
+        standard_input.close()
         answer = keeper.stdout.readline()
         keeper.wait()
         if answer:
@@ -1463,18 +1479,21 @@ def services_stopped(
             listed = services_to_start(list_path, lines)
             downtime.not_started = start_services(manager, listed, list_path)
             downtime.seconds = time.monotonic() - began
+    if downtime.too_long:
+        raise Failure(f"mail was started again because nothing went on for {seconds} seconds; see "
+                      "which disk does not answer")
 
 
-def keep_services(lines: Sequence[str], list_path: Path) -> int:
+def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
     """Stop services, wait for the end of standard input, start them again: the life of the keeper.
 
     The kernel closes the other end of standard input even when its holder is killed, and
     a stop that is under way then still ends before the start begins. No signal but
     SIGKILL disturbs it. It answers with two lines of JSON: why a service could not be
-    stopped, empty if all are; then, when they are started again, a Downtime. lines: see
-    ServiceManager, in the order in which they stop and start. list_path: lists them from
-    before the first stop until after the last start. Returns its exit code: 0, 5 if a
-    service is down.
+    stopped, empty if all are; then, when they are started again, a Downtime. list_path: lists the
+    services from before the first stop until after the last start. seconds: how long it waits for
+    anything to come on standard input. lines: see ServiceManager, in the order in which they stop
+    and start. Returns its exit code: 0, 5 if a service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
@@ -1482,7 +1501,7 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
         os.setpriority(os.PRIO_PROCESS, 0, 0)  # nor are they to inherit that of `nice backup.py`
     manager = service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
-    began, awake = time.monotonic(), ""
+    began, awake, waiting = time.monotonic(), "", [0]
     try:
         write_atomically(list_path, "\n".join(listed))
     except OSError as error:
@@ -1491,10 +1510,12 @@ def keep_services(lines: Sequence[str], list_path: Path) -> int:
         failed = manager.stop(lines)
     _tell(failed)
     if not failed:
-        sys.stdin.read()
+        while (waiting := select.select([0], [], [], seconds)[0]) and os.read(0, BLOCK_BYTES):
+            pass
         awake = manager.awake(lines)
     not_started = start_services(manager, listed, list_path)
-    _tell(asdict(Downtime(time.monotonic() - began, not_started, awake)))
+    _tell({"seconds": time.monotonic() - began, "not_started": not_started, "awake": awake,
+           "too_long": not waiting})
     return 5 if not_started else 0
 
 
@@ -1506,4 +1527,4 @@ def _tell(answer: object) -> None:
 
 if __name__ == "__main__":
     reset_signals()
-    sys.exit(keep_services(sys.argv[2:], Path(sys.argv[1])))
+    sys.exit(keep_services(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))

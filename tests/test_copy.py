@@ -157,7 +157,8 @@ def test_copy_by_another_name(keyed: Store, moment: str) -> None:
 def test_another_file_system_in_the_tree(keyed: Store) -> None:
     """A mount in the tree: duplicity reads the tree itself while mail is stopped, and it is said.
 
-    The next set is from a copy again.
+    The next set is from a copy again, and tells that what was there counts as deleted: nothing
+    old goes, in whatever run, until it is mounted again or --full is asked for.
     """
     reason = "not on the same file system"
     mounted = keyed.root / "mail/archive"
@@ -172,15 +173,27 @@ def test_another_file_system_in_the_tree(keyed: Store) -> None:
         assert_no_copy_left(keyed)
         keyed.assert_restores("direct")
     (keyed.root / "new").write_text("new")
-    keyed.backup()
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in remove-older-than|cleanup) exit 99;; esac
+exec REAL "$@"
+""")
+    missing = f"no old backups were deleted, for {mounted} is not mounted and was when they"
+    for _ in range(2):
+        assert missing in keyed.backup(exit_code=3).stderr
     assert keyed.last_run()["source"] == "copy"
-    assert len(keyed.manifests()) == 2 and "inc" in keyed.manifests()[1]
+    assert len(keyed.manifests()) == 3 and "inc" in keyed.manifests()[1]
     keyed.assert_restores("copy")
+    (keyed.bin / "duplicity").unlink()
     with disk_at(keyed, mounted, "4M"):
         (keyed.root / "newer").write_text("newer")
         keyed.backup()
-        assert keyed.last_run()["source"] == "direct" and len(keyed.manifests()) == 3
+        assert keyed.last_run()["source"] == "direct" and len(keyed.manifests()) == 4
         keyed.assert_restores("direct-again")
+    keyed.stand_in("duplicity", '#!/bin/sh\ncase $1 in full) exit 1;; esac\nexec REAL "$@"\n')
+    keyed.backup("--full", exit_code=1)
+    (keyed.bin / "duplicity").unlink()
+    assert missing in keyed.backup(exit_code=3).stderr
+    assert keyed.backup("--full").stderr == keyed.backup().stderr == ""
 
 
 @contextlib.contextmanager

@@ -264,8 +264,21 @@ def test_other_directory_by_the_name_of_old_backups_is_kept(old: Store, legacy: 
     """STORAGE_USER gives it to one of root's: nothing of that is deleted, nor an old backup."""
     shutil.chown(old.root / "ssl", 0, 0)
     (old.root / "ssl").rename(old.root / MIGRATED)
-    assert f"{MIGRATED} is kept because it holds no backups" in old.backup(exit_code=3).stderr
+    assert f"{MIGRATED} is kept because it holds no plain backups" in old.backup(exit_code=3).stderr
     assert contents_of(old.root / MIGRATED) == {b"secret", *legacy.plain.values()}
+
+
+def test_encrypted_backups_by_the_name_of_old_ones_are_kept(
+    keyed: Store, first_night: FirstNight
+) -> None:
+    """An admin has moved them aside, and STORAGE_USER has given them that name."""
+    first_night(keyed)
+    keyed.run("rm", "-r", keyed.backups / "cache")
+    keyed.encrypted.rename(keyed.root / MIGRATED)
+    before = files_in(keyed.root / MIGRATED)
+    told = keyed.backup("--full", exit_code=3).stderr
+    assert f"{MIGRATED} is kept because it holds no plain backups" in told
+    assert files_in(keyed.root / MIGRATED) == before
 
 
 @pytest.mark.parametrize("call", ["unlinkat:when=2", "rmdir:when=1"])

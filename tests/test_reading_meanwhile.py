@@ -219,6 +219,17 @@ def test_disk_that_takes_no_links(unfinished: Unfinished, disk: str) -> None:
     assert [*temporary.iterdir(), *store.backups.glob("reader-*")] == []
 
 
+def test_no_temporary_directory_can_be_had(keyed: Store, first_night: FirstNight) -> None:
+    """Where only the disk of backup/ has room that is enough for a rescue."""
+    first_night(keyed)
+    keyed.run("env", "-u", "TMPDIR", "unshare", "--mount", "sh", "-c", """\
+for place in /tmp /var/tmp; do
+    mount --bind $place $place && mount -o remount,bind,ro $place || exit 9
+done
+mount --bind "$0" "$0" && mount -o remount,bind,rw "$0" && cd /proc && exec "$@"
+""", keyed.root, *keyed.command("--list"))
+
+
 # Nights that prune
 
 

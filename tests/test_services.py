@@ -204,6 +204,37 @@ case $2 in"""))
         assert int(line.split()[1], 16) & deaf_to == 0
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_script_that_is_held_while_mail_is_down(direct: Store, held: bool) -> None:
+    """As by a disk that does not answer: mail comes back without it, and there is no backup.
+
+    As long as duplicity gets on mail stays down.
+    """
+    go, reached = direct.scratch / "go", direct.scratch / "reached"
+    direct.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) touch {reached}; while [ ! -e {go} ]; do sleep 0.05; done;; esac
+exec REAL "$@"
+""")
+    program = direct.changed_program("STALLED_SECONDS = 600", "STALLED_SECONDS = 2")
+    process = subprocess.Popen(
+        [PYTHON, program, *direct.command()[2:]], env=direct.environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(reached.exists)
+    if held:
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: direct.running() == ["dovecot", "postfix"])
+    else:
+        time.sleep(4)
+        assert direct.running() == []
+    go.touch()
+    process.send_signal(signal.SIGCONT)
+    errors = process.communicate()[1]
+    assert direct.running() == ["dovecot", "postfix"] and direct.calls("start") == STARTS
+    assert process.returncode == (1 if held else 0)
+    assert ("mail was started again because nothing went on for 2 seconds" in errors) == held
+    assert len(direct.manifests()) == (0 if held else 1)
+
+
 def test_services_do_not_inherit_a_low_priority(keyed: Store) -> None:
     """Cron lines often begin with nice and ionice, which are not meant for mail."""
     service, told = keyed.bin / "service", keyed.scratch / "told"
@@ -581,6 +612,16 @@ def test_units_that_are_stopped(units: Units) -> None:
     for unit in POSTFIX.split():
         units.put(unit, "inactive")
     assert units.manager.running(["postfix"]) == []
+
+
+def test_units_by_another_name_or_of_a_path(units: Units) -> None:
+    """An alias is the service itself, timer or not; what a path would start is no different."""
+    text = (units.place / "dovecot.service").read_text()
+    (units.place / "imap.service").write_text(text)
+    assert units.manager.running(["imap"]) == [DOVECOT]
+    units.put("web.service", TriggeredBy="web.path")
+    units.put("web.path")
+    assert units.manager.running(["web"]) == ["web.path web.service"]
 
 
 def test_units_stop_and_start_by_service(units: Units) -> None:

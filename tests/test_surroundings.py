@@ -16,7 +16,7 @@ from conftest import PYTHON, FirstNight, Store
 
 @pytest.mark.parametrize("device, name, exit_code", [
     ("fifo", "mailinabox.conf", 2), ("link", "user-data/backup/secret_key.txt", 2),
-    ("link", "user-data/backup/last-run.json", 0), ("fifo", "user-data/backup/last-verify.json", 0),
+    ("link", "user-data/backup/last-run.json", 3), ("fifo", "user-data/backup/last-verify.json", 0),
     ("fifo", "user-data/backup/encrypted/duplicity-full.20260101T030000Z.manifest.gpg", 1),
 ])
 def test_no_file_is_waited_for(
@@ -125,7 +125,8 @@ if __name__ == "__main__":
 
 def test_time_before_1970(keyed: Store) -> None:
     """duplicity takes it for 1970: worth a remark, but no alarm and no word of the disk."""
-    for path in (keyed.root / "ancient", keyed.root / "mail", keyed.root / "latin\udce9"):
+    for name in ("ancient", "mail", "latin\udce9", "break\nError accessing nothing"):
+        path = keyed.root / name
         path.touch()
         os.utime(path, (-1e9, -1e9))
     assert keyed.backup().stderr == ""

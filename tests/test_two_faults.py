@@ -586,6 +586,16 @@ def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
+def test_damaged_last_run_keeps_what_is_old(keyed: Store, first_night: FirstNight) -> None:
+    """What it knew to be lacking is unknown then: nothing old goes until a full backup is made."""
+    first_night(keyed)
+    (keyed.backups / "last-run.json").write_bytes(bytes(500))
+    for _ in range(2):
+        told = keyed.backup(exit_code=3).stderr
+        assert "no old backups were deleted" in told and "cannot read last-run.json" in told
+    assert keyed.backup("--full").stderr == ""
+
+
 @pytest.mark.parametrize("noted", [["x"], {"x": ["y"]}, {"x": None}, [None, [["y"]]], 1])
 def test_what_was_noted_is_rubbish(keyed: Store, first_night: FirstNight, noted: object) -> None:
     """A last-run.json that somebody edited ends no night."""
