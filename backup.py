@@ -1668,12 +1668,11 @@ def delete_migrated_backups(
 def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     """Tell, and warn, whether nothing old may be deleted in this run.
 
-    What is old may alone hold a file that could not be read since, or what a disk holds that is
-    not mounted. Or files may be waited for:
-    what sets younger than BACKUP_KEEP_DAYS need that lead nowhere, and in the night that tells
-    of them all. Duplicity would delete what is left of such sets, or what is before them as a
-    chain that is over. Or the clock may have jumped ahead, and all would be old; a new set tells
-    what it was for duplicity, should it have jumped meanwhile.
+    What is old may alone hold a file that could not be read since, or what is on a disk that is
+    not mounted. Or files may be waited for: what sets younger than BACKUP_KEEP_DAYS need that
+    lead nowhere, and in the night that tells of them all. Duplicity would delete what is left of
+    such sets, or what is before them as a chain that is over. Or the clock may have jumped ahead,
+    and all would be old; a new set tells what it was for duplicity, if it has jumped meanwhile.
     sets: the complete ones from before this run, oldest first.
     """
     there, kept = read_sets(), kept_since(night.keep_days)
