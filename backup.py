@@ -628,7 +628,9 @@ def duplicity_version(work: Work) -> str:
 
     Raises Failure (exit code 2) if it does not run.
     """
-    answer = utils.shell(["duplicity", "--version"], work.environment)
+    # It wants a temporary directory, and may find none where / is full or read-only.
+    environment = {**work.environment, "TMPDIR": str(RUN_DIRECTORY)}
+    answer = utils.shell(["duplicity", "--version"], environment)
     match = re.match(r"duplicity (\S+)", answer.last_lines[-1] if answer.last_lines else "")
     if answer.exit_code or not match:
         raise Failure("duplicity does not run; install it again: "
@@ -1575,6 +1577,8 @@ def watch_set(
     """
     before = sum(utils.regular_files(ENCRYPTED).values())
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
+    if record.source == "copy":  # it may be on another disk, and keeps there what is deleted now
+        reserves[work.root] = min(reserve_bytes(work.root), shutil.disk_usage(work.root).free // 2)
     state, since = b"", time.monotonic()
 
     def watch(process: int) -> None:
@@ -1586,9 +1590,10 @@ def watch_set(
         elif time.monotonic() > since + STALLED_SECONDS:
             raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
                           f"disks of {work.root} and {work.backup}, and run this again")
-        if any(shutil.disk_usage(place).free < reserve for place, reserve in reserves.items()):
-            raise Failure("duplicity was ended before it took the last room of "
-                          f"{work.backup}; make room there")
+        for place, reserve in reserves.items():
+            if shutil.disk_usage(place).free < reserve:
+                raise Failure("duplicity was ended before it took the last room of "
+                              f"{place.absolute()}; make room there")
         if draw:
             made = sum(utils.regular_files(ENCRYPTED).values()) - before
             draw(utils.bytes_read_by(process) - 3 * made, total)

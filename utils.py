@@ -708,7 +708,9 @@ def _link(name: str, live: int, copy: int) -> bool:
     try:
         os.link(name, name, src_dir_fd=live, dst_dir_fd=copy, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EMLINK, *UNREADABLE):
+        # On one file system it may be EXDEV, too: between projects that have quotas.
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EXDEV,
+                               errno.EOPNOTSUPP, *UNREADABLE):
             raise
         return False
     return True

@@ -137,6 +137,32 @@ def test_backup_on_a_second_disk(keyed: Store) -> None:
         (keyed.root / "mounted").rmdir()
 
 
+def test_disk_of_mail_fills_while_backup_is_on_another(keyed: Store) -> None:
+    """The copy holds room there: the run is ended, and the copy goes. A full one is none of its."""
+    filler = keyed.root / "box/cur/message"
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+case $1 in full) [ -e {filler} ] || {{ head -c 97M /dev/zero > {filler}; sleep 60; }};; esac
+exec REAL "$@"
+""")
+    mounted: list[Path] = []
+    try:
+        for place, size in ((keyed.root, "100M"), (keyed.backups, "2G")):
+            place.mkdir(exist_ok=True)
+            keyed.run("mount", "-t", "tmpfs", "-o", f"size={size},mode=750", "none", place)
+            mounted.insert(0, place)
+        for name in ("cur", "new", "tmp"):
+            (keyed.root / "box" / name).mkdir(parents=True)
+        keyed.put_key()
+        assert f"took the last room of {keyed.root}; make" in keyed.backup(exit_code=1).stderr
+        assert_no_copy_left(keyed)
+        assert keyed.manifests() == [] and keyed.running() == ["dovecot", "postfix"]
+        keyed.backup()
+        assert keyed.last_run()["source"] == "copy"
+    finally:
+        for place in mounted:
+            keyed.run("umount", place)
+
+
 @pytest.mark.parametrize("moment", ["status", "stop"])
 def test_copy_by_another_name(keyed: Store, moment: str) -> None:
     """STORAGE_USER renames the copy beside the mail: it is not copied itself, and does not stay."""

@@ -4,6 +4,7 @@ Only sockets are not in it.
 """
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -713,14 +714,15 @@ def test_files_that_cannot_be_linked_or_read(
     root = tmp_path / "tree"
     grow(root)
 
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
+    for number in (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP):
+        def refuse(*_arguments: object, **_options: object) -> None:
+            raise OSError(number, os.strerror(number))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", refuse)
-        with mirrored(root, tmp_path / "copy") as mirror:
-            utils.update_mirror(mirror)
-        assert_equal(mirror)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", refuse)
+            with mirrored(root, tmp_path / f"copy-{number}") as mirror:
+                utils.update_mirror(mirror)
+            assert_equal(mirror)
     real = utils._copy_data
 
     def fail(mirror: utils.Mirror, source: int, target: int, size: int) -> None:

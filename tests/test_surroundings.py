@@ -123,6 +123,15 @@ if __name__ == "__main__":
     assert "can't start new thread" in result.stderr
 
 
+def test_disk_of_the_system_takes_nothing(keyed: Store) -> None:
+    """A night needs STORAGE_ROOT and /run only; just then a backup is wanted."""
+    keyed.run("env", "-u", "TMPDIR", "unshare", "--mount", "sh", "-c", """\
+mount -t tmpfs none /run && mount -o remount,bind,ro / &&
+mount --bind "$0" "$0" && mount -o remount,bind,rw "$0" && exec "$@"
+""", keyed.scratch, *keyed.command())
+    assert len(keyed.manifests()) == 1
+
+
 def test_time_before_1970(keyed: Store) -> None:
     """duplicity takes it for 1970: worth a remark, but no alarm and no word of the disk."""
     for name in ("ancient", "mail", "latin\udce9", "break\nError accessing nothing"):
