@@ -189,8 +189,8 @@ class Record:
 
     attention: what an admin must look at although the backup was made. broken: what is
     known to be wrong with backup files, by name, which may be a pattern. unread: what of
-    the tree could not be read. lacking: what of that the newest full backup or one since lacks
-    because the disk is damaged.
+    the tree could not be read. lacking: what of that backups lack because the disk is damaged,
+    since a full one was asked for. failed: whether the last run did. asked: whether a full one is.
     """
 
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -208,6 +208,8 @@ class Record:
     downtime: Downtime = field(default_factory=Downtime)
     unread: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
+    failed: bool = False
+    asked: bool = False
     attention: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
 
@@ -682,6 +684,7 @@ def check_nothing_lost(night: Night, record: Record, force_full: bool) -> None:
     does not name is noted, see must_keep_all. force_full: a new beginning is made. What is lost
     is told then all the same, unless all was moved aside, cache/, too.
     """
+    record.asked = force_full
     if not force_full:
         record.unmounted = {place for place in record.mounted - utils.mounts().keys()
                             if is_in_tree(night, place)}
@@ -1199,19 +1202,24 @@ def should_force_full(env: Settings, now: datetime | None = None) -> bool:
 def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
     """Check the room; where it is lacking delete chains that are old enough first.
 
+    That is done, too, if the last run failed: it may have needed more than is known.
     Not while the newest chain is damaged or incomplete, or a file is waited for, and never
     that chain. sets: the complete ones, oldest first. kind: of the next backup. Raises Failure.
     """
-    chain = newest_chain(sets)
+    chain, lacking = newest_chain(sets), None
     try:
         check_room(night, sets, kind)
-    except Failure:
-        if not chain or broken_in(chain, record.broken) or must_keep_all(night, record, sets):
+    except Failure as error:
+        lacking = error
+    if lacking or record.failed:
+        if chain and not broken_in(chain, record.broken) and not must_keep_all(
+                night, record, sets):
+            with utils.own_directory(TEMPORARY):
+                delete_old_chains(night, record, chain[0].date)
+            check_room(night, sets, kind)
+        elif lacking:
             record.told = record.broken  # that the next run need not wait for it
-            raise
-        with utils.own_directory(TEMPORARY):
-            delete_old_chains(night, record, chain[0].date)
-        check_room(night, sets, kind)
+            raise lacking
 
 
 def check_room(
@@ -1486,7 +1494,8 @@ def run_duplicity(
 
 def explain(action: str, answer: Finished) -> str:
     """Return the sentence on how duplicity failed, and its last lines."""
-    full = any("[Errno 28]" in line for line in answer.last_lines)  # of a restore that is 30
+    # Of a restore it is 30, of a quota 31.
+    full = any(re.search(r"\[Errno (28|122)\]", line) for line in answer.last_lines)
     meaning = DUPLICITY_EXIT_CODES.get(53 if full else answer.exit_code, "see its last lines")
     return f"duplicity {action} failed: {meaning}; it ended with {answer}"
 
@@ -1544,8 +1553,8 @@ def make_set(
     unread = copy.unread if copy else {}
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
-    # An increment does not read again what has not changed since.
-    lacking = [] if made[0].full else record.lacking
+    # An increment does not read again what has not changed since, nor a full one what is gone.
+    lacking = [] if record.asked else record.lacking
     record.lacking = [*dict.fromkeys(lacking + list(filter(is_damage, record.unread)))]
     if record.unread:
         record.warn(f"not all of {root} could be read; check the disk, or leave out what cannot be "
@@ -1815,7 +1824,8 @@ def last_run_recorded(group: int) -> Iterator[Record]:
 def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
-    return Record(newest_set=last.get("newest_set"), files=list(map(str, last.get("files", []))),
+    return Record(newest_set=last.get("newest_set"), failed=last.get("exit_code") == 1,
+                  files=list(map(str, last.get("files", []))),
                   lacking=list(map(str, last.get("lacking", []))),
                   mounted={Path(str(place)) for place in last.get("mounted", [])},
                   told={name: str(why) for name, why in last.get("told", {}).items()})

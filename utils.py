@@ -1408,19 +1408,24 @@ def services_to_start(list_path: Path, stopped: Sequence[str] = ()) -> list[str]
 
 
 def start_services(
-    manager: ServiceManager, lines: Sequence[str], list_path: Path
+    manager: ServiceManager, lines: Sequence[str], list_path: Path, wary: bool = False
 ) -> dict[str, str]:
     """Start services in this order, each up to three times, every one even when another fails.
 
     lines: see ServiceManager. list_path: the file that lists the services that are to
-    come back: afterwards those that could not be started, else gone. Returns why they
-    could not, by line.
+    come back: afterwards those that could not be started, else gone. wary: whether a stop that
+    was given up may be under way still: for ten seconds more what goes down is started, too.
+    Returns why they could not, by line.
     """
     failed = dict.fromkeys(lines, "")
     for attempt in range(START_ATTEMPTS):
         if failed:
             time.sleep(min(attempt, 1))
             failed = manager.start(list(failed))
+    for _ in range(ENDING_SECONDS if wary else 0):
+        time.sleep(1)
+        down = [line for line in lines if manager.not_running(line)]
+        failed = manager.start(down) if down else {}
     with suppress(OSError):  # it is gone already; where /run is full it stays
         if failed:
             write_atomically(list_path, "\n".join(failed))
@@ -1476,10 +1481,8 @@ def services_stopped(
         if answer:
             vars(downtime).update(json.loads(answer))
         else:  # it died
-            if not stopped:  # the stop that it had begun goes on, and would overtake the start
-                time.sleep(ENDING_SECONDS)
             listed = services_to_start(list_path, lines)
-            downtime.not_started = start_services(manager, listed, list_path)
+            downtime.not_started = start_services(manager, listed, list_path, not stopped)
             downtime.seconds = time.monotonic() - began
     if downtime.too_long:
         raise Failure(f"mail was started again because nothing went on for {seconds} seconds; see "
@@ -1515,7 +1518,7 @@ def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
         while (waiting := select.select([0], [], [], seconds)[0]) and os.read(0, BLOCK_BYTES):
             pass
         awake = manager.awake(lines)
-    not_started = start_services(manager, listed, list_path)
+    not_started = start_services(manager, listed, list_path, bool(failed))
     _tell({"seconds": time.monotonic() - began, "not_started": not_started, "awake": awake,
            "too_long": not waiting})
     return 5 if not_started else 0

@@ -320,6 +320,20 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
     assert old not in result.stdout and new in result.stdout
 
 
+def test_run_that_failed_makes_way_for_the_next(keyed: Store) -> None:
+    """It may have needed more room than is known: what is old enough goes before, but no more."""
+    for age in ("10 days ago", "8 days ago"):
+        keyed.run("faketime", age, *keyed.command("--full"))
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in incremental) exit 53;; esac
+exec REAL "$@"
+""")
+    old, new = keyed.manifests()
+    for left in ([old, new], [new], [new]):
+        assert "the disk is full" in keyed.backup(exit_code=1).stderr
+        assert keyed.manifests() == left
+
+
 def test_full_disk_takes_nothing_that_a_lost_manifest_needs(keyed: Store) -> None:
     """What is before it looks like a chain that is over and old; the manifest may be fetched."""
     (keyed.root / "big").write_bytes(os.urandom(30_000_000))

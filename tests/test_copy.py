@@ -490,7 +490,8 @@ def test_files_that_come_and_go_while_duplicity_reads(keyed: Store) -> None:
 def test_file_that_cannot_be_copied(keyed: Store, error: int) -> None:
     """A disk error in a file that is no message: the backup is made without it.
 
-    The file is named, exit 3; a good disk mends it. Of damage every night tells until a full one.
+    The file is named, exit 3; a good disk mends it. Of damage every night tells until a full one
+    is asked for: that which comes by itself has not read what a repair of the disk took away.
     """
     bad = keyed.root / "ssl/private.pem"
     trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(bad),
@@ -500,8 +501,12 @@ def test_file_that_cannot_be_copied(keyed: Store, error: int) -> None:
     assert told in result.stderr and told in keyed.last_run()["message"]
     assert keyed.last_run()["source"] == "copy"
     assert not (keyed.restore("without") / "ssl/private.pem").exists()
-    keyed.backup(exit_code=3 if error == errno.EIO else 0)
+    (keyed.root / "big").write_bytes(os.urandom(1_000_000))  # after it the next is a full one
+    for _ in range(2):
+        keyed.backup(exit_code=3 if error == errno.EIO else 0)
+    assert "-full." in keyed.manifests()[-1] and len(keyed.manifests()) == 3
     keyed.assert_restores()
+    assert keyed.backup("--full").stderr == ""
 
 
 def test_messages_that_cannot_be_listed(keyed: Store, first_night: FirstNight) -> None:
