@@ -1928,13 +1928,13 @@ def read_last_run(path: Path) -> dict[str, Any]:
                 if not isinstance(content.get(name), kind):
                     content.pop(name, None)
             return content
-        why = f"{path} does not hold a run"
+        why = f"{path.absolute()} does not hold a run"
     except FileNotFoundError:
         return {}
     except PermissionError:  # to be told that only root may
         raise
     except (OSError, ValueError, RecursionError) as error:
-        why = f"cannot read {path}: {error}"
+        why = f"cannot read {path.absolute()}: {error}"
     # Nobody knows what was lacking.
     return {"exit_code": 1, "message": f"{why}; remove it", "lacking": [why]}
 
