@@ -101,7 +101,6 @@ MOST_NAMES = 20  # in a message
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
 LONG_DOWNTIME_SECONDS = 60
-LAST_PASS_SECONDS = 600
 SHARES = 7  # of all backup files; a night checks one
 KEY_CHARACTERS = 43
 # A random key needs no stretching, and gpg's 65 million cost 0.3 s a file.
@@ -428,7 +427,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             with failed_set_thrown_away(night, record), copy_of_tree(night, record) as copy:  # 7
                 with mail_stopped(night, record, lock):                         # 8
                     if copy:
-                        utils.update_mirror(copy, LAST_PASS_SECONDS)            # 9
+                        utils.update_mirror(copy)                               # 9
                     else:
                         make_set(night, record, kind)
                 if copy:                                                        # 10: mail is back
@@ -1578,8 +1577,8 @@ def watch_set(
 ) -> utils.Watch:
     """Return a watch on duplicity that ends it before it takes the last room.
 
-    Or if it stands still while mail is down: where a pipe was put in place of a file it would
-    wait for ever for somebody who writes to that.
+    While mail is down it tells the keeper that duplicity goes on. Where a pipe was put in place
+    of a file that would wait for ever for somebody who writes to it.
     It also draws how much of the tree duplicity has read. total: how much there is to
     read, in bytes, if that is known. What it reads besides is, of each finished volume,
     three times as much (seen: 0.8.22, 3.2.1).
@@ -1588,17 +1587,13 @@ def watch_set(
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
     if record.source == "copy":  # it may be on another disk, and keeps there what is deleted now
         reserves[work.root] = min(reserve_bytes(work.root), shutil.disk_usage(work.root).free // 2)
-    state, since = b"", time.monotonic()
+    state = b""
 
     def watch(process: int) -> None:
-        nonlocal state, since
+        nonlocal state
         before_that, state = state, utils.state_of(process)
-        if record.source == "copy" or state != before_that:
-            since = time.monotonic()
+        if state != before_that:
             record.downtime.go_on()
-        elif time.monotonic() > since + STALLED_SECONDS:
-            raise Failure(f"duplicity has done nothing for {STALLED_SECONDS} seconds; see to the "
-                          f"disks of {work.root} and {work.backup}, and run this again")
         for place, reserve in reserves.items():
             if shutil.disk_usage(place).free < reserve:
                 raise Failure("duplicity was ended before it took the last room of "

@@ -448,9 +448,8 @@ class Mirror:
     are never rewritten in place: those become hard links, at no cost. spare_bytes: the room
     to leave when something is copied. own: the status of the working directory and of what
     holds the copy, which are left out under whatever name. settled_ns: what has an earlier
-    ctime, in nanoseconds of the epoch, has not changed since the last pass. deadline: when a
-    pass must have ended, in seconds of the monotonic clock. unread: why files could not be
-    read, by relative path; target lacks them.
+    ctime, in nanoseconds of the epoch, has not changed since the last pass. unread: why files
+    could not be read, by relative path; target lacks them.
     """
 
     source: Path
@@ -462,7 +461,6 @@ class Mirror:
     spare_bytes: int
     own: tuple[os.stat_result, ...]
     settled_ns: int = 0
-    deadline: float = math.inf
     unread: dict[str, str] = field(default_factory=dict)
 
 
@@ -529,18 +527,17 @@ def _catch_up(mirror: Mirror) -> None:
             return
 
 
-def update_mirror(mirror: Mirror, seconds: float = math.inf) -> None:
+def update_mirror(mirror: Mirror) -> None:
     """Make a mirror equal to its tree: names, contents, modes, owners and times.
 
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
     own ctime is settled (a rename changes the ctime of what is renamed on ext4, btrfs and,
     but for an exchange, XFS), every directory on the way to it below the top, which is held
     open, is the one that was copied there, and what stands in the copy is of its kind, size
-    and mtime. In one thing the mirror differs, see _replace. seconds: how long it may take,
-    for who moves directories ahead of it could hold it for ever. Raises Failure.
+    and mtime. In one thing the mirror differs, see _replace. Who moves directories ahead of it
+    can hold it for ever. Raises Failure, or Interrupted.
     """
     mirror.unread.clear()
-    mirror.deadline = time.monotonic() + seconds
     try:
         # On btrfs a directory that stays open lists what it held when it was opened
         # (Linux 6.18).
@@ -578,7 +575,7 @@ def _mirror_directory(
     path: relative. linked: whether its files may be links. settled: whether it and every
     directory on the way to it are those of the last pass. live, copy: descriptors.
     """
-    _check_time(mirror)
+    raise_if_interrupted()
     status = os.fstat(live)
     _check_inodes(mirror, copy)
     if status.st_dev != os.fstat(copy).st_dev:
@@ -588,7 +585,7 @@ def _mirror_directory(
     excluded = {name for parent, name in mirror.excluded if parent == path}
     others: list[str] = []
     try:
-        others = _link_files(mirror, live, copy, present) if linked else os.listdir(live)
+        others = _link_files(live, copy, present) if linked else os.listdir(live)
     except OSError as error:
         if not path:
             raise
@@ -596,7 +593,7 @@ def _mirror_directory(
         linked = False  # it is no directory that holds nothing but links
     found = {}
     for name in others:
-        _check_time(mirror)
+        raise_if_interrupted()
         if name not in excluded:
             try:
                 found[name] = os.stat(name, dir_fd=live, follow_symlinks=False)
@@ -607,7 +604,7 @@ def _mirror_directory(
         name for name, entry in found.items() if stat.S_ISDIR(entry.st_mode))
     longest_name = LONGEST_PATH - 1 - len(os.fsencode(mirror.target / path))
     for name, entry in found.items():
-        _check_time(mirror)
+        raise_if_interrupted()
         below = os.path.join(path, name)
         if stat.S_ISSOCK(entry.st_mode):
             continue
@@ -624,7 +621,7 @@ def _mirror_directory(
         elif not unchanged:
             _replace(mirror, below, linked, entry, live, copy)
     for name in excluded.union(present):  # one that is excluded may have become a link
-        _check_time(mirror)
+        raise_if_interrupted()
         remove(name, copy)
     set_metadata(".", status, copy)
     note = _note_of(status, linked, linked and bool(others))
@@ -641,14 +638,6 @@ def _note_of(status: os.stat_result, linked: bool, mixed: bool = False) -> int:
     """
     kind = f"{status.st_ino} {linked} {mixed}"
     return (7 * 2**28 + zlib.crc32(kind.encode()) % 2**28) * 1_000_000_000
-
-
-def _check_time(mirror: Mirror) -> None:
-    """Raise Interrupted if a signal has come, Failure if the pass takes too long."""
-    raise_if_interrupted()
-    if time.monotonic() > mirror.deadline:
-        raise Failure(f"the last changes of {mirror.source} could not be copied in time; see which "
-                      "large files are written to, or directories moved, all the time")
 
 
 def _check_inodes(mirror: Mirror, copy: int) -> None:
@@ -679,7 +668,7 @@ def _likeness(status: os.stat_result) -> tuple[int, int, int]:
     return kind, status.st_mtime_ns, 0 if kind == stat.S_IFDIR else status.st_size
 
 
-def _link_files(mirror: Mirror, live: int, copy: int, present: dict[str, int]) -> list[str]:
+def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
     """Link the regular files of one directory into another.
 
     present: the inode numbers there by name; those of links that are right already are
@@ -689,7 +678,7 @@ def _link_files(mirror: Mirror, live: int, copy: int, present: dict[str, int]) -
     others = []
     with os.scandir(live) as entries:
         for entry in entries:
-            _check_time(mirror)
+            raise_if_interrupted()
             name = entry.name
             if not entry.is_file(follow_symlinks=False):
                 others.append(name)
@@ -791,11 +780,11 @@ def _copy_file(mirror: Mirror, name: str, live: int, copy: int) -> os.stat_resul
             room = max(0, shutil.disk_usage(target).free - mirror.spare_bytes)
             if mirror.spare_bytes and room < status.st_blocks * 512:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name) from None
-            _copy_data(mirror, source, target, status.st_size)
+            _copy_data(source, target, status.st_size)
     return status
 
 
-def _copy_data(mirror: Mirror, source: int, target: int, size: int) -> None:
+def _copy_data(source: int, target: int, size: int) -> None:
     """Copy what a file holds, its holes left out. size: in bytes."""
     os.ftruncate(target, size)
     end = 0
@@ -811,7 +800,7 @@ def _copy_data(mirror: Mirror, source: int, target: int, size: int) -> None:
         while begin < end and (
                 sent := os.sendfile(target, source, begin, min(end - begin, BLOCK_BYTES))):
             begin += sent
-            _check_time(mirror)
+            raise_if_interrupted()
 
 
 def _pass_over(mirror: Mirror, path: str, error: OSError) -> None:
@@ -1446,8 +1435,9 @@ def services_stopped(
     list_path: where the keeper notes what it stops; what is listed there already is
     started too. lock: a descriptor that the keeper holds until the services are back.
     downtime: filled in at the end. seconds: how long they are stopped at most since they were, or
-    since its go_on was called: a disk that does not answer can hold this process for ever. Raises
-    Failure if a service cannot be stopped, when all are started again, or if it took too long.
+    since its go_on was called, for a disk that does not answer could hold this process for ever;
+    then the block is interrupted, too. Raises Failure if it was, or if a service cannot be
+    stopped; all are started again then.
     """
     if not lines:
         yield
@@ -1484,9 +1474,11 @@ def services_stopped(
             listed = services_to_start(list_path, lines)
             downtime.not_started = start_services(manager, listed, list_path, not stopped)
             downtime.seconds = time.monotonic() - began
-    if downtime.too_long:
-        raise Failure(f"mail was started again because nothing went on for {seconds} seconds; see "
-                      "which disk does not answer")
+        if downtime.too_long:
+            _Signals.raised = True  # the keeper's own
+            raise Failure(f"mail was started again, for in {seconds} seconds nothing had come of "
+                          "the backup; see which disk does not answer, or which large files are "
+                          "written to, or directories moved, all the time")
 
 
 def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
@@ -1497,14 +1489,15 @@ def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
     SIGKILL disturbs it. It answers with two lines of JSON: why a service could not be
     stopped, empty if all are; then, when they are started again, a Downtime. list_path: lists the
     services from before the first stop until after the last start. seconds: how long it waits for
-    anything to come on standard input. lines: see ServiceManager, in the order in which they stop
-    and start. Returns its exit code: 0, 5 if a service is down.
+    anything to come on standard input; then it ends its parent with SIGTERM. lines: see
+    ServiceManager, in the order in which they stop and start. Returns its exit code: 0, 5 if a
+    service is down.
     """
     for number in (*ENDING_SIGNALS, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which daemons would inherit
     with suppress(PermissionError):  # as in some containers
         os.setpriority(os.PRIO_PROCESS, 0, 0)  # nor are they to inherit that of `nice backup.py`
-    manager = service_manager(os.environ)
+    parent, manager = os.getppid(), service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
     began, awake, waiting = time.monotonic(), "", [0]
     try:
@@ -1517,6 +1510,8 @@ def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
     if not failed:
         while (waiting := select.select([0], [], [], seconds)[0]) and os.read(0, BLOCK_BYTES):
             pass
+        if not waiting:
+            os.kill(parent, signal.SIGTERM)
         awake = manager.awake(lines)
     not_started = start_services(manager, listed, list_path, bool(failed))
     _tell({"seconds": time.monotonic() - began, "not_started": not_started, "awake": awake,

@@ -11,6 +11,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -382,30 +383,35 @@ def test_messages_are_links_and_nothing_else_is(tmp_path: Path) -> None:
     assert (copy / "plain/sparse").stat().st_blocks <= blocks <= 16
 
 
-def test_time_within_a_directory_is_limited(tmp_path: Path) -> None:
-    """However many entries that hold nothing are put into it, or deleted, when mail stops."""
-    root, files = tmp_path / "tree", [tmp_path / "tree" / str(number) for number in range(10_000)]
-    root.mkdir()
-    with mirrored(root, tmp_path / "copy") as mirror:
-        for file in files:
-            file.touch()
-        with pytest.raises(utils.Failure, match="could not be copied in time"):
-            utils.update_mirror(mirror, 0.01)
-        utils.update_mirror(mirror)
-        for file in files:
-            file.unlink()
-        with pytest.raises(utils.Failure, match="could not be copied in time"):
-            utils.update_mirror(mirror, 0.01)
-
-
-def test_time_for_links_is_limited(tmp_path: Path) -> None:
-    """Who makes names in a Maildir faster than they are linked keeps no pass going."""
+@pytest.mark.parametrize("place", ["plain", "box/cur"])
+def test_pass_is_interrupted_within_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """However many entries are put into it, or deleted, when mail stops, and however fast."""
     root = tmp_path / "tree"
     grow(root)
-    with mirrored(root, tmp_path / "copy") as mirror, utils.opened(root / "box" / "cur") as live:
-        mirror.deadline = 0
-        with pytest.raises(utils.Failure, match="could not be copied in time"):
-            utils._link_files(mirror, live, mirror.copy, {})
+    files = [root / place / str(number) for number in range(10_000)]
+    before = signal.signal(signal.SIGALRM, lambda *_: utils._on_signal(signal.SIGTERM, None))
+
+    def update_and_be_interrupted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(utils._Signals, "came", None)
+            patch.setattr(utils._Signals, "raised", False)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with pytest.raises(utils.Interrupted):
+                utils.update_mirror(mirror)
+
+    try:
+        with mirrored(root, tmp_path / "copy") as mirror:
+            for file in files:
+                file.touch()
+            update_and_be_interrupted()
+            utils.update_mirror(mirror)
+            for file in files:
+                file.unlink()
+            update_and_be_interrupted()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("always_long", [False, True])
@@ -725,10 +731,10 @@ def test_files_that_cannot_be_linked_or_read(
             assert_equal(mirror)
     real = utils._copy_data
 
-    def fail(mirror: utils.Mirror, source: int, target: int, size: int) -> None:
+    def fail(source: int, target: int, size: int) -> None:
         if os.readlink(f"/proc/self/fd/{source}").endswith("plain/index"):
             raise OSError(5, "Input/output error")
-        real(mirror, source, target, size)
+        real(source, target, size)
 
     monkeypatch.setattr(utils, "_copy_data", fail)
     with mirrored(root, tmp_path / "second") as mirror:

@@ -231,7 +231,7 @@ exec REAL "$@"
     errors = process.communicate()[1]
     assert direct.running() == ["dovecot", "postfix"] and direct.calls("start") == STARTS
     assert process.returncode == (1 if held else 0)
-    assert ("mail was started again because nothing went on for 2 seconds" in errors) == held
+    assert ("in 2 seconds nothing had come of the backup" in errors) == held
     assert len(direct.manifests()) == (0 if held else 1)
 
 

@@ -85,7 +85,7 @@ exec REAL "$@"
     result = keyed.run("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0/disk" && "$@"',
                        keyed.root, "timeout", "60", PYTHON, program, *keyed.command()[2:],
                        exit_code=1)
-    assert "duplicity has done nothing for 1 seconds" in result.stderr
+    assert "in 1 seconds nothing had come of the backup" in result.stderr
     assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == []
 
 
