@@ -189,7 +189,7 @@ class Record:
     attention: what an admin must look at although the backup was made. broken: what is
     known to be wrong with backup files, by name, which may be a pattern. unread: what of
     the tree could not be read. lacking: what of that backups lack because the disk is damaged,
-    since a full one was asked for. failed: whether the last run did. asked: whether a full one is.
+    since a full one was asked for. failed: whether the last run did.
     """
 
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -200,7 +200,7 @@ class Record:
     kind: str | None = None
     source: str | None = None
     mounted: set[Path] = field(default_factory=set)  # in STORAGE_ROOT, while mail runs
-    unmounted: set[Path] = field(default_factory=set)  # now, of what earlier backups have
+    earlier: set[Path] = field(default_factory=set)  # mounted there when backups were made
     entries: int = 0  # of STORAGE_ROOT, counted while mail runs, where duplicity reads it itself
     size: int = 0  # of the new set, in bytes
     duplicity_version: str | None = None
@@ -208,7 +208,6 @@ class Record:
     unread: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     failed: bool = False
-    asked: bool = False
     attention: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
 
@@ -509,7 +508,7 @@ def check_mounts(night: Night) -> None:
 
 
 def mounts_in_tree(night: Night) -> set[Path]:
-    """Return what is mounted in the tree, all of which answers. Raises Failure or OSError.
+    """Return which disks are mounted in the tree, all of which answer. Raises Failure or OSError.
 
     Else all mail there would count as deleted: duplicity passes over a directory whose server
     is gone without a word (ENOTCONN, ENODEV; seen: 0.8.22).
@@ -522,7 +521,7 @@ def mounts_in_tree(night: Night) -> set[Path]:
         # That may be a file, below another mount, or a user's own.
         with suppress(NotADirectoryError, FileNotFoundError, PermissionError):
             os.listdir(place)
-    return places
+    return set(filter(os.path.ismount, places))
 
 
 def is_in_tree(night: Night, place: Path) -> bool:
@@ -676,21 +675,16 @@ def check_clock(night: Night, sets: Sets) -> float:
     return ahead
 
 
-def check_nothing_lost(night: Night, record: Record, force_full: bool) -> None:
+def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
     """Check that the newest set is not older than that of the last run. Raises Failure.
 
-    Else a disk that was not mounted would pass for a first night. One of the tree that /etc/fstab
-    does not name is noted, see must_keep_all. force_full: a new beginning is made. What is lost
-    is told then all the same, unless all was moved aside, cache/, too.
+    Else a disk that was not mounted would pass for a first night. force_full: a new beginning
+    is made. What is lost is told then all the same, unless all was moved aside, cache/, too.
     """
-    record.asked = force_full
-    if not force_full:
-        record.unmounted = {place for place in record.mounted - utils.mounts().keys()
-                            if is_in_tree(night, place)}
     sets = complete_sets()
     if lost := newest_lost(sets, record.newest_set):
         if not force_full:
-            raise Failure(f"{lost} from {night.backup / ENCRYPTED}; mount its disk, put it back "
+            raise Failure(f"{lost} from {work.backup / ENCRYPTED}; mount its disk, put it back "
                           "from your copy elsewhere, or run --full to begin anew without it, "
                           "which deletes what is left of it")
         if not CACHE.exists() and not backup_files():
@@ -851,11 +845,9 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
     into the one, and duplicity fetches into the other what that lacks of the old ones.
     """
     before = {stamp_of(path) for place in (ENCRYPTED, ARCHIVE) for path in place.glob("*")}
-    handed_on = record.newest_set, record.files, record.lacking, record.mounted
     try:
         yield
     except BaseException as failure:
-        record.newest_set, record.files, record.lacking, record.mounted = handed_on
         try:
             if record.kind:  # duplicity had begun
                 ours = {stamp_of(path) for path in ARCHIVE.glob("*")} - before - {""}
@@ -1135,6 +1127,11 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
+    if force_full:  # one that comes by itself reads again only what is there still
+        if gone := unmounted(night, record):
+            record.warn(f"{gone} is not mounted and was when earlier backups were made: this one "
+                        "does without it, and they are deleted when they are old enough")
+        record.lacking, record.earlier = [], set()
     look_for_losses(night, record)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
@@ -1552,9 +1549,7 @@ def make_set(
     unread = copy.unread if copy else {}
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
-    # An increment does not read again what has not changed since, nor a full one what is gone.
-    lacking = [] if record.asked else record.lacking
-    record.lacking = [*dict.fromkeys(lacking + list(filter(is_damage, record.unread)))]
+    record.lacking = [*dict.fromkeys(record.lacking + list(filter(is_damage, record.unread)))]
     if record.unread:
         record.warn(f"not all of {root} could be read; check the disk, or leave out what cannot be "
                     f"read with BACKUP_EXCLUDE: {first_of(record.unread)}")
@@ -1697,10 +1692,16 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     if record.lacking:
         record.warn("no old backups were deleted, for they alone may hold what could not be read; "
                     f"mend the disk, and run --full: {first_of(record.lacking)}")
-    if record.unmounted:
-        record.warn(f"no old backups were deleted, for {min(record.unmounted)} is not mounted and "
-                    "was when they were made; mount it, or run --full to do without it")
-    return bool(loose or record.lacking or record.unmounted) or after_a_pause or record.news
+    if gone := unmounted(night, record):
+        record.warn(f"no old backups were deleted, for {gone} is not mounted and was when "
+                    "they were made; mount it, or run --full to do without it")
+    return bool(loose or record.lacking or gone) or after_a_pause or record.news
+
+
+def unmounted(night: Night, record: Record) -> str:
+    """Return what is not mounted in the tree now, and was when earlier backups were made."""
+    return first_of(sorted(str(place) for place in record.earlier - utils.mounts().keys()
+                           if is_in_tree(night, place)))
 
 
 @needs_attention_at_most
@@ -1806,6 +1807,9 @@ def last_run_recorded(group: int) -> Iterator[Record]:
             failure.exit_code = 1  # for step 1 is over
         if record.downtime.not_started:
             failure.exit_code = 5
+        last = new_record()  # what this run would have changed of it holds on
+        record.newest_set, record.files = last.newest_set, last.files
+        record.lacking, record.earlier = last.lacking, last.earlier
         write_last_run(group, record, failure.exit_code, str(failure))
         raise failure from error
     else:
@@ -1822,7 +1826,7 @@ def new_record() -> Record:
     return Record(newest_set=last.get("newest_set"), failed=last.get("exit_code") == 1,
                   files=list(map(str, last.get("files", []))),
                   lacking=list(map(str, last.get("lacking", []))),
-                  mounted={Path(str(place)) for place in last.get("mounted", [])},
+                  earlier={Path(str(place)) for place in last.get("mounted", [])},
                   told={name: str(why) for name, why in last.get("told", {}).items()})
 
 
@@ -1861,7 +1865,7 @@ def write_last_run(
         "newest_set": record.newest_set,
         "told": record.told,
         "lacking": record.lacking[:MOST_NAMES],
-        "mounted": sorted(map(str, record.mounted | record.unmounted)),
+        "mounted": sorted(map(str, record.mounted | record.earlier)),
         # Of more the volumes are passed over: their manifests name them, too.
         "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
     }, group)

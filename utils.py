@@ -697,9 +697,7 @@ def _link(name: str, live: int, copy: int) -> bool:
     try:
         os.link(name, name, src_dir_fd=live, dst_dir_fd=copy, follow_symlinks=False)
     except OSError as error:
-        # On one file system it may be EXDEV, too: between projects that have quotas.
-        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EXDEV,
-                               errno.EOPNOTSUPP, *UNREADABLE):
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EMLINK, *UNREADABLE):
             raise
         return False
     return True

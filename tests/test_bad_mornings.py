@@ -267,7 +267,7 @@ def backup_stamp(path: Path) -> str:
     return path.name.split(".manifest")[0][-16:]
 
 
-def with_room(store: Store, room: str, exit_code: int) -> Result:
+def with_room(store: Store, room: str, exit_code: int, *options: str) -> Result:
     """Run a night, and --status, on a copy of backup/ with so many bytes free, and list encrypted/.
 
     room: a number, or a shell command that makes it so in its working directory.
@@ -276,8 +276,8 @@ def with_room(store: Store, room: str, exit_code: int) -> Result:
         'cp -a "$0" "$0.aside" && mount -t tmpfs -o size=800M,mode=750 none "$0" &&'
         ' cp -a "$0.aside/." "$0" && rm -r "$0.aside" && chgrp nogroup "$0" && cd "$0" &&'
         f' {{ {room}; }} && "$@"; code=$?; ls encrypted; "$@" --status; exit $code')
-    return store.run("unshare", "--mount", "sh", "-c", script, store.backups, *store.command(),
-                     exit_code=exit_code)
+    return store.run("unshare", "--mount", "sh", "-c", script, store.backups,
+                     *store.command(*options), exit_code=exit_code)
 
 
 SHORT = ("free=$(($(stat -f -c '%a * %S' .))) && "
@@ -296,6 +296,8 @@ def test_full_disk_does_not_heal_by_what_alone_holds_a_file(keyed: Store) -> Non
     result = with_room(keyed, SHORT, 1)
     assert f"run --full: {bad}" in result.stderr and "make room there" in result.stderr
     assert set(keyed.manifests()) <= set(result.stdout.split())
+    result = with_room(keyed, SHORT, 0, "--full")
+    assert not set(keyed.manifests()).intersection(result.stdout.split())
 
 
 def test_full_disk_heals_itself(keyed: Store) -> None:

@@ -219,7 +219,26 @@ exec REAL "$@"
     keyed.backup("--full", exit_code=1)
     (keyed.bin / "duplicity").unlink()
     assert missing in keyed.backup(exit_code=3).stderr
-    assert keyed.backup("--full").stderr == keyed.backup().stderr == ""
+    assert f"{mounted} is not mounted and was" in keyed.backup("--full", exit_code=3).stderr
+    assert keyed.backup().stderr == ""
+
+
+def test_mount_that_is_no_disk_of_its_own(keyed: Store) -> None:
+    """As a unit under systemd has one of what it may write to: a run by hand does not miss it."""
+    keyed.run("unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$0" && exec "$@"', keyed.root,
+              *keyed.command())
+    assert keyed.backup().stderr == ""
+
+
+def test_mount_that_goes_before_the_copy(keyed: Store) -> None:
+    """It is missed as one is that was gone when the night began."""
+    mounted = keyed.root / "mail/archive"
+    mounted.mkdir()
+    keyed.run("mount", "-t", "tmpfs", "none", mounted)
+    keyed.backup()
+    keyed.stand_in("gzip", f'#!/bin/sh\numount {mounted}\nexec REAL "$@"\n')
+    for _ in range(2):
+        assert f"for {mounted} is not mounted" in keyed.backup(exit_code=3).stderr
 
 
 @contextlib.contextmanager
