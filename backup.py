@@ -518,9 +518,13 @@ def mounts_in_tree(night: Night) -> set[Path]:
     places = {place for place in utils.mounts()
               if is_in_tree(night, place) and night.backup not in (place, *place.parents)}
     for place in places:
-        # That may be a file, below another mount, or a user's own.
-        with suppress(NotADirectoryError, FileNotFoundError, PermissionError):
+        try:
             os.listdir(place)
+        except FileNotFoundError:
+            if os.path.lexists(place):  # not below another mount: autofs has no answer from its disk
+                raise
+        except (NotADirectoryError, PermissionError):
+            pass  # it is a file, or a user's own
     return set(filter(os.path.ismount, places))
 
 

@@ -335,6 +335,16 @@ def test_directory_of_a_server_that_is_gone_in_a_direct_read(keyed: Store, error
     assert keyed.calls("stop") == [] and keyed.manifests() == []
 
 
+def test_automount_whose_disk_is_gone(keyed: Store) -> None:
+    """Of autofs it is there, and is not: what was on the disk is not taken for deleted."""
+    place = keyed.root / "mail/archive"
+    gone = ["strace", "-qq", "-o", "/dev/null", "-P", str(place), "-e", "trace=openat",
+            "-e", "inject=openat:error=ENOENT"]
+    with disk_at(keyed, place, "4M"):
+        errors = keyed.run(*gone, *keyed.command(), exit_code=1).stderr
+    assert f"{place}: No such file or directory" in errors and keyed.calls("stop") == []
+
+
 def test_tree_that_is_written_to_while_duplicity_reads_it(keyed: Store) -> None:
     """A file or two that come while duplicity reads the tree itself do not cost the night.
 
