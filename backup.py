@@ -521,7 +521,7 @@ def mounts_in_tree(night: Night) -> set[Path]:
         try:
             os.listdir(place)
         except FileNotFoundError:
-            if os.path.lexists(place):  # not below another mount: autofs has no answer from its disk
+            if os.path.lexists(place):  # not below another mount: the disk of autofs is gone
                 raise
         except (NotADirectoryError, PermissionError):
             pass  # it is a file, or a user's own
