@@ -1687,8 +1687,8 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     loose = [found.stamp for found in loose_sets(there) if found.date > kept]
     if loose:
         record.warn("no old backups were deleted, for with what is missing these would be whole "
-                    f"again: {first_of(loose)}; put it back from your copy elsewhere, or move their "
-                    "files away")
+                    f"again: {first_of(loose)}; put it back from your copy elsewhere, or move "
+                    "their files away")
     now = max([night.now, *(found.date for found in there if found.complete)])
     after_a_pause = bool(sets) and now - sets[-1].date > timedelta(days=FULL_DAYS)
     if after_a_pause:
