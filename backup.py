@@ -1940,7 +1940,7 @@ def read_last_run(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         why = f"cannot read {path.absolute()}: {error}"
     # Nobody knows what was lacking.
-    return {"exit_code": 1, "message": f"{why}; remove it", "lacking": [why]}
+    return {"exit_code": 1, "message": f"{why}; run --full", "lacking": [why]}
 
 
 # Status
@@ -2673,12 +2673,14 @@ def restore(reader: Reader, wanted: str, place: int) -> bool:
                 return False
             if answer.exit_code:
                 raise Failure(explain("restore", answer))
-            move_up(descriptor, place, os.path.basename(wanted))
+            status = move_up(descriptor, place, os.path.basename(wanted))
         finally:
             if os.listdir(utils.path_of(descriptor)):
                 log.warning("what was restored until then is in %s", directory / fresh)
             else:
                 os.rmdir(fresh, dir_fd=place)
+    if stat.S_ISDIR(status.st_mode):
+        utils.set_metadata(".", status, place)
     if lost := read_machine_log(lines)[1]:  # the disk refused something (seen: 0.8.22)
         raise Failure(f"not all could be restored to {directory}; try another disk: "
                       f"{first_of(lost)}")
@@ -2760,21 +2762,21 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
             raise
 
 
-def move_up(source: int, place: int, name: str) -> None:
+def move_up(source: int, place: int, name: str) -> os.stat_result:
     """Put what was restored, `restored` in source, in its place.
 
-    place gets a directory's entries, mode, owner and times, a file goes into it by name.
-    source, place: descriptors.
+    place gets a directory's entries, a file goes into it by name. source, place: descriptors.
+    Returns the status of what was restored.
     """
     status = os.stat("restored", dir_fd=source, follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode):
         os.rename("restored", name, src_dir_fd=source, dst_dir_fd=place)
-        return
+        return status
     with utils.opened("restored", parent=source) as restored:
         for child in os.listdir(restored):
             os.rename(child, child, src_dir_fd=restored, dst_dir_fd=place)
     os.rmdir("restored", dir_fd=source)
-    utils.set_metadata(".", status, place)
+    return status
 
 
 def near_paths(names: Sequence[str], wanted: str) -> list[str]:

@@ -255,6 +255,9 @@ def test_restore_of_a_part(made: Store, tmp_path: Path) -> None:
     mailbox = "mail/mailboxes/example.com/alice"
     reads(made, "--restore", str(tmp_path / "mailbox"), "--path", mailbox + "/")
     assert tree_of(tmp_path / "mailbox") == tree_of(made.root / mailbox)
+    reads(made, "--restore", str(tmp_path / "ssl"), "--path", "ssl", "--time", oldest)
+    before, after = (int(path.stat().st_mtime) for path in (made.root / "ssl", tmp_path / "ssl"))
+    assert before == after
 
 
 def test_restore_into_no_directory(made: Store, tmp_path: Path) -> None:
