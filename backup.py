@@ -25,6 +25,7 @@ import argparse
 import ast
 import base64
 import difflib
+import errno
 import fcntl
 import filecmp
 import functools
@@ -199,8 +200,8 @@ class Record:
     files: list[str] = field(default_factory=list)  # what backup files the last good run has left
     kind: str | None = None
     source: str | None = None
-    mounted: set[Path] = field(default_factory=set)  # in STORAGE_ROOT, while mail runs
-    earlier: set[Path] = field(default_factory=set)  # mounted there when backups were made
+    mounted: set[str] = field(default_factory=set)  # in STORAGE_ROOT, by relative path
+    earlier: set[str] = field(default_factory=set)  # mounted there when backups were made
     entries: int = 0  # of STORAGE_ROOT, counted while mail runs, where duplicity reads it itself
     size: int = 0  # of the new set, in bytes
     duplicity_version: str | None = None
@@ -507,11 +508,11 @@ def check_mounts(night: Night) -> None:
                           "remove it there")
 
 
-def mounts_in_tree(night: Night) -> set[Path]:
-    """Return which disks are mounted in the tree, all of which answer. Raises Failure or OSError.
+def mounts_in_tree(night: Night) -> set[str]:
+    """Return which disks are mounted in the tree, by relative path, all of which answer.
 
-    Else all mail there would count as deleted: duplicity passes over a directory whose server
-    is gone without a word (ENOTCONN, ENODEV; seen: 0.8.22).
+    Raises Failure or OSError. Else all mail there would count as deleted: duplicity passes over a
+    directory whose server is gone without a word (ENOTCONN, ENODEV; seen: 0.8.22).
     """
     check_mounts(night)
     os.listdir(night.root)
@@ -525,7 +526,13 @@ def mounts_in_tree(night: Night) -> set[Path]:
                 raise
         except (NotADirectoryError, PermissionError):
             pass  # it is a file, or a user's own
-    return set(filter(os.path.ismount, places))
+    return {os.path.relpath(place, night.root) for place in filter(os.path.ismount, places)}
+
+
+def unmounted(night: Night, names: Set[str]) -> str:
+    """Return which of the disks that were mounted in the tree, by relative path, are not."""
+    places = {night.root / name for name in names} - utils.mounts().keys()
+    return first_of(sorted(str(place) for place in places if is_in_tree(night, place)))
 
 
 def is_in_tree(night: Night, place: Path) -> bool:
@@ -1132,7 +1139,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
     if force_full:  # one that comes by itself reads again only what is there still
-        if gone := unmounted(night, record):
+        if gone := unmounted(night, record.earlier):
             record.warn(f"{gone} is not mounted and was when earlier backups were made: this one "
                         "does without it, and they are deleted when they are old enough")
         record.lacking, record.earlier = [], set()
@@ -1522,9 +1529,8 @@ def make_set(
         answer, log_lines = run_duplicity(night, command, watch_set(night, record, draw, total))
     if answer.exit_code:
         raise Failure(explain(action, answer))
-    if not copy and (gone := record.mounted - utils.mounts().keys()):
-        raise Failure(f"{min(gone)} was unmounted while mail was down; see to that and run this "
-                      "again")
+    if not copy and (gone := unmounted(night, record.mounted)):
+        raise Failure(f"{gone} was unmounted while mail was down; see to that and run this again")
     sets = complete_sets()
     if before.difference(found.stamps for found in sets):
         raise Failure(f"while duplicity ran backups went from {ENCRYPTED.absolute()}; see to its "
@@ -1563,12 +1569,18 @@ def is_damage(why: str) -> bool:
     """Tell whether a file could not be read because the disk is damaged.
 
     why: a path and the reason, or what duplicity says: of what it cannot list or look at no reason
-    (0.8.22, 3.2.1).
+    (0.8.22, 3.2.1), and it may just have gone.
     """
     reasons = [os.strerror(number) for number in utils.DAMAGED]
     if why.startswith("/"):
         return why.endswith(tuple(reasons))
-    return bool(re.match(f"Error (listing directory|accessing|{'|'.join(reasons)}) ", why))
+    if named := re.match("Error (?:listing directory|accessing possibly locked file) (.*)", why):
+        try:
+            os.lstat(named[1])
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        return True
+    return bool(re.match(f"Error ({'|'.join(reasons)}) ", why))
 
 
 def watch_set(
@@ -1697,16 +1709,10 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     if record.lacking:
         record.warn("no old backups were deleted, for they alone may hold what could not be read; "
                     f"mend the disk, and run --full: {first_of(record.lacking)}")
-    if gone := unmounted(night, record):
+    if gone := unmounted(night, record.earlier):
         record.warn(f"no old backups were deleted, for {gone} is not mounted and was when "
                     "they were made; mount it, or run --full to do without it")
     return bool(loose or record.lacking or gone) or after_a_pause or record.news
-
-
-def unmounted(night: Night, record: Record) -> str:
-    """Return what is not mounted in the tree now, and was when earlier backups were made."""
-    return first_of(sorted(str(place) for place in record.earlier - utils.mounts().keys()
-                           if is_in_tree(night, place)))
 
 
 @needs_attention_at_most
@@ -1831,7 +1837,7 @@ def new_record() -> Record:
     return Record(newest_set=last.get("newest_set"), failed=last.get("exit_code") == 1,
                   files=list(map(str, last.get("files", []))),
                   lacking=list(map(str, last.get("lacking", []))),
-                  earlier={Path(str(place)) for place in last.get("mounted", [])},
+                  earlier=set(map(str, last.get("mounted", []))),
                   told={name: str(why) for name, why in last.get("told", {}).items()})
 
 
@@ -1870,7 +1876,7 @@ def write_last_run(
         "newest_set": record.newest_set,
         "told": record.told,
         "lacking": record.lacking[:MOST_NAMES],
-        "mounted": sorted(map(str, record.mounted | record.earlier)),
+        "mounted": sorted(record.mounted | record.earlier),
         # Of more the volumes are passed over: their manifests name them, too.
         "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
     }, group)

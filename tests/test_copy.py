@@ -237,8 +237,10 @@ def test_mount_that_goes_before_the_copy(keyed: Store) -> None:
     keyed.run("mount", "-t", "tmpfs", "none", mounted)
     keyed.backup()
     keyed.stand_in("gzip", f'#!/bin/sh\numount {mounted}\nexec REAL "$@"\n')
-    for _ in range(2):
-        assert f"for {mounted} is not mounted" in keyed.backup(exit_code=3).stderr
+    assert f"for {mounted} is not mounted" in keyed.backup(exit_code=3).stderr
+    moved = keyed.root.rename(keyed.root.with_name("moved"))
+    keyed.settings.write_text(keyed.settings.read_text().replace(str(keyed.root), str(moved)))
+    assert f"for {moved}/mail/archive is not mounted" in keyed.backup(exit_code=3).stderr
 
 
 @contextlib.contextmanager
@@ -321,6 +323,21 @@ exec REAL "$@"
     with disk_at(keyed, keyed.root / "mail/archive", "4M"):
         for _ in range(2):
             assert f"run --full: Error listing directory {bad}" in keyed.backup(exit_code=3).stderr
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_duplicity_finds_gone_is_no_damage(keyed: Store, gone: bool) -> None:
+    """Of a directory that was removed just then it says what it says of one that is damaged."""
+    place = keyed.root / "sessions"
+    if not gone:
+        place.mkdir()
+    keyed.stand_in("duplicity", f"""#!/bin/bash
+case $1 in full) printf 'WARNING 1 x\n. Error listing directory {place}\n' >&${{2#--log-fd=}};; esac
+exec REAL "$@"
+""")
+    assert f"Error listing directory {place}" in keyed.backup(exit_code=3).stderr
+    (keyed.bin / "duplicity").unlink()
+    keyed.backup(exit_code=0 if gone else 3)
 
 
 @pytest.mark.parametrize("error", ["ENOTCONN", "ENODEV"])
