@@ -642,7 +642,7 @@ def duplicity_version(work: Work) -> str:
     # It wants a temporary directory, and may find none where / is full or read-only.
     environment = {**work.environment, "TMPDIR": str(RUN_DIRECTORY)}
     answer = utils.shell(["duplicity", "--version"], environment)
-    match = re.match(r"duplicity (\S+)", answer.last_lines[-1] if answer.last_lines else "")
+    match = re.search(r"^duplicity (\S+)", "\n".join(answer.last_lines), re.MULTILINE)
     if answer.exit_code or not match:
         raise Failure("duplicity does not run; install it again: "
                       f"duplicity --version ended with {answer}", 2)
@@ -1138,7 +1138,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    if force_full:  # one that comes by itself reads again only what is there still
+    if force_full or not sets:  # one that comes by itself reads again only what is there still
         if gone := unmounted(night, record.earlier):
             record.warn(f"{gone} is not mounted and was when earlier backups were made: this one "
                         "does without it, and they are deleted when they are old enough")

@@ -125,7 +125,7 @@ if __name__ == "__main__":
 
 def test_disk_of_the_system_takes_nothing(keyed: Store) -> None:
     """A night needs STORAGE_ROOT and /run only; just then a backup is wanted."""
-    keyed.run("env", "-u", "TMPDIR", "unshare", "--mount", "sh", "-c", """\
+    keyed.run("env", "-u", "TMPDIR", "-u", "COV_CORE_SOURCE", "unshare", "--mount", "sh", "-c", """\
 mount -t tmpfs none /run && mount -o remount,bind,ro / &&
 mount --bind "$0" "$0" && mount -o remount,bind,rw "$0" && exec "$@"
 """, keyed.scratch, *keyed.command())
