@@ -190,7 +190,7 @@ class Record:
     attention: what an admin must look at although the backup was made. broken: what is
     known to be wrong with backup files, by name, which may be a pattern. unread: what of
     the tree could not be read. lacking: what of that backups lack because the disk is damaged,
-    since a full one was asked for. failed: whether the last run did.
+    since a full one was asked for. failed: whether the last run did. asked: whether a full one is.
     """
 
     start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
@@ -209,6 +209,7 @@ class Record:
     unread: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     failed: bool = False
+    asked: bool = False
     attention: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # what is worth knowing, no more
 
@@ -1138,11 +1139,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    if force_full or not sets:  # one that comes by itself reads again only what is there still
-        if gone := unmounted(night, record.earlier):
-            record.warn(f"{gone} is not mounted and was when earlier backups were made: this one "
-                        "does without it, and they are deleted when they are old enough")
-        record.lacking, record.earlier = [], set()
+    record.asked = force_full or not sets
     look_for_losses(night, record)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
@@ -1218,7 +1215,7 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
         check_room(night, sets, kind)
     except Failure as error:
         lacking = error
-    if lacking or record.failed:
+    if lacking or record.failed and not record.asked:
         if chain and not broken_in(chain, record.broken) and not must_keep_all(
                 night, record, sets):
             with utils.own_directory(TEMPORARY):
@@ -1559,6 +1556,11 @@ def make_set(
     unread = copy.unread if copy else {}
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
+    if record.asked:  # one that comes by itself reads again only what is there still
+        if gone := unmounted(night, record.earlier):
+            record.warn(f"{gone} is not mounted and was when earlier backups were made: this one "
+                        "does without it, and they are deleted when they are old enough")
+        record.lacking, record.earlier = [], set()
     record.lacking = [*dict.fromkeys(record.lacking + list(filter(is_damage, record.unread)))]
     if record.unread:
         record.warn(f"not all of {root} could be read; check the disk, or leave out what cannot be "
@@ -1574,13 +1576,13 @@ def is_damage(why: str) -> bool:
     reasons = [os.strerror(number) for number in utils.DAMAGED]
     if why.startswith("/"):
         return why.endswith(tuple(reasons))
-    if named := re.match("Error (?:listing directory|accessing possibly locked file) (.*)", why):
+    named = re.match(r"\W?Error (?:listing directory|accessing possibly locked file) (.*)", why)
+    if named and "\\" not in named[1]:  # else it may be escaped
         try:
             os.lstat(named[1])
         except OSError as error:
             return error.errno != errno.ENOENT
-        return True
-    return bool(re.match(f"Error ({'|'.join(reasons)}) ", why))
+    return bool(named or re.match(rf"\W?Error ({'|'.join(reasons)}) ", why))
 
 
 def watch_set(
@@ -1636,13 +1638,13 @@ def read_machine_log(lines: Sequence[str]) -> tuple[int | None, list[str]]:
     warnings: list[str] = []
     level = ""
     for line in lines:
-        text = line.removeprefix(".").strip()
+        text = line[2:]
         if line and not line.startswith("."):
             level = "" if re.match("WARNING [2-6]\\b", line) else line.split()[0]
             warnings.append("")
-        elif level == "WARNING":  # a name with a line break takes several
-            warnings[-1] = f"{warnings[-1]} {text}".strip()
-        elif match := re.fullmatch(r"SourceFiles (\d+)", text):
+        elif line and level == "WARNING":  # a name with a line break takes several
+            warnings[-1] += f"\\n{text}" if warnings[-1] else text
+        elif match := re.fullmatch(r"SourceFiles (\d+)", text.strip()):
             entries = int(match[1])
     return entries, [text for text in dict.fromkeys(warnings)
                      if text and not text.startswith("Warning, discarding last backup set")]
