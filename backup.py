@@ -1822,7 +1822,7 @@ def last_run_recorded(group: int) -> Iterator[Record]:
             failure.exit_code = 5
         last = new_record()  # what this run would have changed of it holds on
         record.newest_set, record.files = last.newest_set, last.files
-        record.lacking, record.earlier = last.lacking, last.earlier
+        record.lacking, record.earlier, record.mounted = last.lacking, last.earlier, set()
         write_last_run(group, record, failure.exit_code, str(failure))
         raise failure from error
     else:

@@ -225,6 +225,19 @@ exec REAL "$@"
     assert keyed.backup().stderr == ""
 
 
+def test_mount_of_a_night_that_failed(keyed: Store, first_night: FirstNight) -> None:
+    """No backup has what is on it, and none misses it."""
+    first_night(keyed)
+    keyed.stand_in("duplicity", """#!/bin/sh
+case $1 in full|incremental) exit 50;; esac
+exec REAL "$@"
+""")
+    with disk_at(keyed, keyed.root / "usb", "4M"):
+        keyed.backup(exit_code=1)
+    (keyed.bin / "duplicity").unlink()
+    assert keyed.backup().stderr == ""
+
+
 def test_mount_that_is_no_disk_of_its_own(keyed: Store) -> None:
     """As a unit under systemd has one of what it may write to: a run by hand does not miss it."""
     keyed.run("unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$0" && exec "$@"', keyed.root,
