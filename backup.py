@@ -1139,7 +1139,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.asked = force_full or not sets
+    record.asked = force_full or not (sets or ARCHIVE.exists())
     look_for_losses(night, record)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"

@@ -586,9 +586,18 @@ def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
-def test_damaged_last_run_keeps_what_is_old(keyed: Store, first_night: FirstNight) -> None:
-    """What it knew to be lacking is unknown then: nothing old goes until a full backup is made."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_damaged_last_run_keeps_what_is_old(
+    keyed: Store, first_night: FirstNight, lost: bool
+) -> None:
+    """What it knew to be lacking is unknown then: nothing old goes until a full backup is made.
+
+    That all backups are lost is not passed over either.
+    """
     first_night(keyed)
+    for path in keyed.encrypted.iterdir():
+        if lost:
+            path.unlink()
     (keyed.backups / "last-run.json").write_bytes(bytes(500))
     for _ in range(2):
         told = keyed.backup(exit_code=3).stderr
