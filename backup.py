@@ -1215,7 +1215,7 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
         check_room(night, sets, kind)
     except Failure as error:
         lacking = error
-    if lacking or record.failed and not record.asked:
+    if lacking or record.failed:
         if chain and not broken_in(chain, record.broken) and not must_keep_all(
                 night, record, sets):
             with utils.own_directory(TEMPORARY):

@@ -327,17 +327,18 @@ def test_full_disk_heals_itself(keyed: Store) -> None:
     assert old not in result.stdout and new in result.stdout
 
 
-def test_run_that_failed_makes_way_for_the_next(keyed: Store) -> None:
+@pytest.mark.parametrize("option", [[], ["--full"]])
+def test_run_that_failed_makes_way_for_the_next(keyed: Store, option: list[str]) -> None:
     """It may have needed more room than is known: what is old enough goes before, but no more."""
     for age in ("10 days ago", "8 days ago"):
         keyed.run("faketime", age, *keyed.command("--full"))
     keyed.stand_in("duplicity", """#!/bin/sh
-case $1 in incremental) exit 53;; esac
+case $1 in incremental|full) exit 53;; esac
 exec REAL "$@"
 """)
     old, new = keyed.manifests()
     for left in ([old, new], [new], [new]):
-        assert "the disk is full" in keyed.backup(exit_code=1).stderr
+        assert "the disk is full" in keyed.backup(*option, exit_code=1).stderr
         assert keyed.manifests() == left
 
 
