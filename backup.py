@@ -1947,8 +1947,8 @@ def read_last_run(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         why = f"cannot read {path.absolute()}: {error}"
-    # Nobody knows what was lacking.
-    return {"exit_code": 1, "message": f"{why}; run --full", "lacking": [why]}
+    why += "; see that all disks are mounted"  # nobody knows what was lacking
+    return {"exit_code": 1, "message": f"{why}, and run --full", "lacking": [why]}
 
 
 # Status

@@ -1509,7 +1509,8 @@ def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
         while (waiting := select.select([0], [], [], seconds)[0]) and os.read(0, BLOCK_BYTES):
             pass
         if not waiting:
-            os.kill(parent, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it may die just now
+                os.kill(parent, signal.SIGTERM)
         awake = manager.awake(lines)
     not_started = start_services(manager, listed, list_path, bool(failed))
     _tell({"seconds": time.monotonic() - began, "not_started": not_started, "awake": awake,
