@@ -1497,7 +1497,7 @@ def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
         os.setpriority(os.PRIO_PROCESS, 0, 0)  # nor are they to inherit that of `nice backup.py`
     parent, manager = os.getppid(), service_manager(os.environ)
     listed = services_to_start(list_path, lines)  # what could not be started last night, too
-    began, awake, waiting = time.monotonic(), "", [0]
+    began, awake, too_long = time.monotonic(), "", False
     try:
         write_atomically(list_path, "\n".join(listed))
     except OSError as error:
@@ -1506,15 +1506,16 @@ def keep_services(list_path: Path, seconds: float, lines: Sequence[str]) -> int:
         failed = manager.stop(lines)
     _tell(failed)
     if not failed:
-        while (waiting := select.select([0], [], [], seconds)[0]) and os.read(0, BLOCK_BYTES):
+        while (ready := select.select([0], [], [], seconds)[0]) and os.read(0, BLOCK_BYTES):
             pass
-        if not waiting:
+        too_long = not ready
+        if too_long:
             with suppress(ProcessLookupError):  # it may die just now
                 os.kill(parent, signal.SIGTERM)
         awake = manager.awake(lines)
     not_started = start_services(manager, listed, list_path, bool(failed))
     _tell({"seconds": time.monotonic() - began, "not_started": not_started, "awake": awake,
-           "too_long": not waiting})
+           "too_long": too_long})
     return 5 if not_started else 0
 
 
