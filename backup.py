@@ -2353,7 +2353,8 @@ def reader_of(
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
         stack.enter_context(gpg_home(reader))
-        check_reading_key(reader)
+        if all(is_of_another_key(reader, found) for found in reversed(reader.sets)):
+            raise Failure(wrong_key_of(reader))
         yield reader
 
 
@@ -2418,15 +2419,6 @@ def link(path: Path, own: Path, backup: int) -> None:
     except OSError as error:
         log.debug("what a backup prunes meanwhile cannot be read: %s", error)
         os.symlink(utils.path_of(backup) / path, own / path)
-
-
-def check_reading_key(reader: Reader) -> None:
-    """Check that the key opens something of the backups, the newest manifest if it is right.
-
-    Raises Failure if it opens nothing.
-    """
-    if all(is_of_another_key(reader, found) for found in reversed(reader.sets)):
-        raise Failure(wrong_key_of(reader))
 
 
 def prefer_encrypted_manifests(reader: Reader, exit_code: int) -> None:
