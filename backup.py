@@ -2336,9 +2336,6 @@ def reader_of(
     if not complete_sets(work.backup / ENCRYPTED):
         raise Failure(f"there is no complete backup in {work.backup / ENCRYPTED}; mount its disk, "
                       "put your copy of the backups there, or make one")
-    temporary = "/tmp"
-    with suppress(FileNotFoundError):  # as where all disks but that of backup/ are full
-        temporary = os.path.abspath(tempfile.gettempdir())
     utils.work_inside(work.backup)
     read_passphrase()
     try:
@@ -2348,7 +2345,7 @@ def reader_of(
         log.warning("what is read may be somebody else's: %s", error)
     with ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
-        own = stack.enter_context(reader_directory(temporary, backup))
+        own = stack.enter_context(reader_directory(backup))
         reader = Reader(**vars(work), sets=link_sets(own, backup, choose, signatures))
         stack.callback(os.fchdir, backup)  # where own is, whatever its path leads to by then
         os.chdir(own)
@@ -2359,15 +2356,15 @@ def reader_of(
 
 
 @contextmanager
-def reader_directory(temporary: str, backup: int) -> Iterator[Path]:
-    """Make a directory for a command that reads: in backup/, or in temporary if that has room.
+def reader_directory(backup: int) -> Iterator[Path]:
+    """Make a directory for a command that reads: in backup/, or in TMPDIR if that has more room.
 
-    It gets a link to the key. backup: the descriptor of backup/.
+    It gets a link to the key. backup: the descriptor of backup/, the working directory.
     """
     name = f"{READER_PREFIX}{secrets.token_hex(4)}"
     key = utils.path_of(backup) / KEY
     with ExitStack() as stack:
-        own = Path(temporary, name)
+        own = Path(tempfile.gettempdir(), name)
         here, there = (shutil.disk_usage(place).free for place in (Path(), own.parent))
         if here >= min(TEMPORARY_BYTES, there):
             with suppress(OSError):  # as on a disk for reading only, or that has no links
