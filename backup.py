@@ -2007,7 +2007,7 @@ def span(begin: datetime, end: datetime) -> str:
 
     Of one that is over it is "0 minutes".
     """
-    delta = relativedelta(max(begin, end), begin)
+    delta = relativedelta(max(begin, end).astimezone(begin.tzinfo), begin)  # of two zones it errs
     units = [(abs(getattr(delta, unit)), unit)
              for unit in ("years", "months", "days", "hours", "minutes")]
     first = next((place for place, (number, _) in enumerate(units) if number), len(units) - 1)
