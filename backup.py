@@ -1895,9 +1895,7 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     checked: by the number of a share, when it was checked last. damaged: what is wrong with
     files, by name. Both are empty where there is no such file.
     """
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-                  OverflowError):
-        # A file that somebody edited may hold anything.
+    with suppress(Exception):  # a file that somebody edited may hold anything
         content = json.loads(utils.content_of(path))
         now = datetime.now(timezone.utc)
         return {"checked": {share: date for share, date in content["checked"].items()
@@ -2008,11 +2006,12 @@ def span(begin: datetime, end: datetime) -> str:
     Of one that is over it is "0 minutes".
     """
     delta = relativedelta(max(begin, end).astimezone(begin.tzinfo), begin)  # of two zones it errs
-    units = [(abs(getattr(delta, unit)), unit)
-             for unit in ("years", "months", "days", "hours", "minutes")]
-    first = next((place for place, (number, _) in enumerate(units) if number), len(units) - 1)
+    units = ["years", "months", "days", "hours", "minutes"]
+    while units[1:] and not getattr(delta, units[0]):
+        del units[0]
+    numbers = {unit: getattr(delta, unit) for unit in units[:2]}
     return ", ".join(f"{number} {unit if number != 1 else unit[:-1]}"
-                     for number, unit in units[first:first + 2])
+                     for unit, number in numbers.items())
 
 
 def tell_deletions(
@@ -2030,16 +2029,17 @@ def tell_deletions(
     for chain in [*chains[:-1], *([found] for found in loose_sets(sets))]:
         end = chain[-1].date + keep
         told.update(dict.fromkeys(chain, "on next daily backup" if end <= now else span(now, end)))
-    for full, *increments in chains[-1:]:
-        next_full = full.date + timedelta(days=FULL_DAYS)
+    for chain in chains[-1:]:
+        full, *increments = chain
+        days: float = FULL_DAYS
         if grown := sum(increment.size for increment in increments):
-            days = min(FULL_DAYS, full.size / 2 / (grown / len(increments)))
-            next_full = full.date + timedelta(days=days)
-        newest = ([full] + increments)[-1].date
-        last = newest if reason_for_full(sets, now, broken) else max(newest, next_full)
-        days_left = max(0, -((now - last - keep) // timedelta(days=1)))
+            days = min(days, full.size / 2 / (grown / len(increments)))
+        last = chain[-1].date
+        if not reason_for_full(sets, now, broken):
+            last = max(last, full.date + timedelta(days))
+        days_left = max(0, -((now - last - keep) // timedelta(1)))
         text = f"approx. {days_left} day{'' if days_left == 1 else 's'}"
-        told.update(dict.fromkeys((full, *increments), text))
+        told.update(dict.fromkeys(chain, text))
     return told
 
 
@@ -2473,11 +2473,11 @@ def missing_sets(keep_days: int) -> list[str]:
     kept = kept_since(keep_days, complete)
     useless = []
     for found in loose_sets(read_sets()):
-        if found.stamp <= newest and found.date >= kept:
-            useless.append(found.stamp)
-        elif found.stamp > newest:
+        if found.stamp > newest:
             print(f"the backup of {found.stamp} is unfinished: it is being made, or the next run "
                   "deletes it")
+        elif found.date >= kept:
+            useless.append(found.stamp)
     wrong = list(filter(None, [newest_lost(complete, newest_set)]))
     if useless:
         wrong.append("from these nothing can be restored, for they lack their manifest or what "
@@ -2625,9 +2625,9 @@ def chain_at(sets: Sets, time: str | None) -> list[BackupSet]:
 
     sets: the complete ones. time: see set_of_time. Raises Failure.
     """
-    chains = {chain[place]: chain[:place + 1] for chain in chains_of(sets)
-              for place in range(len(chain))}
-    whole = sorted(chains, key=lambda found: found.stamp)
+    chains = {found: chain[:place] for chain in chains_of(sets)
+              for place, found in enumerate(chain, 1)}
+    whole = [found for found in sets if found in chains]
     if not whole:
         raise Failure(f"no backup in {ENCRYPTED.absolute()} leads back to a full one; put your "
                       "copy of what is missing there")
@@ -2672,10 +2672,10 @@ def restore(reader: Reader, wanted: str, place: int) -> bool:
                 raise Failure(explain("restore", answer))
             status = move_up(descriptor, place, os.path.basename(wanted))
         finally:
-            if os.listdir(utils.path_of(descriptor)):
-                log.warning("what was restored until then is in %s", directory / fresh)
-            else:
+            try:
                 os.rmdir(fresh, dir_fd=place)
+            except OSError:  # it is not empty
+                log.warning("what was restored until then is in %s", directory / fresh)
     if stat.S_ISDIR(status.st_mode):
         utils.set_metadata(".", status, place)
     if lost := read_machine_log(lines)[1]:  # the disk refused something (seen: 0.8.22)
