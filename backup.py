@@ -2957,9 +2957,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     command("--list", action="store_true", help="list the files in a backup")
     command("--restore", metavar="DIR",
             help="restore into DIR, which does not exist yet or is empty")
-    add("--path", metavar="PATH", help="with --restore: only this, relative to STORAGE_ROOT")
-    add("--time", metavar="TIME",
-        help="with --list, --restore: as of TIME, such as 3D or '2026-11-20 03:00:00'")
+    add("--path", help="with --restore: only this, relative to STORAGE_ROOT")
+    add("--time", help="with --list, --restore: as of TIME, such as 3D or '2026-11-20 03:00:00'")
     add("--config", metavar="FILE", type=Path, help=f"settings (default: {SETTINGS_FILE})")
     add("--storage-root", metavar="DIR",
         help="back up DIR, without a settings file; its owner is STORAGE_USER")
@@ -2969,15 +2968,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     given = {name for name, value in vars(options).items() if value not in (None, False)}
     if any(value in ("", []) for value in vars(options).values()):  # [] is argparse's for `--`
         parser.error("an option has no value")
-    commands = {f"--{name}" for name in given & {"status", "verify", "list", "restore"}} or {
-        "a backup"}
-    belongs = {"full": {"a backup"}, "dry_run": {"a backup"}, "json": {"--status"},
-               "html": {"--status"}, "compare": {"--verify"}, "path": {"--restore"},
-               "time": {"--list", "--restore"}}
+    command_name = (given & {"status", "verify", "list", "restore"} or {"a backup"}).pop()
+    belongs = {"full": "a backup", "dry_run": "a backup", "json": "--status", "html": "--status",
+               "compare": "--verify", "path": "--restore", "time": "--list and --restore"}
     for option in sorted(given & belongs.keys()):
-        if not belongs[option] & commands:
-            parser.error(f"--{option.replace('_', '-')} is an option of "
-                         f"{' and '.join(sorted(belongs[option]))}")
+        if command_name not in belongs[option]:
+            parser.error(f"--{option.replace('_', '-')} is an option of {belongs[option]}")
     return options
 
 
