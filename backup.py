@@ -2620,7 +2620,7 @@ def set_of_time(sets: Sets, time: str, now: datetime) -> BackupSet:
     return older[-1]
 
 
-def chain_at(sets: Sets, time: str | None) -> list[BackupSet]:
+def chain_at(sets: Sets, time: str | None = None) -> list[BackupSet]:
     """Return the set that is the newest, or was at a time, and before it those that it needs.
 
     sets: the complete ones. time: see set_of_time. Raises Failure.
@@ -2813,11 +2813,12 @@ def show_plan(night: Night, force_full: bool) -> None:
         record = new_record()
         check_nothing_lost(night, record, force_full)
         dead = dead_files()
-        freed = [path for path in [*dead, *ENCRYPTED.glob("*.enc")] if path.is_file()]
+        freed = sum(path.stat().st_size for path in [*dead, *ENCRYPTED.glob("*.enc")]
+                    if path.is_file())
         broken = broken_files(record.files, night.keep_days)
         reason = reason_for_full(sets, night.now, broken, force_full)
         kind = "full" if reason else "incremental"
-        check_room(night, sets, kind, sum(path.stat().st_size for path in freed), disk)
+        check_room(night, sets, kind, freed, disk)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
         if PLAIN.exists():
             print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(night.migrated))}")
@@ -3062,14 +3063,13 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
     wrong += missing_sets(keep_days)
     for sentence in wrong:
         log.error(sentence)
-    different: list[str] = []
     if with_live_files:
-        choose = functools.partial(chain_at, time=None)
-        with utils.ended_in_good_order(), reader_of(settings, choose, signatures=False) as reader:
+        with utils.ended_in_good_order(), reader_of(settings, chain_at, signatures=False) as reader:
             different = compare(reader, excluded_of(settings))
         for sentence in different:
             log.error(sentence)
-    return 3 if wrong or different else 0
+        wrong += different
+    return 3 if wrong else 0
 
 
 def name_backup(chain: Sets) -> None:
