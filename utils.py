@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -1262,11 +1262,11 @@ class Systemd(ServiceManager):
         lines = []
         for name in names:
             units = self.settled_units(f"{name.removesuffix('.service')}.service")
-            if [unit["LoadState"] for unit in units[:1]] == ["not-found"]:  # itself comes first
+            if units and units[0]["LoadState"] == "not-found":  # itself comes first
                 self.unknown.append(name)
             running = [unit for unit in units if unit["ActiveState"] in RUNNING_STATES]
             for unit in running:
-                kind = "transient" if unit.get("Transient") == "yes" else unit["LoadState"]
+                kind = "transient" if unit["Transient"] == "yes" else unit["LoadState"]
                 if kind != "loaded":
                     raise Failure(f"{unit['Id']} runs and could not be started again, "
                                   f"for it is {kind}; mend that first")
@@ -1278,7 +1278,7 @@ class Systemd(ServiceManager):
                 lines.append(" ".join(started))
         return lines
 
-    def settled_units(self, name: str) -> list[dict[str, str]]:
+    def settled_units(self, name: str) -> list[defaultdict[str, str]]:
         """Return the units that go down with one, itself too, when none is just started or stopped.
 
         A job that is under way is left out, be it a oneshot or what a timer starts:
@@ -1287,20 +1287,20 @@ class Systemd(ServiceManager):
         """
         deadline = time.monotonic() + SERVICE_SECONDS
         while True:
-            units: dict[str, dict[str, str]] = {}
+            units: dict[str, defaultdict[str, str]] = {}
             wanted = {name}
             while wanted:
                 found = self.show(wanted)
                 units.update((unit["Id"], unit) for unit in found)
                 # A name that was escaped, as of a template for a mail address, is quoted.
-                stopped = " ".join(unit.get(key, "") for unit in found for key in STOPPED_WITH)
-                triggers = " ".join(unit.get("TriggeredBy", "") for unit in found)
+                stopped = " ".join(unit[key] for unit in found for key in STOPPED_WITH)
+                triggers = " ".join(unit["TriggeredBy"] for unit in found)
                 wakers = {unit for unit in shlex.split(triggers)
                           if unit.endswith((".socket", ".path"))}
                 wanted = wakers.union(shlex.split(stopped)) - units.keys()
             groups = re.split("[/\n]", Path("/proc/self/cgroup").read_text())
             own = units.keys() & groups
-            after = " ".join(unit.get("After", "") for unit in units.values())
+            after = " ".join(unit["After"] for unit in units.values())
             if before := set(groups).intersection(shlex.split(after)):
                 own |= {unit["Id"] for unit in self.show(before)
                         if unit["ActiveState"] != "active"}
@@ -1309,11 +1309,11 @@ class Systemd(ServiceManager):
                               "keep it from starting; take Requires=, BindsTo=, PartOf= and "
                               "Before= out of it")
             settled = [unit for unit in units.values()
-                       if (unit["ActiveState"], unit.get("Type")) != ("activating", "oneshot")
+                       if (unit["ActiveState"], unit["Type"]) != ("activating", "oneshot")
                        and (unit["Id"] == next(iter(units))  # its own, which may be an alias
-                            or ".timer" not in unit.get("TriggeredBy", ""))]
+                            or ".timer" not in unit["TriggeredBy"])]
             busy = [unit["Id"] for unit in settled
-                    if unit.get("Job") or unit["ActiveState"] == "deactivating"]
+                    if unit["Job"] or unit["ActiveState"] == "deactivating"]
             if not busy:
                 return settled
             if time.monotonic() > deadline:
@@ -1321,12 +1321,12 @@ class Systemd(ServiceManager):
                               "wait for it, or mend it")
             pause(WATCH_SECONDS)
 
-    def show(self, units: Collection[str]) -> list[dict[str, str]]:
-        """Return the properties of units, in their order. Raises Failure."""
+    def show(self, units: Collection[str]) -> list[defaultdict[str, str]]:
+        """Return the properties of units, in their order, empty if not told. Raises Failure."""
         lines: list[str] = []
         line = " ".join(units)
         answer = self.run("show", line, lines.append, interruptible=True)
-        blocks = [dict(line.partition("=")[::2] for line in block.splitlines())
+        blocks = [defaultdict(str, (line.partition("=")[::2] for line in block.splitlines()))
                   for block in "\n".join(lines).split("\n\n")]
         told = all({"Id", "ActiveState", "LoadState"} <= block.keys() for block in blocks)
         if answer.exit_code or not told:
