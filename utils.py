@@ -533,8 +533,8 @@ def update_mirror(mirror: Mirror) -> None:
     Nothing is remembered from one pass to the next. What is unchanged is not read: its
     own ctime is settled (a rename changes the ctime of what is renamed on ext4, btrfs and,
     but for an exchange, XFS), every directory on the way to it below the top, which is held
-    open, is the one that was copied there, and what stands in the copy is of its kind, size
-    and mtime. In one thing the mirror differs, see _replace. Who moves directories ahead of it
+    open, is the one that was copied there, and what stands in the copy has its kind and mode,
+    size and mtime. In one thing the mirror differs, see _replace. Who moves directories ahead of it
     can hold it for ever. Raises Failure, or Interrupted.
     """
     mirror.unread.clear()
@@ -659,13 +659,9 @@ def _copy_of_unchanged(
     if status.st_ctime_ns >= mirror.settled_ns:
         return None
     then = os.stat(name, dir_fd=copy, follow_symlinks=False)
-    return then if _likeness(then) == _likeness(status) else None
-
-
-def _likeness(status: os.stat_result) -> tuple[int, int, int]:
-    """Return the kind of an entry, its mtime and, of what is no directory, its size."""
-    kind = stat.S_IFMT(status.st_mode)
-    return kind, status.st_mtime_ns, 0 if kind == stat.S_IFDIR else status.st_size
+    alike = (then.st_mode, then.st_mtime_ns) == (status.st_mode, status.st_mtime_ns) and (
+        stat.S_ISDIR(status.st_mode) or then.st_size == status.st_size)
+    return then if alike else None
 
 
 def _link_files(live: int, copy: int, present: dict[str, int]) -> list[str]:
