@@ -123,12 +123,11 @@ def path_in(error: OSError) -> str:
 
     It is empty if the error tells none: of a descriptor it does not.
     """
-    if not isinstance(error.filename, (str, bytes)):
+    if not isinstance(error.filename, str):
         return ""
-    name = os.fsdecode(error.filename)
     with suppress(FileNotFoundError):  # of a working directory that is gone
-        name = os.path.abspath(name)
-    return printable(name)
+        return printable(os.path.abspath(error.filename))
+    return printable(error.filename)
 
 
 @contextmanager
