@@ -316,9 +316,8 @@ def write_atomically(path: Path, content: str, mode: int = 0o600, group: int = -
     content: the new text. mode: its permissions. group: its group id, -1 for the caller's.
     """
     temporary = path.with_name(f".{path.name}.new")  # so that a killed run leaves one at most
-    temporary.unlink(missing_ok=True)
     try:
-        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
             os.fchown(descriptor, -1, group)
             os.fchmod(descriptor, mode)
             with open(descriptor, "w", encoding="utf-8", closefd=False) as stream:
