@@ -1443,9 +1443,8 @@ def services_stopped(
     standard_input = keeper.stdin
 
     def go_on() -> None:
-        if not standard_input.closed:
-            with suppress(BrokenPipeError):
-                os.write(standard_input.fileno(), b"\n")
+        with suppress(BrokenPipeError, ValueError):  # it died, or it is over
+            os.write(standard_input.fileno(), b"\n")
 
     downtime.go_on = go_on
     began, stopped = time.monotonic(), ""
