@@ -2247,10 +2247,9 @@ def status_page(status: Status, now: datetime) -> str:
     was asked for.
     """
     last = status["last_run"]
-    clock = clock_time(now.astimezone().isoformat(timespec="seconds"))
     page = PAGE.format(
         headline_class="" if status["ok"] else "alarm", headline=for_page(status["headline"]),
-        now=for_page(f"{clock} {status['tz']}"),
+        now=for_page(f"{now.astimezone():%Y-%m-%d %H:%M:%S} {status['tz']}"),
         last_class="alarm" if last and last.get("exit_code") == 3 else "",
         last_run=for_page(clock_time(last_run_text(last))),
         checks="\n".join(f"<dt>{name}</dt>\n<dd>{for_page(text)}</dd>"
@@ -2636,7 +2635,7 @@ def chain_at(sets: Sets, time: str | None = None) -> list[BackupSet]:
                     for found in (whole, sets))
     if asked != taken:
         log.warning("the backup of %s lacks what it builds on, see --verify: that of %s is taken",
-                    *(found.date.astimezone().isoformat(" ") for found in (asked, taken)))
+                    asked.date.astimezone(), taken.date.astimezone())
     return chains[taken]
 
 
@@ -3074,7 +3073,7 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
 
 def name_backup(chain: Sets) -> None:
     """Say which backup is read, the last of a chain."""
-    log.warning("backup of %s", chain[-1].date.astimezone().isoformat(" "))
+    log.warning("backup of %s", chain[-1].date.astimezone())
 
 
 def list_or_restore(options: argparse.Namespace, settings: Settings) -> None:
