@@ -224,16 +224,12 @@ class Record:
             log.warning(message)
             self.attention.append(message)
 
-
-def needs_attention_at_most(step: Callable[..., None]) -> Callable[..., None]:
-    """Make a step, of those after the backup was made, one whose failure does not end the run."""
-    @functools.wraps(step)
-    def taken(first: object, record: Record, *arguments: object) -> None:
+    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
+        """Take a step that needs attention, no more, if it fails: it does not end the run."""
         try:
-            step(first, record, *arguments)
+            step(*arguments)
         except Exception as error:
-            record.warn(str(failure_of(error)))
-    return taken
+            self.warn(str(failure_of(error)))
 
 
 SetKey = tuple[str | None, str]
@@ -437,13 +433,13 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                 utils.sync(Path(), ENCRYPTED)  # before what is old goes
             look_for_losses(night, record)  # for the backup may have taken hours
             write_last_run(night.user.pw_gid, record)  # should this run be killed
-            delete_migrated_backups(night, record, migrated)
-            check_a_share(night, record)                                        # of 14
+            record.attempt(delete_migrated_backups, night, record, migrated)
+            record.attempt(check_a_share, night, record)                        # of 14
             if not must_keep_all(night, record, sets):
-                delete_old_chains(night, record)                                # 12
+                record.attempt(delete_old_chains, night, record)                # 12
             if not must_keep_all(night, record, sets):
-                clean_up(night, record)                                         # 13
-            grant_group_read(night, record)                                     # 14
+                record.attempt(clean_up, night, record)                         # 13
+            record.attempt(grant_group_read, night)                             # 14
         look_for_losses(night, record)
         # What is lost is looked for while something of its set is there, lest it part a chain.
         record.files = sorted(backup_files().union(broken_in(read_sets(), record.broken)))
@@ -1219,7 +1215,7 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
         if chain and not broken_in(chain, record.broken) and not must_keep_all(
                 night, record, sets):
             with utils.own_directory(TEMPORARY):
-                delete_old_chains(night, record, chain[0].date)
+                record.attempt(delete_old_chains, night, record, chain[0].date)
             check_room(night, sets, kind)
         elif lacking:
             record.told = record.broken  # that the next run need not wait for it
@@ -1312,7 +1308,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     record.mounted = mounts_in_tree(night)
     log.info("copying %s while mail runs", night.root)
     with ExitStack() as stack:
-        stack.callback(remove_copy_at_last, night, record, place)
+        stack.callback(record.attempt, remove_copy, place)
         try:
             copy = stack.enter_context(
                 utils.mirror_of(night.root, place, excluded, may_link, spare))
@@ -1335,12 +1331,6 @@ def place_of_copy(work: Work, backup: Path) -> Path:
     """
     one_disk = backup.stat().st_dev == work.root.stat().st_dev
     return SNAPSHOT if one_disk and work.backup not in utils.mounts() else work.copy_beside
-
-
-@needs_attention_at_most
-def remove_copy_at_last(night: Night, record: Record, place: Path) -> None:
-    """Remove the copy when it has served."""
-    remove_copy(place)
 
 
 def remove_copy(place: Path) -> None:
@@ -1650,10 +1640,7 @@ def read_machine_log(lines: Sequence[str]) -> tuple[int | None, list[str]]:
                      if text and not text.startswith("Warning, discarding last backup set")]
 
 
-@needs_attention_at_most
-def delete_migrated_backups(
-    night: Night, record: Record, state: DirectoryState | None
-) -> None:
+def delete_migrated_backups(night: Night, record: Record, state: DirectoryState | None) -> None:
     """Delete the plain backups of the legacy layout, now that a backup contains them.
 
     state: of their directory from before the backup: one that was renamed meanwhile,
@@ -1717,7 +1704,6 @@ def must_keep_all(night: Night, record: Record, sets: Sets) -> bool:
     return bool(loose or record.lacking or gone) or after_a_pause or record.news
 
 
-@needs_attention_at_most
 def delete_old_chains(night: Night, record: Record, begin: datetime | None = None) -> None:
     """Delete the chains whose newest set is older than BACKUP_KEEP_DAYS, if the newest is whole.
 
@@ -1741,7 +1727,6 @@ def delete_old_chains(night: Night, record: Record, begin: datetime | None = Non
                 utils.remove(ENCRYPTED / found.manifest)
 
 
-@needs_attention_at_most
 def clean_up(night: Night, record: Record) -> None:
     """Run duplicity's cleanup, but not where signatures are lost.
 
@@ -1759,8 +1744,7 @@ def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
         record.warn(explain(action, answer))
 
 
-@needs_attention_at_most
-def grant_group_read(night: Night, record: Record) -> None:
+def grant_group_read(night: Night) -> None:
     """Give STORAGE_USER's group, and so the hooks, read access to the encrypted files."""
     wanted = (0, night.user.pw_gid, 0o640)
     for name in utils.regular_files(ENCRYPTED):
@@ -1772,7 +1756,6 @@ def grant_group_read(night: Night, record: Record) -> None:
                 path.chmod(0o640)
 
 
-@needs_attention_at_most
 def check_a_share(night: Night, record: Record) -> None:
     """Check a seventh of the backup files as --verify does: those not checked for longest."""
     checked = read_last_verify(LAST_VERIFY)["checked"]
@@ -1855,7 +1838,6 @@ def tell_what_was_made(night: Night, record: Record) -> None:
              human_size(record.size), seconds, record.downtime.seconds)
 
 
-@needs_attention_at_most
 def write_last_run(
     group: int, record: Record, exit_code: int | None = None, message: str = ""
 ) -> None:
@@ -1866,7 +1848,7 @@ def write_last_run(
     """
     messages = [f"{name} could not be started again" for name in record.downtime.not_started]
     messages += [*record.attention, *record.remarks, message]
-    save_json(LAST_RUN, {
+    record.attempt(save_json, LAST_RUN, {
         "start": record.start.isoformat(timespec="seconds"),
         "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": record.kind,
