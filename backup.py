@@ -406,7 +406,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
     the run. The working directory is backup/ afterwards.
     """
     night = begin_night(settings)                                               # 1
-    with utils.exclusive_process(LOCK) as lock, last_run_recorded(night.user.pw_gid) as record:
+    with utils.exclusive_process(LOCK) as lock, last_run_recorded() as record:
         start_services_left_stopped(night, record)                              # of 3
         record.duplicity_version = check_surroundings(night)
         with gpg_home(night):
@@ -432,7 +432,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                         make_set(night, record, kind, copy)                     # 11
                 utils.sync(Path(), ENCRYPTED)  # before what is old goes
             look_for_losses(night, record)  # for the backup may have taken hours
-            write_last_run(night.user.pw_gid, record)  # should this run be killed
+            write_last_run(record)  # should this run be killed
             record.attempt(delete_migrated_backups, night, record, migrated)
             record.attempt(check_a_share, night, record)                        # of 14
             if not must_keep_all(night, record, sets):
@@ -443,7 +443,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
         look_for_losses(night, record)
         # What is lost is looked for while something of its set is there, lest it part a chain.
         record.files = sorted(backup_files().union(broken_in(read_sets(), record.broken)))
-        write_last_run(night.user.pw_gid, record)                               # 15
+        write_last_run(record)                                                  # 15
         if not record.news:
             run_hook(night, "after-backup", record)
     tell_what_was_made(night, record)
@@ -477,8 +477,7 @@ def begin_night(settings: Settings) -> Night:
             work = work_of(settings)
             utils.work_inside(work.backup)
             if LOCK.exists():  # else no run was ever here
-                with utils.exclusive_process(LOCK), last_run_recorded(
-                        Path().stat().st_gid) as record:
+                with utils.exclusive_process(LOCK), last_run_recorded() as record:
                     if refusal.exit_code == 2:  # else what mail needs may not be mounted
                         start_services_left_stopped(work, record)
                     raise refusal
@@ -564,18 +563,15 @@ def work_in_backup_directory(night: Night) -> None:
     Raises Failure (exit code 2) if it belongs to somebody else or others can write to
     it.
     """
-    group = night.user.pw_gid
     if not os.path.lexists(night.backup):
-        utils.make_owned_directory(night.backup, 0o750, group)
+        utils.make_owned_directory(night.backup, 0o750, night.user.pw_gid)
     utils.work_inside(night.backup)
     names = set(os.listdir()) - {"lost+found"}  # of a new disk
     if names and names.isdisjoint(map(str, (KEY, ENCRYPTED, PLAIN, LOCK, LAST_VERIFY, *HOOKS))):
         raise Failure(f"{night.backup} is no directory of backups, for it holds "
                       f"{printable(min(names))}; move it to where it belongs", 2)
-    mode = stat.S_IMODE(os.stat(".").st_mode)
-    if not mode & stat.S_IXOTH:
-        os.chown(".", -1, group)
-        os.chmod(".", mode | stat.S_IXGRP)
+    os.chown(".", -1, night.user.pw_gid)
+    os.chmod(".", stat.S_IMODE(os.stat(".").st_mode) | stat.S_IXGRP)
 
 
 def check_surroundings(night: Night) -> str:
@@ -1786,8 +1782,8 @@ def check_files(
 
 
 @contextmanager
-def last_run_recorded(group: int) -> Iterator[Record]:
-    """Write last-run.json, for a group by its id, when the block ends, however it ends.
+def last_run_recorded() -> Iterator[Record]:
+    """Write last-run.json when the block ends, however it ends.
 
     A service that could not be started again is told of, and outranks every other exit
     code.
@@ -1806,10 +1802,10 @@ def last_run_recorded(group: int) -> Iterator[Record]:
         last = new_record()  # what this run would have changed of it holds on
         record.newest_set, record.files = last.newest_set, last.files
         record.lacking, record.earlier, record.mounted = last.lacking, last.earlier, set()
-        write_last_run(group, record, failure.exit_code, str(failure))
+        write_last_run(record, failure.exit_code, str(failure))
         raise failure from error
     else:
-        write_last_run(group, record)
+        write_last_run(record)
     finally:
         for name, why in record.downtime.not_started.items():
             log.error("%s could not be started again; mend it, the next run tries it, too: %s",
@@ -1838,13 +1834,10 @@ def tell_what_was_made(night: Night, record: Record) -> None:
              human_size(record.size), seconds, record.downtime.seconds)
 
 
-def write_last_run(
-    group: int, record: Record, exit_code: int | None = None, message: str = ""
-) -> None:
+def write_last_run(record: Record, exit_code: int | None = None, message: str = "") -> None:
     """Write last-run.json.
 
-    group: by its id. exit_code, message: of a run that failed; of one that made a backup
-    the record tells them.
+    exit_code, message: of a run that failed; of one that made a backup the record tells them.
     """
     messages = [f"{name} could not be started again" for name in record.downtime.not_started]
     messages += [*record.attention, *record.remarks, message]
@@ -1863,12 +1856,13 @@ def write_last_run(
         "mounted": sorted(record.mounted | record.earlier),
         # Of more the volumes are passed over: their manifests name them, too.
         "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
-    }, group)
+    })
 
 
-def save_json(path: Path, content: Mapping[str, Any], group: int) -> None:
-    """Write a file of JSON for root and a group, by its id."""
-    utils.write_atomically(path, json.dumps(content, indent=1) + "\n", 0o640, group)
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of JSON for root and the group of backup/, which is STORAGE_USER's."""
+    text = json.dumps(content, indent=1) + "\n"
+    utils.write_atomically(path, text, 0o640, Path().stat().st_gid)
 
 
 def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
@@ -1903,7 +1897,7 @@ def record_checks(
     save_json(LAST_VERIFY, {
         "checked": {**last["checked"], **{str(share): now for share in shares}},
         "damaged": {name: wrong[name] for name in broken_in(read_sets(), wrong)
-                    if wrong[name]}}, ENCRYPTED.stat().st_gid)
+                    if wrong[name]}})
 
 
 def read_last_run(path: Path) -> dict[str, Any]:
