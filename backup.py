@@ -1138,22 +1138,20 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
 
 def look_for_losses(night: Night, record: Record) -> None:
-    """See which backup files are damaged or lost, warn of them, and remember them."""
+    """See which backup files are damaged or lost, and remember them.
+
+    Of what no run has told yet it warns: elsewhere it would be lost by a hook that mirrors, too.
+    """
     record.broken.update(broken_files(record.files, night.keep_days))
     record.told = {name: why for name, why in record.told.items() if name in record.broken}
-    tell_of_losses(night, record)
-    with suppress(OSError):  # on a disk without a free byte what is old enough may still go
-        record_checks([], record.broken)  # should this run be killed
-
-
-def tell_of_losses(work: Work, record: Record) -> None:
-    """Warn of what is lost, and would be elsewhere by a hook that mirrors, unless a run has."""
-    lost = [f"{work.backup / ENCRYPTED / name} {why}"
+    lost = [f"{night.backup / ENCRYPTED / name} {why}"
             for name, why in sorted(record.broken.items() - record.told.items())]
     if lost:
         record.warn(f"{first_of(lost)}; fetch it from your copy elsewhere and run --verify: "
                     "no more old backups are deleted now, and the hook after-backup is not run, "
                     "lest that goes, too")
+    with suppress(OSError):  # on a disk without a free byte what is old enough may still go
+        record_checks([], record.broken)  # should this run be killed
 
 
 def reason_for_full(
@@ -1774,8 +1772,8 @@ def check_files(
         for found in sets:
             results.update(check_set(night, found, shares))
     record.broken = {name: why for name, why in results.items() if why}
-    tell_of_losses(night, record)
     record_checks(noted, results, known)
+    look_for_losses(night, record)
 
 
 # Step 15: how the run went
