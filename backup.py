@@ -431,7 +431,6 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                     with utils.low_priority():
                         make_set(night, record, kind, copy)                     # 11
                 utils.sync(Path(), ENCRYPTED)  # before what is old goes
-            look_for_losses(night, record)  # for the backup may have taken hours
             write_last_run(record)  # should this run be killed
             record.attempt(delete_migrated_backups, night, record, migrated)
             record.attempt(check_a_share, night, record)                        # of 14
