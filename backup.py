@@ -418,7 +418,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             sets = complete_sets()
             kind = decide(night, record, sets, force_full)                      # 5
             make_room(night, record, sets, kind)
-        check_cached_signatures(night, record)
+        record.remarks += remove_damaged_notes(night)
         run_hook(night, "before-backup", record)                                # 6
         with gpg_home(night), utils.own_directory(TEMPORARY):
             with failed_set_thrown_away(night, record), copy_of_tree(night, record) as copy:  # 7
@@ -1237,22 +1237,18 @@ def check_room(
                           "least; make room there")
 
 
-def notes_are_damaged(work: Work) -> bool:
-    """Tell whether signatures in the archive directory are damaged.
+def remove_damaged_notes(work: Work) -> list[str]:
+    """Delete the archive directory if signatures in it are damaged. Returns a remark then.
 
     With a flipped bit an increment can bring back what was deleted, exit code 0, and a list
     of files lacks some (seen: 0.8.22). When it is deleted duplicity makes it anew.
     """
     paths = sorted(map(str, ARCHIVE.glob("*.sigtar.gz")))
     command = ["gzip", "--test", *paths]
-    return bool(paths and utils.shell(command, work.environment, directory=".").exit_code)
-
-
-def check_cached_signatures(night: Night, record: Record) -> None:
-    """Delete the archive directory if it is damaged."""
-    if notes_are_damaged(night):
-        record.remarks.append(f"{ARCHIVE.absolute()} is made anew, for it was damaged")
-        utils.remove(ARCHIVE)
+    if not paths or utils.shell(command, work.environment, directory=".").exit_code == 0:
+        return []
+    utils.remove(ARCHIVE)
+    return [f"{ARCHIVE.absolute()} is made anew, for it was damaged"]
 
 
 def reserve_bytes(path: Path) -> int:
@@ -2543,8 +2539,7 @@ def list_files(reader: Reader) -> list[str]:
     if unsigned := [found.signatures for found in reader.sets if not found.signed]:
         raise Failure(f"{reader.backup / ENCRYPTED / unsigned[0]} is missing: the files cannot "
                       f"be listed, but restored; {PUT_BACK}")
-    if notes_are_damaged(reader):
-        utils.remove(ARCHIVE)
+    remove_damaged_notes(reader)
     stamp = reader.sets[-1].stamp
     answer, lines = run_duplicity(
         reader, duplicity_command("list-current-files", "-t", stamp, TARGET))
