@@ -166,7 +166,7 @@ class Work:
     backup: Path
     copy_beside: Path
     migrated: Path
-    gnupg: Path  # gpg's home for this process
+    gnupg: Path  # gpg's home, and so its agent's, for this process alone
     stopped: Path  # lists the services that are to come back
     environment: Mapping[str, str]  # for the programs that are run
 
@@ -317,9 +317,10 @@ def work_of(settings: Settings) -> Work:
     # Short names that are this root's alone: gpg-agent's socket fails under a long path
     # (seen: over about 70 characters).
     token = hashlib.sha256(os.fsencode(backup)).hexdigest()[:12]
-    return Work(root, backup, root / COPY_BESIDE, root / MIGRATED,
-                RUN_DIRECTORY / f"backup-gnupg-{token}-{secrets.token_hex(4)}",
-                RUN_DIRECTORY / f"backup-stopped-{token}", program_environment())
+    gnupg = RUN_DIRECTORY / f"backup-gnupg-{token}-{secrets.token_hex(4)}"
+    return Work(root, backup, root / COPY_BESIDE, root / MIGRATED, gnupg,
+                RUN_DIRECTORY / f"backup-stopped-{token}",
+                {**program_environment(), "GNUPGHOME": str(gnupg)})
 
 
 def keep_days_of(settings: Settings) -> int:
@@ -731,7 +732,7 @@ def run_gpg(
                str(ENCRYPTED / name)]
     passphrase = read_passphrase()
     status: list[str] = []
-    answer = utils.shell(command, gpg_environment(work), directory=".", secret=passphrase,
+    answer = utils.shell(command, work.environment, directory=".", secret=passphrase,
                          standard_input=passphrase, on_line=take_text or (lambda line: None),
                          on_log=status.append)
     if answer.exit_code < 0 or answer.exit_code == utils.NOT_EXECUTABLE:
@@ -759,11 +760,6 @@ def is_of_another_key(work: Work, found: BackupSet) -> bool:
     return any(map(is_wrong_key, answers)) and all(answer.exit_code for answer in answers)
 
 
-def gpg_environment(work: Work) -> dict[str, str]:
-    """Return the environment for gpg: its home is this process's own, and so is its agent."""
-    return {**work.environment, "GNUPGHOME": str(work.gnupg)}
-
-
 @contextmanager
 def gpg_home(work: Work) -> Iterator[None]:
     """Keep gpg's home while the block runs, and leave neither it nor its agent behind."""
@@ -772,7 +768,7 @@ def gpg_home(work: Work) -> Iterator[None]:
         try:
             yield
         finally:  # should that fail: an agent whose home is gone ends by itself
-            utils.shell(["gpgconf", "--kill", "gpg-agent"], gpg_environment(work),
+            utils.shell(["gpgconf", "--kill", "gpg-agent"], work.environment,
                         interruptible=False, timeout_seconds=GPGCONF_SECONDS)
 
 
@@ -1465,7 +1461,7 @@ def run_duplicity(
     log.debug("running %s", shlex.join(command))
     passphrase = read_passphrase()
     # A relative directory for temporary files would be made absolute.
-    environment = {**gpg_environment(work), "PASSPHRASE": passphrase,
+    environment = {**work.environment, "PASSPHRASE": passphrase,
                    "TMPDIR": f"/proc/self/cwd/{TEMPORARY}"}
     answer = utils.shell(
         command, environment, directory=".", secret=passphrase, umask=0o077, watch=end_if_hanging,
