@@ -446,7 +446,8 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
         write_last_run(record)                                                  # 15
         if not record.news:
             run_hook(night, "after-backup", record)
-    tell_what_was_made(night, record)
+    log.info("made the %s backup, %s; mail was down for %.1f seconds",
+             record.kind, human_size(record.size), record.downtime.seconds)
     return exit_code_of(record)
 
 
@@ -1814,13 +1815,6 @@ def new_record() -> Record:
 def exit_code_of(record: Record) -> int:
     """Return the exit code of a run that made a backup."""
     return 5 if record.downtime.not_started else 3 if record.attention else 0
-
-
-def tell_what_was_made(night: Night, record: Record) -> None:
-    """Say on a terminal what was made, how big it is and how long mail was down."""
-    seconds = (datetime.now(timezone.utc) - night.now).total_seconds()
-    log.info("made the %s backup, %s, in %.0f seconds; mail was down for %.1f seconds", record.kind,
-             human_size(record.size), seconds, record.downtime.seconds)
 
 
 def write_last_run(record: Record, exit_code: int | None = None, message: str = "") -> None:
