@@ -32,7 +32,6 @@ import functools
 import hashlib
 import html
 import io
-import itertools
 import json
 import logging
 import logging.handlers
@@ -973,8 +972,11 @@ def copy_to_disk(source: str, target: str) -> None:
 
 def unused(path: Path) -> Path:
     """Return path, or the first of path.2, path.3 and so on at which nothing stands."""
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return next(place for place in itertools.chain([path], numbered) if not os.path.lexists(place))
+    place, number = path, 1
+    while os.path.lexists(place):
+        number += 1
+        place = path.with_name(f"{path.name}.{number}")
+    return place
 
 
 def directory_state(status: os.stat_result) -> DirectoryState:
