@@ -124,7 +124,7 @@ AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w"
 STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
 STAMP_FORMAT = "%Y%m%dT%H%M%SZ"
 FILE = re.compile(
-    rf"duplicity-(full|inc|full-signatures|new-signatures)\.(?:({STAMP})\.to\.)?({STAMP})\."
+    rf"duplicity-(?:full(?:-signatures)?|(?:inc|new-signatures)\.({STAMP})\.to)\.({STAMP})\."
     r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)((?:\.(?:gpg|gz|part))*)")
 
 # Of duplicity's exit codes, from its log.py (0.8.22 and 3.2.1), those an admin can do
@@ -832,7 +832,7 @@ def dead_files(rejected: Collection[str] = ()) -> list[Path]:
 def stamp_of(path: Path) -> str:
     """Return the stamp of the set that a file of duplicity's belongs to, empty if it bears none."""
     match = FILE.fullmatch(path.name)
-    return match[3] if match else ""
+    return match[2] if match else ""
 
 
 @contextmanager
@@ -1032,11 +1032,11 @@ def key_of(name: str) -> SetKey | None:
     file.
     """
     match = FILE.fullmatch(name)
-    if match and match[4] == ".gpg" and match[1].startswith("full") == (match[2] is None):
+    if match and match[3] == ".gpg":
         with suppress(ValueError):  # a stray name may hold a month 13
-            stamp_date(match[2] or match[3])
-            stamp_date(match[3])
-            return match[2], match[3]
+            stamp_date(match[1] or match[2])
+            stamp_date(match[2])
+            return match[1], match[2]
     return None
 
 
