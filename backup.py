@@ -328,7 +328,7 @@ def keep_days_of(settings: Settings) -> int:
     Raises Failure (exit code 2) unless it is a number from 1 to 9999.
     """
     days = settings.get("BACKUP_KEEP_DAYS", KEEP_DAYS)
-    if not re.fullmatch(r"[0-9]{1,4}", days) or int(days) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,3}", days):
         raise Failure(f"BACKUP_KEEP_DAYS is {printable(days) or 'empty'}; give it a "
                       "number of days from 1 to 9999", 2)
     return int(days)
