@@ -601,13 +601,11 @@ def read_passphrase() -> str:
     Raises Failure (exit code 2) if it cannot be read or is no line of text.
     """
     try:
-        line = utils.content_of(KEY).partition(b"\n")[0].strip().decode()
+        line = utils.content_of(KEY).partition(b"\n")[0].strip().decode(errors="surrogateescape")
     except OSError as error:
         raise Failure(f"cannot read the key {KEY.absolute()}: {error.strerror}; put your "
                       "copy of the key back", 2) from error
-    except UnicodeDecodeError:
-        line = ""
-    if not line or not line.isprintable():
+    if not line or not line.isprintable():  # bytes that are not UTF-8 are not
         raise Failure(f"the first line of {KEY.absolute()} is no passphrase; put your "
                       "copy of the key back", 2)
     return line
