@@ -436,7 +436,6 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             record.attempt(check_a_share, night, record)                        # of 14
             if not must_keep_all(night, record, sets):
                 record.attempt(delete_old_chains, night, record)                # 12
-            if not must_keep_all(night, record, sets):
                 record.attempt(clean_up, night, record)                         # 13
             record.attempt(grant_group_read, night)                             # 14
         look_for_losses(night, record)
@@ -1714,11 +1713,12 @@ def delete_old_chains(night: Night, record: Record, begin: datetime | None = Non
 
 
 def clean_up(night: Night, record: Record) -> None:
-    """Run duplicity's cleanup, but not where signatures are lost.
+    """Run duplicity's cleanup, but not in the night that tells of losses, nor without signatures.
 
-    It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
+    It would delete those after lost ones, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
     """
-    if all(found.signed for chain in chains_of(complete_sets()) for found in chain):
+    signed = all(found.signed for chain in chains_of(complete_sets()) for found in chain)
+    if signed and not record.news:
         run_pruning(night, record, "cleanup")
 
 
