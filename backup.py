@@ -196,7 +196,7 @@ class Record:
     newest_set: str | None = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)  # of what is broken runs have warned before
-    files: list[str] = field(default_factory=list)  # what backup files the last good run has left
+    files: set[str] = field(default_factory=set)  # what backup files the last good run has left
     kind: str | None = None
     source: str | None = None
     mounted: set[str] = field(default_factory=set)  # in STORAGE_ROOT, by relative path
@@ -440,7 +440,7 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             record.attempt(grant_group_read, night)                             # 14
         look_for_losses(night, record)
         # What is lost is looked for while something of its set is there, lest it part a chain.
-        record.files = sorted(backup_files().union(broken_in(read_sets(), record.broken)))
+        record.files = backup_files().union(broken_in(read_sets(), record.broken))
         write_last_run(record)                                                  # 15
         if not record.news:
             run_hook(night, "after-backup", record)
@@ -689,7 +689,7 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
                           "from your copy elsewhere, or run --full to begin anew without it, "
                           "which deletes what is left of it")
         if not CACHE.exists() and not backup_files():
-            record.files = []
+            record.files = set()
 
 
 def newest_lost(sets: Sets, newest_set: str | None) -> str:
@@ -1527,7 +1527,7 @@ def make_set(
                       f"of {root}, and did not say why; see that nothing but mail writes "
                       "there, and run the backup again")
     record.size, record.newest_set = made[0].size, made[0].stamp
-    record.files = sorted(backup_files().union(record.files))
+    record.files |= backup_files()
     unread = copy.unread if copy else {}
     record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
@@ -1806,7 +1806,7 @@ def new_record() -> Record:
     """Return the record of a run that begins now, with what the last one hands on."""
     last = read_last_run(LAST_RUN)
     return Record(newest_set=last.get("newest_set"), failed=last.get("exit_code") == 1,
-                  files=list(map(str, last.get("files", []))),
+                  files=set(map(str, last.get("files", []))),
                   lacking=list(map(str, last.get("lacking", []))),
                   earlier=set(map(str, last.get("mounted", []))),
                   told={name: str(why) for name, why in last.get("told", {}).items()})
@@ -1838,7 +1838,7 @@ def write_last_run(record: Record, exit_code: int | None = None, message: str = 
         "lacking": record.lacking[:MOST_NAMES],
         "mounted": sorted(record.mounted | record.earlier),
         # Of more the volumes are passed over: their manifests name them, too.
-        "files": sorted(record.files, key=lambda name: ".difftar." in name)[:MOST_FILES],
+        "files": sorted(record.files, key=lambda name: (".difftar." in name, name))[:MOST_FILES],
     })
 
 

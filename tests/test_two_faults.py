@@ -621,7 +621,7 @@ def test_very_many_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     stem = "duplicity-full.20261122T030000Z"
     volumes = [f"{stem}.vol{number}.difftar.gpg" for number in range(30_000)]
     files = [*volumes, f"{stem}.manifest.gpg"]
-    backup.write_last_run(backup.Record(files=files))
+    backup.write_last_run(backup.Record(files=set(files)))
     noted = backup.new_record().files
     assert files[-1] in noted and len(noted) > 9000
 
