@@ -1221,10 +1221,9 @@ def check_room(
     directory on the disk that they go to. Raises Failure.
     """
     size = sum([found.size for found in sets if found.full == (kind == "full")][-1:])
-    target = ENCRYPTED if ENCRYPTED.exists() else disk
-    needed = {target: size, disk: TEMPORARY_BYTES}
-    if target.stat().st_dev == disk.stat().st_dev:
-        needed = {disk: size + TEMPORARY_BYTES}
+    needed = {disk: size + TEMPORARY_BYTES}
+    if ENCRYPTED.exists() and ENCRYPTED.stat().st_dev != disk.stat().st_dev:
+        needed = {ENCRYPTED: size, disk: TEMPORARY_BYTES}
     for place, room in needed.items():
         free, room = shutil.disk_usage(place).free + freed, room + reserve_bytes(place)
         if free < room:
