@@ -1354,13 +1354,13 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
             log.warning("mail is back after %.1f seconds", record.downtime.seconds)
         raise
     log.info("mail is back after %.1f seconds", record.downtime.seconds)
-    too_long = record.downtime.seconds > LONG_DOWNTIME_SECONDS
-    if too_long and record.source == "direct":
-        record.warn(f"{record.remarks.pop(0)}; make room there, or mount elsewhere what is "
-                    "mounted inside, or leave it out with BACKUP_EXCLUDE")
-    elif too_long:
-        record.warn(f"mail was down for {record.downtime.seconds:.0f} seconds; see which large "
-                    "files are written to all the time, and leave them out with BACKUP_EXCLUDE")
+    if record.downtime.seconds > LONG_DOWNTIME_SECONDS:
+        if record.source == "direct":
+            record.warn(f"{record.remarks.pop(0)}; make room there, or mount elsewhere what is "
+                        "mounted inside, or leave it out with BACKUP_EXCLUDE")
+        else:
+            record.warn(f"mail was down for {record.downtime.seconds:.0f} seconds; see which large "
+                        "files are written to all the time, and leave them out with BACKUP_EXCLUDE")
     if record.downtime.awake:
         record.warn("something started mail while it was to be down, "
                     f"{record.downtime.awake}: the backup may hold half of what it "
