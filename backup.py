@@ -24,7 +24,6 @@ if __name__ == "__main__":  # until something is held ^C ends it at once, while 
 import argparse
 import ast
 import base64
-import difflib
 import errno
 import fcntl
 import filecmp
@@ -372,8 +371,8 @@ def night_of(settings: Settings) -> Night:
                       "STORAGE_USER in the settings", 2) from error
     for key in settings:
         if key.startswith("BACKUP_") and key not in SETTINGS:
-            near = difflib.get_close_matches(key, SETTINGS, 1, 0)[0]
-            raise Failure(f"{key} is no setting, but {near} is; correct it in the settings", 2)
+            raise Failure(f"{key} is no setting, but these are: {', '.join(SETTINGS)}; correct it "
+                          "in the settings", 2)
     services = tuple(settings.get("BACKUP_SERVICES", SERVICES).split())
     for name in services:
         if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9@._-]*[A-Za-z0-9_-])?", name):

@@ -381,7 +381,8 @@ def test_refused_night_is_told(keyed: Store, first_night: FirstNight) -> None:
     key.chmod(0o600)
     keyed.settings.write_text(keyed.settings.read_text() + "BACKUP_KEEPDAYS=30\n")
     result = keyed.backup(exit_code=2)
-    assert "BACKUP_KEEPDAYS is no setting, but BACKUP_KEEP_DAYS is" in result.stderr
+    assert "BACKUP_KEEPDAYS is no setting" in result.stderr
+    assert "BACKUP_KEEP_DAYS" in result.stderr
     assert "BACKUP_KEEPDAYS" in status(keyed, 3)["headline"]
     keyed.backup("--list")
     keyed.settings.write_text(keyed.settings.read_text().replace("KEEPDAYS", "KEEP_DAYS"))
