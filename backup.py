@@ -230,7 +230,7 @@ class Record:
             self.warn(str(failure_of(error)))
 
 
-SetKey = tuple[str | None, str]
+SetKey = tuple[str, str]
 DirectoryState = tuple[int, int, int]
 
 
@@ -1004,35 +1004,35 @@ def sets_of(sizes: Mapping[str, int]) -> list[BackupSet]:
     for name, size in sizes.items():
         if (size or ".difftar." not in name) and (key := key_of(name)):
             members.setdefault(key, set()).add(name)
-    loose = {key for key, names in members.items() if all(".sigtar." in name for name in names)}
+    loose = [key for key in sorted(members) if all(".sigtar." in name for name in members[key])]
     sets = []
-    for previous, stamp in sorted(members.keys() - loose, key=str):
-        names = members[previous, stamp]
+    for stamp, previous in sorted(members.keys() - loose):
+        names = members[stamp, previous]
         complete = any(".manifest." in name for name in names)
         if complete and not any(".sigtar." in name for name in names):
-            near = [key for key in sorted(loose, key=str) if (key[0] is None) == (previous is None)
-                    and abs(stamp_date(key[1]) - stamp_date(stamp)).total_seconds()
+            near = [key for key in loose if bool(key[1]) == bool(previous)
+                    and abs(stamp_date(key[0]) - stamp_date(stamp)).total_seconds()
                     <= SIGNATURE_SECONDS]
             for key in near[:1]:
                 loose.remove(key)
                 names = names | members[key]
         if size := sum(sizes[name] for name in names):
-            sets.append(BackupSet(stamp, previous, complete, frozenset(names), size))
-    return sorted(sets, key=lambda found: (found.stamp, found.previous or ""))
+            sets.append(BackupSet(stamp, previous or None, complete, frozenset(names), size))
+    return sets
 
 
 def key_of(name: str) -> SetKey | None:
     """Return what tells a set from others, of the name of a file in encrypted/.
 
-    These are the stamps of the set it builds on, if any, and its own. None of a stray
-    file.
+    These are its own stamp and that of the set it builds on, empty if it is a full one. None of
+    a stray file.
     """
     match = FILE.fullmatch(name)
     if match and match[3] == ".gpg":
         with suppress(ValueError):  # a stray name may hold a month 13
             stamp_date(match[1] or match[2])
             stamp_date(match[2])
-            return match[1], match[2]
+            return match[2], match[1] or ""
     return None
 
 

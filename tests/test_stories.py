@@ -99,7 +99,7 @@ def is_old(name: str, names: set[str], now: datetime) -> bool:
     names: all that there were.
     """
     sets = filter(None, (backup.key_of(other) for other in names if ".manifest." in other))
-    following = {previous: stamp for previous, stamp in sorted(sets, key=str)}
+    following = {previous: stamp for stamp, previous in sorted(sets)}
     newest = own_stamp(name)
     while newest in following:
         newest = following[newest]
