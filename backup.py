@@ -497,7 +497,7 @@ def check_mounts(night: Night) -> None:
         place = Path(os.path.realpath(place.parent), place.name)
         needed = is_in_tree(night, place) and (
             "noauto" not in options.split(",") or "x-systemd.automount" in options)
-        if (needed or night.backup in (place, *place.parents)) and place not in mounted:
+        if (needed or place.is_relative_to(night.backup)) and place not in mounted:
             raise Failure(f"{place} is not mounted although /etc/fstab names it; mount it, or "
                           "remove it there")
 
@@ -511,7 +511,7 @@ def mounts_in_tree(night: Night) -> set[str]:
     check_mounts(night)
     os.listdir(night.root)
     places = {place for place in utils.mounts()
-              if is_in_tree(night, place) and night.backup not in (place, *place.parents)}
+              if is_in_tree(night, place) and not place.is_relative_to(night.backup)}
     for place in places:
         try:
             os.listdir(place)
@@ -531,8 +531,8 @@ def unmounted(night: Night, names: Set[str]) -> str:
 
 def is_in_tree(night: Night, place: Path) -> bool:
     """Tell whether a place is STORAGE_ROOT or in it, and not in what BACKUP_EXCLUDE names."""
-    above = {place, *place.parents}
-    return night.root in above and above.isdisjoint(map(night.root.joinpath, night.excluded))
+    return place.is_relative_to(night.root) and not any(
+        place.is_relative_to(night.root / name) for name in night.excluded)
 
 
 def check_not_in_itself(night: Night) -> None:
@@ -2681,7 +2681,7 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
     Raises Failure (exit code 2) or OSError.
     """
     directory = Path(os.path.abspath(name).replace("//", "/"))
-    if directory == work.root or work.backup in (directory, *directory.parents):
+    if directory == work.root or directory.is_relative_to(work.backup):
         raise Failure(f"{directory} is STORAGE_ROOT itself, or in its backup/; name another "
                       "directory", 2)
     made = not os.path.lexists(directory)
