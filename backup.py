@@ -466,7 +466,6 @@ def begin_night(settings: Settings) -> Night:
         raise Failure(f"{printable(backup)} has not answered for {STALLED_SECONDS} seconds; see to "
                       "its disk")
     try:
-        check_root()
         night = night_of(settings)
         check_mounts(night)
     except Exception as error:
@@ -546,13 +545,6 @@ def check_not_in_itself(night: Night) -> None:
                     map(place.samefile, [night.root, *night.root.parents])):
                 raise Failure(f"{night.root} would be in its own backup, for {place} shows it once "
                               "more; unmount that, or name it in BACKUP_EXCLUDE", 2)
-
-
-def check_root() -> None:
-    """Raise Failure (exit code 2) unless root runs this."""
-    if os.geteuid() != 0:
-        raise Failure("a backup must be made by root, who alone can read all mail and "
-                      "stop services; run it as root", 2)
 
 
 def work_in_backup_directory(night: Night) -> None:
@@ -2751,7 +2743,6 @@ def show_plan(night: Night, force_full: bool) -> None:
 
     Raises Failure as the other checks of a backup do.
     """
-    check_root()
     check_mounts(night)
     with ExitStack() as stack:
         if os.path.lexists(night.backup):
@@ -2978,8 +2969,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.verbose or sys.stderr.isatty():
         logging.getLogger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
     reads = options.verify or options.list or options.restore
-    if reads and os.geteuid() != 0:
-        raise Failure("only root can read the backups; run it as root")
+    if not options.status and os.geteuid() != 0:
+        raise Failure("only root can read all mail and the backups; run it as root",
+                      1 if reads else 2)
     settings = read_settings(options)
     if options.status:
         return show_status(settings, options.json, options.html)

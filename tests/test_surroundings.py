@@ -100,7 +100,7 @@ def test_no_thread_can_be_had(store: Store) -> None:
     """Where processes are limited that is told in a sentence, too."""
     result = store.run("setpriv", "--reuid=65534", "--clear-groups", "prlimit", "--nproc=1",
                        *store.command("--verify"), exit_code=1)
-    assert result.stderr == "backup: only root can read the backups; run it as root\n"
+    assert result.stderr == "backup: only root can read all mail and the backups; run it as root\n"
 
 
 @pytest.mark.parametrize("threads", [0, 1])
