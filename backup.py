@@ -686,9 +686,9 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
 def newest_lost(sets: Sets, newest_set: str | None) -> str:
     """Return that the newest set of the last run is missing, empty if it is not.
 
-    sets: the complete ones. newest_set: the stamp of that one, if there was one.
+    sets: the complete ones, oldest first. newest_set: the stamp of that one, if there was one.
     """
-    newest = max((found.stamp for found in sets), default="")
+    newest = sets[-1].stamp if sets else ""
     return f"the newest backup, of {newest_set}, is missing" if (newest_set or "") > newest else ""
 
 
@@ -1089,8 +1089,7 @@ def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
 
 def backup_files() -> set[str]:
     """Return the names of the files in encrypted/ that belong to a set; an empty one does not."""
-    sizes = utils.regular_files(ENCRYPTED)
-    return {name for name, size in sizes.items() if size and key_of(name)}
+    return {name for name, size in utils.regular_files(ENCRYPTED).items() if size and key_of(name)}
 
 
 def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
