@@ -623,7 +623,7 @@ def duplicity_version(work: Work) -> str:
     # It wants a temporary directory, and may find none where / is full or read-only.
     environment = {**work.environment, "TMPDIR": str(RUN_DIRECTORY)}
     answer = utils.shell(["duplicity", "--version"], environment)
-    match = re.search(r"^duplicity (\S+)", "\n".join(answer.last_lines), re.MULTILINE)
+    match = re.search(r"^ *duplicity (\S+)", str(answer), re.MULTILINE)
     if answer.exit_code or not match:
         raise Failure("duplicity does not run; install it again: "
                       f"duplicity --version ended with {answer}", 2)
@@ -736,7 +736,7 @@ def is_wrong_key(answer: Finished) -> bool:
 
     Seen: gpg 2.2.40, 600 wrong ones of 600.
     """
-    return answer.exit_code != 0 and any("BAD_PASSPHRASE" in line for line in answer.last_lines)
+    return answer.exit_code != 0 and "BAD_PASSPHRASE" in str(answer)
 
 
 def is_of_another_key(work: Work, found: BackupSet) -> bool:
@@ -1463,7 +1463,7 @@ def run_duplicity(
 def explain(action: str, answer: Finished) -> str:
     """Return the sentence on how duplicity failed, and its last lines."""
     # Of a restore it is 30, of a quota 31.
-    full = any(re.search(r"\[Errno (28|122)\]", line) for line in answer.last_lines)
+    full = re.search(r"\[Errno (28|122)\]", str(answer))
     meaning = DUPLICITY_EXIT_CODES.get(53 if full else answer.exit_code, "see its last lines")
     return f"duplicity {action} failed: {meaning}; it ended with {answer}"
 
