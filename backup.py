@@ -121,7 +121,6 @@ AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "D": DAY, "d": DAY, "W": 7 * DAY, "w"
 # Duplicity's file names, from its file_naming.py (0.8.22, 3.2.1): .jsonstat comes with
 # 3.x, .part and .gz only in the archive directory.
 STAMP = r"[12][0-9]{7}T[0-9]{6}Z"
-STAMP_FORMAT = "%Y%m%dT%H%M%SZ"
 FILE = re.compile(
     rf"duplicity-(?:full(?:-signatures)?|(?:inc|new-signatures)\.({STAMP})\.to)\.({STAMP})\."
     r"(?:manifest|vol\d+\.difftar|sigtar|jsonstat)((?:\.(?:gpg|gz|part))*)")
@@ -1040,7 +1039,7 @@ def complete_sets(encrypted: Path = ENCRYPTED) -> list[BackupSet]:
 
 def stamp_date(stamp: str) -> datetime:
     """Return the time that a stamp in a file name such as 20261122T030000Z stands for."""
-    return datetime.strptime(stamp, STAMP_FORMAT).replace(tzinfo=timezone.utc)
+    return datetime.strptime(stamp, "%Y%m%dT%H%M%S%z")
 
 
 def chains_of(sets: Sets) -> list[list[BackupSet]]:

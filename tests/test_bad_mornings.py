@@ -411,7 +411,7 @@ def test_signatures_of_another_date(keyed: Store, first_night: FirstNight) -> No
     """Old versions date them seconds off their set: no other can use them, so a full one comes."""
     first_night(keyed)
     old, (found,) = next(keyed.encrypted.glob("*.sigtar.gpg")), backup.read_sets(keyed.encrypted)
-    early = (found.date - timedelta(seconds=5)).strftime(backup.STAMP_FORMAT)
+    early = (found.date - timedelta(seconds=5)).strftime("%Y%m%dT%H%M%SZ")
     old.rename(old.with_name(old.name.replace(found.stamp, early)))
     shutil.rmtree(keyed.backups / "cache")  # as on a new machine
     (keyed.backups / "last-run.json").unlink()
