@@ -155,6 +155,11 @@ Status = Mapping[str, Any]  # as backup_status returns it
 # What a run knows
 
 
+def utc_now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(timezone.utc)
+
+
 @dataclass(frozen=True)
 class Work:
     """What every command knows: backup/ and the paths outside of it, absolute."""
@@ -190,7 +195,7 @@ class Record:
     since a full one was asked for. failed: whether the last run did. asked: whether a full one is.
     """
 
-    start: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    start: datetime = field(default_factory=utc_now)
     newest_set: str | None = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)  # of what is broken runs have warned before
@@ -379,7 +384,7 @@ def night_of(settings: Settings) -> Night:
                           "BACKUP_SERVICES in the settings", 2)
     return Night(**vars(work), settings=settings, user=user,
                  keep_days=keep_days_of(settings), services=services,
-                 excluded=excluded_of(settings), now=datetime.now(timezone.utc))
+                 excluded=excluded_of(settings), now=utc_now())
 
 
 def program_environment() -> dict[str, str]:
@@ -1072,7 +1077,7 @@ def kept_since(keep_days: int, sets: Sets = ()) -> datetime:
     sets: complete ones, oldest first, of which nothing since the newest full one is.
     """
     fulls = [found.date for found in sets if found.full] or [found.date for found in sets]
-    return min([datetime.now(timezone.utc) - timedelta(days=keep_days), *fulls[-1:]])
+    return min([utc_now() - timedelta(days=keep_days), *fulls[-1:]])
 
 
 def newest_chain(sets: Sets) -> list[BackupSet]:
@@ -1173,7 +1178,7 @@ def should_force_full(env: Settings, now: datetime | None = None) -> bool:
     """
     backup = work_of(env).backup
     broken = read_last_verify(backup / LAST_VERIFY)["damaged"]
-    now = now or datetime.now(timezone.utc)
+    now = now or utc_now()
     return reason_for_full(complete_sets(backup / ENCRYPTED), now, broken) is not None
 
 
@@ -1814,7 +1819,7 @@ def write_last_run(record: Record, exit_code: int | None = None, message: str = 
     messages += [*record.attention, *record.remarks, message]
     record.attempt(save_json, LAST_RUN, {
         "start": record.start.isoformat(timespec="seconds"),
-        "end": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "end": utc_now().isoformat(timespec="seconds"),
         "kind": record.kind,
         "source": record.source,
         "downtime_seconds": round(record.downtime.seconds, 3),
@@ -1844,7 +1849,7 @@ def read_last_verify(path: Path) -> dict[str, dict[str, str]]:
     """
     with suppress(Exception):  # a file that somebody edited may hold anything
         content = json.loads(utils.content_of(path))
-        now = datetime.now(timezone.utc)
+        now = utc_now()
         return {"checked": {share: date for share, date in content["checked"].items()
                             # A clock may have been ahead.
                             if datetime.fromisoformat(date).astimezone() <= now},
@@ -1862,7 +1867,7 @@ def record_checks(
     was wrong when the check began: what another has found meanwhile is not taken back.
     """
     last = read_last_verify(LAST_VERIFY)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = utc_now().isoformat(timespec="seconds")
     wrong = {**last["damaged"],
              **{name: why for name, why in results.items() if why or name in known}}
     save_json(LAST_VERIFY, {
@@ -1915,7 +1920,7 @@ def backup_status(env: Settings, now: datetime | None = None) -> dict[str, Any]:
     """
     backup = work_of(env).backup
     encrypted = backup / ENCRYPTED
-    now = (now or datetime.now(timezone.utc)).astimezone()
+    now = (now or utc_now()).astimezone()
     sets = complete_sets(encrypted)
     matched = {name for found in sets for name in found.files}
     last_run = read_last_run(backup / LAST_RUN)
@@ -2576,7 +2581,7 @@ def chain_at(sets: Sets, time: str | None = None) -> list[BackupSet]:
     if not whole:
         raise Failure(f"no backup in {ENCRYPTED.absolute()} leads back to a full one; put your "
                       "copy of what is missing there")
-    now = datetime.now(timezone.utc)
+    now = utc_now()
     taken, asked = (found[-1] if time is None else set_of_time(found, time, now)
                     for found in (whole, sets))
     if asked != taken:
