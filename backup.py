@@ -897,20 +897,19 @@ def migrate_legacy_layout(work: Work) -> DirectoryState | None:
         utils.remove(path)
     with suppress(OSError):  # one that is a mount point stays, empty
         PLAIN.rmdir()
-    originals: dict[str, int] = {}
+    copies: dict[str, int] = {}
     state = None
     with suppress(FileNotFoundError), utils.owned_directory(work.migrated) as directory:
         os.fchmod(directory, 0o700)
         state = directory_state(os.fstat(directory))
-        originals = {entry.name: entry.stat(follow_symlinks=False).st_size
-                     for entry in utils.walk_entries(utils.path_of(directory))
-                     if entry.is_file(follow_symlinks=False)}
+        copies = {f"{entry.name}.enc": openssl_size(entry.stat(follow_symlinks=False).st_size)
+                  for entry in utils.walk_entries(utils.path_of(directory))
+                  if entry.is_file(follow_symlinks=False)}
     orphans = []
     for name, size in utils.regular_files(ENCRYPTED).items():
-        plain_name = name.removesuffix(".enc")
-        if plain_name in originals and size == openssl_size(originals[plain_name]):
+        if copies.get(name) == size:
             (ENCRYPTED / name).unlink()
-        elif plain_name != name:
+        elif name.endswith(".enc"):
             orphans.append(name)
     if orphans:
         utils.make_owned_directory(LEGACY, 0o700, 0)
