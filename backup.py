@@ -1739,16 +1739,12 @@ def check_a_share(night: Night, record: Record) -> None:
     checked = read_last_verify(LAST_VERIFY)["checked"]
     share = min(range(SHARES), key=lambda number: checked.get(str(number), ""))
     log.info("checking a seventh of the backup files")
-    check_files(night, record, complete_sets(), [share], [share])
+    check_files(night, record, complete_sets(), [share])
+    record_checks([share], {})
 
 
-def check_files(
-    night: Night, record: Record, sets: Sets, shares: Collection[int], noted: Collection[int] = ()
-) -> None:
-    """Check the files of some sets that are in some shares, and tell what is wrong with them.
-
-    noted: the shares of which all sets are checked.
-    """
+def check_files(night: Night, record: Record, sets: Sets, shares: Collection[int]) -> None:
+    """Check the files of some sets that are in some shares, and tell what is wrong with them."""
     look_for_losses(night, record)  # a --verify may have found some since, or a check took hours
     known = read_last_verify(LAST_VERIFY)["damaged"]
     results = {**dict.fromkeys(known, ""), **record.broken}  # or it is whole again
@@ -1756,7 +1752,7 @@ def check_files(
         for found in sets:
             results.update(check_set(night, found, shares))
     record.broken = {name: why for name, why in results.items() if why}
-    record_checks(noted, results, known)
+    record_checks([], results, known)
     look_for_losses(night, record)
 
 
