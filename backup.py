@@ -1520,8 +1520,8 @@ def make_set(
                       "there, and run the backup again")
     record.size, record.newest_set = made[0].size, made[0].stamp
     record.files |= backup_files()
-    unread = copy.unread if copy else {}
-    record.unread = [printable(f"{root}/{path}: {why}") for path, why in unread.items()]
+    if copy:
+        record.unread = [printable(f"{root}/{path}: {why}") for path, why in copy.unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
     if record.asked:  # one that comes by itself reads again only what is there still
         if gone := unmounted(night, record.earlier):
