@@ -95,7 +95,7 @@ PROGRAMS = ("duplicity", "gpg", "gpg-agent", "setpriv")
 SETTINGS = ("BACKUP_EXCLUDE", "BACKUP_KEEP_DAYS", "BACKUP_SERVICES")
 KEEP_DAYS = "3"
 SERVICES = "dovecot postfix"
-MOST_FILES = 10_000  # that a run notes for the next
+MOST_FILES = 5_000  # that a run notes for the next
 MOST_NAMES = 20  # in a message
 FULL_DAYS = 31
 OVERDUE_HOURS = 36
@@ -199,7 +199,8 @@ class Record:
     newest_set: str | None = None  # the stamp of the newest complete set, as far as is known
     broken: dict[str, str] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)  # of what is broken runs have warned before
-    files: set[str] = field(default_factory=set)  # what backup files the last good run has left
+    # The backup files that the last good run has left, and their sizes in bytes, None if unknown.
+    files: dict[str, int | None] = field(default_factory=dict)
     kind: str | None = None
     source: str | None = None
     mounted: set[str] = field(default_factory=set)  # in STORAGE_ROOT, by relative path
@@ -439,11 +440,14 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
             record.attempt(check_a_share, night, record)                        # of 14
             if not must_keep_all(night, record, sets):
                 record.attempt(delete_old_chains, night, record)                # 12
+            if not must_keep_all(night, record, sets):
                 record.attempt(clean_up, night, record)                         # 13
             record.attempt(grant_group_read, night)                             # 14
         look_for_losses(night, record)
         # What is lost is looked for while something of its set is there, lest it part a chain.
-        record.files = backup_files().union(broken_in(read_sets(), record.broken))
+        left = backup_files().keys() | broken_in(read_sets(), record.broken)
+        files = {**backup_files(), **record.files}
+        record.files = {name: size for name, size in files.items() if name in left}
         write_last_run(record)                                                  # 15
         if not record.news:
             run_hook(night, "after-backup", record)
@@ -684,7 +688,7 @@ def check_nothing_lost(work: Work, record: Record, force_full: bool) -> None:
                           "from your copy elsewhere, or run --full to begin anew without it, "
                           "which deletes what is left of it")
         if not CACHE.exists() and not backup_files():
-            record.files = set()
+            record.files = {}
 
 
 def newest_lost(sets: Sets, newest_set: str | None) -> str:
@@ -806,6 +810,7 @@ def recover_from_dead_run(work: Work, record: Record) -> None:
 def dead_files(rejected: Collection[str] = ()) -> list[Path]:
     """Return what in encrypted/ and cache/ belongs to no set that counts, manifests first.
 
+    Those in cache/ are the very first, for by them a set would count as lost.
     That is what is dated after the newest complete set, and what duplicity only has for
     the time of a run. In cache/ it is also what is not duplicity's archive directory of
     today. rejected: stamps of sets that do not count although they may have a manifest.
@@ -818,7 +823,7 @@ def dead_files(rejected: Collection[str] = ()) -> list[Path]:
             if path.name.endswith((".part", "-tempdir")) or path.stem not in alive
             and (stamp_of(path) > newest or stamp_of(path) in rejected)]
     dead += [path for path in CACHE.glob("*") if path != ARCHIVE]
-    return sorted(dead, key=lambda path: ".manifest" not in path.name)
+    return sorted(dead, key=lambda path: (".manifest" not in path.name, path.parent == ENCRYPTED))
 
 
 def stamp_of(path: Path) -> str:
@@ -902,9 +907,12 @@ def migrate_legacy_layout(work: Work) -> DirectoryState | None:
     with suppress(FileNotFoundError), utils.owned_directory(work.migrated) as directory:
         os.fchmod(directory, 0o700)
         state = directory_state(os.fstat(directory))
-        copies = {f"{entry.name}.enc": openssl_size(entry.stat(follow_symlinks=False).st_size)
-                  for entry in utils.walk_entries(utils.path_of(directory))
-                  if entry.is_file(follow_symlinks=False)}
+        for entry in utils.walk_entries(utils.path_of(directory)):
+            name = f"{entry.name}.enc"
+            if entry.is_file(follow_symlinks=False) and os.path.lexists(ENCRYPTED / name):
+                with suppress(OSError):  # an original that cannot be read is none
+                    utils.sha1_of(Path(entry.path))
+                    copies[name] = openssl_size(entry.stat(follow_symlinks=False).st_size)
     orphans = []
     for name, size in utils.regular_files(ENCRYPTED).items():
         if copies.get(name) == size:
@@ -913,8 +921,9 @@ def migrate_legacy_layout(work: Work) -> DirectoryState | None:
             orphans.append(name)
     if orphans:
         utils.make_owned_directory(LEGACY, 0o700, 0)
-        log.warning("old copies without a plain original of their size are moved to %s, %d in "
-                    "number; see there whether you need them", LEGACY.absolute(), len(orphans))
+        log.warning("old copies without a plain original of their size that can be read are moved "
+                    "to %s, %d in number; see there whether you need them",
+                    LEGACY.absolute(), len(orphans))
         for name in orphans:
             shutil.move(ENCRYPTED / name, unused(LEGACY / name), copy_to_disk)
     return state
@@ -1090,17 +1099,18 @@ def broken_in(chain: Sets, broken: Collection[str]) -> list[str]:
     return sorted(name for name in broken if stamp_of(Path(name)) in stamps)
 
 
-def backup_files() -> set[str]:
-    """Return the names of the files in encrypted/ that belong to a set; an empty one does not."""
-    return {name for name, size in utils.regular_files(ENCRYPTED).items() if size and key_of(name)}
+def backup_files() -> dict[str, int | None]:
+    """Return the files in encrypted/ that belong to a set, by name their sizes; no empty ones."""
+    sizes = utils.regular_files(ENCRYPTED)
+    return {name: size for name, size in sizes.items() if size and key_of(name)}
 
 
-def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
+def broken_files(files: Mapping[str, int | None], keep_days: int) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name.
 
-    It is in last-verify.json, or "is missing" of what is gone since the last good run. Of that
-    is passed over what is old enough to be deleted, see kept_since. files: the names of those
-    that run has left.
+    It is in last-verify.json, or "is missing" of what is gone since the last good run, "is
+    damaged" of what has another size. Of that is passed over what is old enough to be deleted, see
+    kept_since. files: see Record.
     """
     there = backup_files()
     sets = [found for found in sets_of(dict.fromkeys(files, 1)) if found.complete]
@@ -1109,9 +1119,10 @@ def broken_files(files: Collection[str], keep_days: int) -> dict[str, str]:
     left = {name for chain in chains if chain[-1].date >= kept
             for found in chain for name in found.files}
     known, all_there = read_last_verify(LAST_VERIFY)["damaged"], utils.regular_files(ENCRYPTED)
-    return {**dict.fromkeys(sorted(left - there), "is missing"), **{
-        name: why for name, why in known.items()
-        if (name not in there if why == "is missing" else name in all_there)}}
+    wrong = {name: "is damaged" if name in there else "is missing" for name in sorted(left)
+             if name not in there or files[name] not in (None, there[name])}
+    return {**wrong, **{name: why for name, why in known.items() if (
+        name not in there if why == "is missing" else name in all_there)}}
 
 
 def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
@@ -1119,7 +1130,7 @@ def decide(night: Night, record: Record, sets: Sets, force_full: bool) -> str:
 
     sets: the complete ones, oldest first. force_full: a full one was asked for.
     """
-    record.asked = force_full or not (sets or ARCHIVE.exists())
+    record.asked = force_full or not sets
     look_for_losses(night, record)
     reason = reason_for_full(sets, night.now, record.broken, force_full)
     return "full" if reason else "incremental"
@@ -1420,20 +1431,23 @@ def pruning_command(action: str, *age: str) -> list[str]:
 
 
 def run_duplicity(
-    work: Work, command: Sequence[str], watch: utils.Watch = lambda process: None
+    work: Work, command: Sequence[str], watch: utils.Watch = lambda process: None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> tuple[Finished, list[str]]:
     """Run a duplicity command in the working directory.
 
     The passphrase is in its environment; nothing but duplicity and its gpg ever has it.
-    watch: see utils.shell. Returns how it ended, and the lines of its machine log. A record
-    with a name that is not UTF-8 fails to be written there (0.8.22, 3.2.1); Python then
-    prints it as an error of logging, from where it is put back as a WARNING. After a fatal
-    error it may hang for ever: a thread waits for a gpg that nobody reads (seen: 0.8.22 to
-    3.2.1). It is ended then.
+    watch: see utils.shell. go_on: called again and again while it does. Returns how it ended, and
+    the lines of its machine log. A record with a name that is not UTF-8 fails to be written there
+    (0.8.22, 3.2.1); Python then prints it as an error of logging, from where it is put back as a
+    WARNING. After a fatal error it may hang for ever: a thread waits for a gpg that nobody reads
+    (seen: 0.8.22 to 3.2.1). It is ended then. Raises Failure where it stands still otherwise, as
+    when a pipe was put in place of a file: it waits for somebody who writes to that.
     """
     lines: list[str] = []
     lost_records: list[str] = []
     fatal: dict[int, float] = {}  # when it told of an error, by the exit code for that
+    state, changed = b"", time.monotonic()
 
     def take_line(line: str) -> None:
         log.debug(line)
@@ -1446,8 +1460,17 @@ def run_duplicity(
             fatal.setdefault(int(match[1]), time.monotonic())
 
     def end_if_hanging(process: int) -> None:
+        nonlocal state, changed
         watch(process)
-        if fatal and time.monotonic() > max(fatal.values()) + HANGING_SECONDS:
+        before, state = state, utils.state_of(process)
+        now = time.monotonic()
+        if state != before:
+            changed = now
+            go_on()
+        if now > changed + STALLED_SECONDS + HANGING_SECONDS:  # while mail is down the keeper acts
+            raise Failure(f"duplicity stood still for {STALLED_SECONDS} seconds; see which disk "
+                          "does not answer, and run this again")
+        if fatal and now > max(fatal.values()) + HANGING_SECONDS:
             os.killpg(process, signal.SIGKILL)
 
     log.debug("running %s", shlex.join(command))
@@ -1490,7 +1513,8 @@ def make_set(
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
         total = utils.content_size(tree) if draw and copy and action == "full" else None
-        answer, log_lines = run_duplicity(night, command, watch_set(night, record, draw, total))
+        answer, log_lines = run_duplicity(night, command, watch_set(night, record, draw, total),
+                                          record.downtime.go_on)
     if answer.exit_code:
         raise Failure(explain(action, answer))
     if not copy and (gone := unmounted(night, record.mounted)):
@@ -1519,7 +1543,7 @@ def make_set(
                       f"of {root}, and did not say why; see that nothing but mail writes "
                       "there, and run the backup again")
     record.size, record.newest_set = made[0].size, made[0].stamp
-    record.files |= backup_files()
+    record.files = {**backup_files(), **record.files}
     if copy:
         record.unread = [printable(f"{root}/{path}: {why}") for path, why in copy.unread.items()]
     record.unread += [warning.replace(str(tree), root) for warning in warnings]
@@ -1548,7 +1572,7 @@ def is_damage(why: str) -> bool:
         try:
             os.lstat(named[1])
         except OSError as error:
-            return error.errno != errno.ENOENT
+            return error.errno not in (errno.ENOENT, errno.ENAMETOOLONG)
     return bool(named or re.match(rf"\W?Error ({'|'.join(reasons)}) ", why))
 
 
@@ -1557,8 +1581,6 @@ def watch_set(
 ) -> utils.Watch:
     """Return a watch on duplicity that ends it before it takes the last room.
 
-    While mail is down it tells the keeper that duplicity goes on. Where a pipe was put in place
-    of a file that would wait for ever for somebody who writes to it.
     It also draws how much of the tree duplicity has read. total: how much there is to
     read, in bytes, if that is known. What it reads besides is, of each finished volume,
     three times as much (seen: 0.8.22, 3.2.1).
@@ -1567,13 +1589,8 @@ def watch_set(
     reserves = {place: reserve_bytes(place) for place in (Path(), ENCRYPTED)}
     if record.source == "copy":  # it may be on another disk, and keeps there what is deleted now
         reserves[work.root] = min(reserve_bytes(work.root), shutil.disk_usage(work.root).free // 2)
-    state = b""
 
     def watch(process: int) -> None:
-        nonlocal state
-        before_that, state = state, utils.state_of(process)
-        if state != before_that:
-            record.downtime.go_on()
         for place, reserve in reserves.items():
             if shutil.disk_usage(place).free < reserve:
                 raise Failure("duplicity was ended before it took the last room of "
@@ -1705,12 +1722,11 @@ def delete_old_chains(night: Night, record: Record, begin: datetime | None = Non
 
 
 def clean_up(night: Night, record: Record) -> None:
-    """Run duplicity's cleanup, but not in the night that tells of losses, nor without signatures.
+    """Run duplicity's cleanup, but not where signatures are lost.
 
-    It would delete those after lost ones, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
+    It would delete those after them, too (seen: 0.8.22, 3.2.1); their chain goes as a whole.
     """
-    signed = all(found.signed for chain in chains_of(complete_sets()) for found in chain)
-    if signed and not record.news:
+    if all(found.signed for chain in chains_of(complete_sets()) for found in chain):
         run_pruning(night, record, "cleanup")
 
 
@@ -1791,10 +1807,17 @@ def last_run_recorded() -> Iterator[Record]:
 
 
 def new_record() -> Record:
-    """Return the record of a run that begins now, with what the last one hands on."""
+    """Return the record of a run that begins now, with what the last one hands on.
+
+    Where that tells of no backups cache/ does, but for volumes.
+    """
     last = read_last_run(LAST_RUN)
-    return Record(newest_set=last.get("newest_set"), failed=last.get("exit_code") == 1,
-                  files=set(map(str, last.get("files", []))),
+    cached = [name for name, size in utils.regular_files(ARCHIVE).items() if size]
+    files = {f"{name.removesuffix('.gz')}.gpg": None for name in cached}
+    newest_set = max((stamp_of(Path(name)) for name in cached if name.endswith(".manifest")),
+                     default=None)
+    return Record(newest_set=last.get("newest_set") or newest_set,
+                  failed=last.get("exit_code") == 1, files={**last.get("files", files)},
                   lacking=list(map(str, last.get("lacking", []))),
                   earlier=set(map(str, last.get("mounted", []))),
                   told={name: str(why) for name, why in last.get("told", {}).items()})
@@ -1826,7 +1849,8 @@ def write_last_run(record: Record, exit_code: int | None = None, message: str = 
         "lacking": record.lacking[:MOST_NAMES],
         "mounted": sorted(record.mounted | record.earlier),
         # Of more the volumes are passed over: their manifests name them, too.
-        "files": sorted(record.files, key=lambda name: (".difftar." in name, name))[:MOST_FILES],
+        "files": dict(sorted(record.files.items(), key=lambda item: ".difftar." in item[0])
+                      [:MOST_FILES]),
     })
 
 
@@ -1881,7 +1905,7 @@ def read_last_run(path: Path) -> dict[str, Any]:
         if content and isinstance(content, dict):
             if not re.fullmatch(STAMP, str(content.get("newest_set"))):
                 content.pop("newest_set", None)
-            for name, kind in ("told", dict), ("lacking", list), ("mounted", list), ("files", list):
+            for name, kind in ("told", dict), ("lacking", list), ("mounted", list), ("files", dict):
                 if not isinstance(content.get(name), kind):
                     content.pop(name, None)
             return content

@@ -343,11 +343,11 @@ exec REAL "$@"
             assert re.search(f"run --full: '?Error listing directory {bad.parent}", told)
 
 
-@pytest.mark.parametrize("gone", [True, False])
-def test_what_duplicity_finds_gone_is_no_damage(keyed: Store, gone: bool) -> None:
+@pytest.mark.parametrize("kind", ["there", "gone", "too long"])
+def test_what_duplicity_finds_gone_is_no_damage(keyed: Store, kind: str) -> None:
     """Of a directory that was removed just then it says what it says of one that is damaged."""
-    place = keyed.root / "sessions"
-    if not gone:
+    place = keyed.root / ("directory/" * 420 if kind == "too long" else "sessions")
+    if kind == "there":
         place.mkdir()
     keyed.stand_in("duplicity", f"""#!/bin/bash
 case $1 in full) printf 'WARNING 1 x\n. Error listing directory {place}\n' >&${{2#--log-fd=}};; esac
@@ -355,7 +355,7 @@ exec REAL "$@"
 """)
     assert f"Error listing directory {place}" in keyed.backup(exit_code=3).stderr
     (keyed.bin / "duplicity").unlink()
-    keyed.backup(exit_code=0 if gone else 3)
+    keyed.backup(exit_code=3 if kind == "there" else 0)
 
 
 @pytest.mark.parametrize("error", ["ENOTCONN", "ENODEV"])

@@ -1,6 +1,7 @@
 """The layout of old is migrated: at whatever instant a run ends, no old backup is lost."""
 
 import contextlib
+import errno
 import io
 import itertools
 import logging
@@ -611,6 +612,27 @@ def test_copy_of_another_size_is_kept(root: Path, legacy: Legacy, size: int) -> 
     assert names_in(encrypted) == []
     kept = ["cut.enc", "longer.enc", "shorter.enc"]
     assert names_in(root / "backup/legacy") == kept[:2 if size < 16 else 3]
+
+
+def test_copy_of_what_cannot_be_read_is_kept(
+    root: Path, legacy: Legacy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk has a bad sector: the copy may be the only good one."""
+    plain, encrypted = root / "backup/duplicity", root / "backup/encrypted"
+    for name in ("bad", "good"):
+        for path in (plain, encrypted):
+            path.mkdir(exist_ok=True)
+        (plain / name).write_bytes(os.urandom(50_000))
+        encrypt(plain / name, encrypted / f"{name}.enc", legacy.backups / "secret_key.txt")
+
+    def read(path: Path) -> str:
+        if path.name == "bad":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return ""
+
+    monkeypatch.setattr(utils, "sha1_of", read)
+    migrate(root)
+    assert names_in(encrypted) == [] and names_in(root / "backup/legacy") == ["bad.enc"]
 
 
 def test_name_is_taken_in_legacy(root: Path, legacy: Legacy) -> None:

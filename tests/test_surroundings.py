@@ -89,6 +89,21 @@ exec REAL "$@"
     assert keyed.running() == ["dovecot", "postfix"] and keyed.manifests() == []
 
 
+def test_comparison_that_stands_still(keyed: Store, first_night: FirstNight) -> None:
+    """A pipe was put in place of a live file between duplicity's look at it and its opening it."""
+    first_night(keyed)
+    keyed.stand_in("duplicity", f"""#!/bin/sh
+if [ $1 = verify ]; then
+    cat {keyed.root}/mail/mailboxes/example.com/alice/fifo
+fi
+exec REAL "$@"
+""")
+    program = keyed.changed_program("STALLED_SECONDS = 600", "STALLED_SECONDS = 1")
+    command = keyed.command("--verify", "--compare")[2:]
+    result = keyed.run("timeout", "60", PYTHON, program, *command, exit_code=1)
+    assert "duplicity stood still for 1 seconds" in result.stderr
+
+
 @pytest.mark.parametrize("option", ["--restore=--", "--config=--"])
 def test_value_that_argparse_takes_away(keyed: Store, option: str) -> None:
     """`--` is an empty list to it: what was to be a restore stops no mail."""

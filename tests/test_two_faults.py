@@ -571,6 +571,19 @@ def test_damaged_file_that_is_lost_later(keyed: Store, first_night: FirstNight) 
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
+@pytest.mark.parametrize("kind", [".vol1.", ".sigtar.", ".manifest."])
+def test_file_that_is_cut(keyed: Store, first_night: FirstNight, kind: str) -> None:
+    """The night that follows sees it, and does not copy it over the good one elsewhere."""
+    first_night(keyed)
+    mark, path = put_hook(keyed), next(keyed.encrypted.glob(f"*{kind}*"))
+    content = path.read_bytes()
+    os.truncate(path, len(content) - 20)
+    told = keyed.backup(exit_code=3).stderr
+    assert f"{path} is damaged" in told and not mark.exists()
+    path.write_bytes(content)
+    assert keyed.backup("--verify").stderr == keyed.backup().stderr == "" and mark.exists()
+
+
 def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
     """It came back, and a night failed: that one of the same name was told of is no excuse."""
     first_night(keyed)
@@ -586,18 +599,31 @@ def test_file_that_is_lost_again(keyed: Store, first_night: FirstNight) -> None:
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_damaged_last_run_keeps_what_is_old(
-    keyed: Store, first_night: FirstNight, lost: bool
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("lost", ["*", "duplicity-inc.*.manifest*", "duplicity-full.*.manifest*"])
+def test_backups_are_lost_with_last_run(
+    keyed: Store, old_nights: OldNights, damaged: bool, lost: str
 ) -> None:
-    """What it knew to be lacking is unknown then: nothing old goes until a full backup is made.
+    """cache/ tells of them: their copy elsewhere is not thrown away by a hook that mirrors."""
+    old_nights(keyed, "2 days ago", "1 day ago")
+    mark = put_hook(keyed)
+    for path in keyed.encrypted.glob(lost):
+        path.unlink()
+    (keyed.backups / "last-run.json").unlink()
+    if damaged:
+        (keyed.backups / "last-run.json").write_bytes(bytes(500))
+    left = os.listdir(keyed.encrypted)
+    newest_is_lost = "full" not in lost
+    for _ in range(2 if newest_is_lost else 1):
+        assert "is missing" in keyed.backup(exit_code=1 if newest_is_lost else 3).stderr
+        assert not mark.exists() and set(left) <= set(os.listdir(keyed.encrypted))
+    if newest_is_lost:
+        assert "is missing" in keyed.backup("--full", exit_code=3).stderr and not mark.exists()
 
-    That all backups are lost is not passed over either.
-    """
+
+def test_damaged_last_run_keeps_what_is_old(keyed: Store, first_night: FirstNight) -> None:
+    """What it knew to be lacking is unknown then: nothing old goes until a full backup is made."""
     first_night(keyed)
-    for path in keyed.encrypted.iterdir():
-        if lost:
-            path.unlink()
     (keyed.backups / "last-run.json").write_bytes(bytes(500))
     for _ in range(2):
         told = keyed.backup(exit_code=3).stderr
@@ -621,9 +647,10 @@ def test_very_many_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     stem = "duplicity-full.20261122T030000Z"
     volumes = [f"{stem}.vol{number}.difftar.gpg" for number in range(30_000)]
     files = [*volumes, f"{stem}.manifest.gpg"]
-    backup.write_last_run(backup.Record(files=set(files)))
+    backup.write_last_run(backup.Record(files=dict.fromkeys(files, 250_000_000), told=dict.fromkeys(
+        files[-5000:], "is damaged: its checksum is not that in the manifest")))
     noted = backup.new_record().files
-    assert files[-1] in noted and len(noted) > 9000
+    assert files[-1] in noted and len(noted) > 4000
 
 
 @pytest.mark.parametrize("name", [".manifest.", ".vol1."])
