@@ -444,15 +444,12 @@ def perform_backup(settings: Settings, force_full: bool = False) -> int:
                 record.attempt(clean_up, night, record)                         # 13
             record.attempt(grant_group_read, night)                             # 14
         look_for_losses(night, record)
-        # What is lost is looked for while something of its set is there, lest it part a chain.
-        left = backup_files().keys() | broken_in(read_sets(), record.broken)
-        files = {**backup_files(), **record.files}
-        record.files = {name: size for name, size in files.items() if name in left}
+        record.files = files_to_expect(record)
         write_last_run(record)                                                  # 15
         if not record.news:
             run_hook(night, "after-backup", record)
-    log.info("made the %s backup, %s; mail was down for %.1f seconds",
-             record.kind, human_size(record.size), record.downtime.seconds)
+    log.info(f"made the {record.kind} backup, {human_size(record.size)}; mail was down for "
+             f"{record.downtime.seconds:.1f} seconds")
     return exit_code_of(record)
 
 
@@ -777,8 +774,8 @@ def start_services_left_stopped(work: Work, record: Record) -> None:
     An earlier run's keeper died, or they did not start.
     """
     if lines := utils.services_to_start(work.stopped):
-        log.warning("starting %s, which an earlier run left stopped; delete %s if it is to stay so",
-                    " and ".join(lines), work.stopped)
+        log.warning(f"starting {' and '.join(lines)}, which an earlier run left stopped; delete "
+                    f"{work.stopped} if it is to stay so")
         record.downtime.not_started = utils.start_services(
             utils.service_manager(work.environment), lines, work.stopped)
 
@@ -795,9 +792,9 @@ def recover_from_dead_run(work: Work, record: Record) -> None:
                 if any(older.stamp == record.newest_set for older in sets[:-1])
                 and any(why for _, why in check_set(work, found))]
     for stamp in rejected:
-        log.warning("deleting the backup of %s, for its run was ended, and it is damaged", stamp)
+        log.warning(f"deleting the backup of {stamp}, for its run was ended, and it is damaged")
     for path in dead_files(rejected):
-        log.debug("deleting %s", path)
+        log.debug(f"deleting {path}")
         utils.remove(path)
         record.broken.pop(path.name, None)
     utils.remove(TEMPORARY)
@@ -853,8 +850,8 @@ def failed_set_thrown_away(night: Night, record: Record) -> Iterator[None]:
                 if isinstance(failure, Exception):  # and no signal
                     throw_away_archive_directory(night)
         except (OSError, Failure) as error:
-            log.error("the unfinished backup could not be deleted, the next run will: %s",
-                      failure_of(error))
+            log.error("the unfinished backup could not be deleted, the next run will: "
+                      f"{failure_of(error)}")
         raise
 
 
@@ -866,8 +863,8 @@ def throw_away_archive_directory(work: Work) -> None:
     damaged = [name for found in newest_chain(complete_sets())
                for name in found.metadata if run_gpg(work, name).exit_code]
     if damaged:
-        log.error("damaged: %s; fetch from your copy elsewhere and run --verify",
-                  first_of([str(work.backup / ENCRYPTED / name) for name in damaged]))
+        paths = first_of([str(work.backup / ENCRYPTED / name) for name in damaged])
+        log.error(f"damaged: {paths}; fetch from your copy elsewhere and run --verify")
         record_checks([], dict.fromkeys(damaged, "is damaged"))
     else:
         utils.remove(ARCHIVE)
@@ -879,8 +876,8 @@ def make_directories(night: Night) -> None:
     utils.make_owned_directory(CACHE, 0o700, 0)
     if not KEY.exists():
         utils.write_atomically(KEY, base64.b64encode(secrets.token_bytes(48)).decode() + "\n")
-        log.warning("made a new key, %s: keep a copy of it elsewhere, for without it no "
-                    "backup can be opened", KEY.absolute())
+        log.warning(f"made a new key, {KEY.absolute()}: keep a copy of it elsewhere, for without "
+                    "it no backup can be opened")
 
 
 # Step 4: the layout of old
@@ -922,8 +919,8 @@ def migrate_legacy_layout(work: Work) -> DirectoryState | None:
     if orphans:
         utils.make_owned_directory(LEGACY, 0o700, 0)
         log.warning("old copies without a plain original of their size that can be read are moved "
-                    "to %s, %d in number; see there whether you need them",
-                    LEGACY.absolute(), len(orphans))
+                    f"to {LEGACY.absolute()}, {len(orphans)} in number; see there whether you need "
+                    "them")
         for name in orphans:
             shutil.move(ENCRYPTED / name, unused(LEGACY / name), copy_to_disk)
     return state
@@ -1105,6 +1102,16 @@ def backup_files() -> dict[str, int | None]:
     return {name: size for name, size in sizes.items() if size and key_of(name)}
 
 
+def files_to_expect(record: Record) -> dict[str, int | None]:
+    """Return the backup files that the next run is to find, see Record.
+
+    What is lost is looked for while something of its set is there, lest it part a chain.
+    """
+    files = {**backup_files(), **record.files}
+    expected = backup_files().keys() | broken_in(read_sets(), record.broken)
+    return {name: size for name, size in files.items() if name in expected}
+
+
 def broken_files(files: Mapping[str, int | None], keep_days: int) -> dict[str, str]:
     """Return what is known to be wrong with backup files, by name.
 
@@ -1199,30 +1206,25 @@ def make_room(night: Night, record: Record, sets: Sets, kind: str) -> None:
     Not while the newest chain is damaged or incomplete, or a file is waited for, and never
     that chain. sets: the complete ones, oldest first. kind: of the next backup. Raises Failure.
     """
-    chain, lacking = newest_chain(sets), None
-    try:
-        check_room(night, sets, kind)
-    except Failure as error:
-        lacking = error
-    if lacking or record.failed:
-        if chain and not broken_in(chain, record.broken) and not must_keep_all(
-                night, record, sets):
-            with utils.own_directory(TEMPORARY):
-                record.attempt(delete_old_chains, night, record, chain[0].date)
-            check_room(night, sets, kind)
-        elif lacking:
-            record.told = record.broken  # that the next run need not wait for it
-            raise lacking
+    chain, lacking = newest_chain(sets), lack_of_room(night, sets, kind)
+    if (lacking or record.failed) and chain and not broken_in(
+            chain, record.broken) and not must_keep_all(night, record, sets):
+        with utils.own_directory(TEMPORARY):
+            record.attempt(delete_old_chains, night, record, chain[0].date)
+        lacking = lack_of_room(night, sets, kind)
+    if lacking:
+        record.told = record.broken  # that the next run need not wait for it
+        raise Failure(lacking)
 
 
-def check_room(
+def lack_of_room(
     work: Work, sets: Sets, kind: str, freed: int = 0, disk: Path = Path()
-) -> None:
-    """Check that there is room for the next backup and for duplicity's temporary files.
+) -> str:
+    """Return what lacks room for the next backup and duplicity's temporary files, empty if none.
 
     sets: the complete ones, oldest first. kind: of the next backup, which is taken to be as
     big as the newest of its kind. freed: bytes that will be free until then. disk: a
-    directory on the disk that they go to. Raises Failure.
+    directory on the disk that they go to.
     """
     size = sum([found.size for found in sets if found.full == (kind == "full")][-1:])
     needed = {disk: size + TEMPORARY_BYTES}
@@ -1231,9 +1233,9 @@ def check_room(
     for place, room in needed.items():
         free, room = shutil.disk_usage(place).free + freed, room + reserve_bytes(place)
         if free < room:
-            raise Failure(f"{work.backup if place == disk else place.absolute()} has "
-                          f"{human_size(free)} free and a backup needs {human_size(room)} at "
-                          "least; make room there")
+            return (f"{work.backup if place == disk else place.absolute()} has {human_size(free)} "
+                    f"free and a backup needs {human_size(room)} at least; make room there")
+    return ""
 
 
 def remove_damaged_notes(work: Work) -> list[str]:
@@ -1267,7 +1269,7 @@ def run_hook(night: Night, name: str, record: Record) -> None:
     """
     hook, user = night.backup / name, night.user
     if name in os.listdir():  # also one whose inode is damaged
-        log.info("running the hook %s", hook)
+        log.info(f"running the hook {hook}")
         environment = {**night.settings, "PATH": night.environment["PATH"],
                        "HOME": user.pw_dir, "USER": user.pw_name}
         answer = utils.shell(
@@ -1294,7 +1296,7 @@ def copy_of_tree(night: Night, record: Record) -> Iterator[utils.Mirror | None]:
     excluded = {night.backup.name, COPY_BESIDE, *night.excluded}
     copy = None
     record.mounted = mounts_in_tree(night)
-    log.info("copying %s while mail runs", night.root)
+    log.info(f"copying {night.root} while mail runs")
     with ExitStack() as stack:
         stack.callback(record.attempt, remove_copy, place)
         try:
@@ -1355,9 +1357,9 @@ def mail_stopped(night: Night, record: Record, lock: int) -> Iterator[None]:
             yield
     except Interrupted:
         if record.downtime.seconds and not record.downtime.not_started:
-            log.warning("mail is back after %.1f seconds", record.downtime.seconds)
+            log.warning(f"mail is back after {record.downtime.seconds:.1f} seconds")
         raise
-    log.info("mail is back after %.1f seconds", record.downtime.seconds)
+    log.info(f"mail is back after {record.downtime.seconds:.1f} seconds")
     if record.downtime.seconds > LONG_DOWNTIME_SECONDS:
         if record.source == "direct":
             record.warn(f"{record.remarks.pop(0)}; make room there, or mount elsewhere what is "
@@ -1473,7 +1475,7 @@ def run_duplicity(
         if fatal and now > max(fatal.values()) + HANGING_SECONDS:
             os.killpg(process, signal.SIGKILL)
 
-    log.debug("running %s", shlex.join(command))
+    log.debug(f"running {shlex.join(command)}")
     passphrase = read_passphrase()
     # A relative directory for temporary files would be made absolute.
     environment = {**work.environment, "PASSPHRASE": passphrase,
@@ -1509,7 +1511,7 @@ def make_set(
     if not copy and not os.path.samefile(".", night.backup):
         raise Failure(f"somebody renamed {night.backup}; give it its name back")
     entries = utils.count_entries(tree) if copy else record.entries
-    log.info("duplicity makes the %s backup of %s", action, root)
+    log.info(f"duplicity makes the {action} backup of {root}")
     command = set_command(night, action, copy.target if copy else None)
     with progress() as draw:
         total = utils.content_size(tree) if draw and copy and action == "full" else None
@@ -1732,7 +1734,7 @@ def clean_up(night: Night, record: Record) -> None:
 
 def run_pruning(night: Night, record: Record, action: str, *age: str) -> None:
     """Run remove-older-than or cleanup; that it fails needs attention, no more."""
-    log.info("deleting old backups: %s", action)
+    log.info(f"deleting old backups: {action}")
     answer, _ = run_duplicity(night, pruning_command(action, *age))
     if answer.exit_code:
         record.warn(explain(action, answer))
@@ -1802,8 +1804,8 @@ def last_run_recorded() -> Iterator[Record]:
         write_last_run(record)
     finally:
         for name, why in record.downtime.not_started.items():
-            log.error("%s could not be started again; mend it, the next run tries it, too: %s",
-                      name, why)
+            log.error(f"{name} could not be started again; mend it, the next run tries it, too: "
+                      f"{why}")
 
 
 def new_record() -> Record:
@@ -2312,7 +2314,7 @@ def reader_of(
         utils.check_owned_directory(ENCRYPTED)
         check_key()
     except Failure as error:  # a rescue is no time for manners
-        log.warning("what is read may be somebody else's: %s", error)
+        log.warning(f"what is read may be somebody else's: {error}")
     with ExitStack() as stack:
         backup = stack.enter_context(utils.opened("."))
         own = stack.enter_context(reader_directory(backup))
@@ -2384,7 +2386,7 @@ def link(path: Path, own: Path, backup: int) -> None:
     except FileNotFoundError:
         raise
     except OSError as error:
-        log.debug("what a backup prunes meanwhile cannot be read: %s", error)
+        log.debug(f"what a backup prunes meanwhile cannot be read: {error}")
         os.symlink(utils.path_of(backup) / path, own / path)
 
 
@@ -2411,7 +2413,7 @@ def prefer_encrypted_manifests(reader: Reader, exit_code: int) -> None:
             raise Failure(f"{reader.backup / ENCRYPTED / found.manifest} cannot be used; "
                           f"{PUT_BACK}: gpg ended with {answer}", exit_code)
         for volume in sorted(named - found.volumes):
-            log.warning("%s is missing; %s", reader.backup / ENCRYPTED / volume, PUT_BACK)
+            log.warning(f"{reader.backup / ENCRYPTED / volume} is missing; {PUT_BACK}")
 
 
 def verify(reader: Reader) -> dict[str, str]:
@@ -2481,7 +2483,7 @@ def check_set(
         elif name not in checksums:
             yield name, "is not in its set's manifest"
         elif is_asked(name):
-            log.debug("checking %s", work.backup / ENCRYPTED / name)
+            log.debug(f"checking {work.backup / ENCRYPTED / name}")
             try:
                 good = utils.sha1_of(ENCRYPTED / name) == checksums[name]
                 yield name, "" if good else "is damaged: its checksum is not that in the manifest"
@@ -2491,7 +2493,7 @@ def check_set(
 
 def gpg_check(work: Work, name: str, take_text: utils.TakeLine | None = None) -> str:
     """Return what is wrong with a file that gpg opens, empty if nothing is. See run_gpg."""
-    log.debug("checking %s", work.backup / ENCRYPTED / name)
+    log.debug(f"checking {work.backup / ENCRYPTED / name}")
     answer = run_gpg(work, name, take_text)
     if is_wrong_key(answer):
         return "was made with another key than this, or it is damaged"
@@ -2604,8 +2606,8 @@ def chain_at(sets: Sets, time: str | None = None) -> list[BackupSet]:
     taken, asked = (found[-1] if time is None else set_of_time(found, time, now)
                     for found in (whole, sets))
     if asked != taken:
-        log.warning("the backup of %s lacks what it builds on, see --verify: that of %s is taken",
-                    asked.date.astimezone(), taken.date.astimezone())
+        log.warning(f"the backup of {asked.date.astimezone()} lacks what it builds on, see "
+                    f"--verify: that of {taken.date.astimezone()} is taken")
     return chains[taken]
 
 
@@ -2626,7 +2628,7 @@ def restore(reader: Reader, wanted: str, place: int) -> bool:
     os.mkdir(fresh, 0o700, dir_fd=place)
     with utils.opened(fresh, parent=place) as descriptor:
         target = utils.path_of(descriptor) / "restored"
-        log.info("restoring %s to %s", printable(wanted) if part else "everything", directory)
+        log.info(f"restoring {printable(wanted) or 'everything'} to {directory}")
         command = ["env", f"WANTED={wanted}", *duplicity_command(
             "restore", "-t", chain[-1].stamp, *part, TARGET, str(target))]
         try:
@@ -2644,13 +2646,13 @@ def restore(reader: Reader, wanted: str, place: int) -> bool:
             try:
                 os.rmdir(fresh, dir_fd=place)
             except OSError:  # it is not empty
-                log.warning("what was restored until then is in %s", directory / fresh)
+                log.warning(f"what was restored until then is in {directory / fresh}")
     if stat.S_ISDIR(status.st_mode):
         utils.set_metadata(".", status, place)
     if lost := read_machine_log(lines)[1]:  # the disk refused something (seen: 0.8.22)
         raise Failure(f"not all could be restored to {directory}; try another disk: "
                       f"{first_of(lost)}")
-    log.info("restored to %s", directory)
+    log.info(f"restored to {directory}")
     return True
 
 
@@ -2715,7 +2717,7 @@ def restore_directory(work: Work, name: str) -> Iterator[int]:
             raise Failure(f"another restore to {directory} is under way; wait for it to end, or "
                           "name another directory", 2) from error
         except OSError as error:  # NFS locks no directory
-            log.debug("%s is not locked: %s", directory, error)
+            log.debug(f"{directory} is not locked: {error}")
         if os.listdir(place):
             raise Failure(f"{directory} is there already and not empty; name a "
                           "directory that does not exist yet", 2)
@@ -2786,7 +2788,8 @@ def show_plan(night: Night, force_full: bool) -> None:
         broken = broken_files(record.files, night.keep_days)
         reason = reason_for_full(sets, night.now, broken, force_full)
         kind = "full" if reason else "incremental"
-        check_room(night, sets, kind, freed, disk)
+        if lacking := lack_of_room(night, sets, kind, freed, disk):
+            raise Failure(lacking)
         print(f"make a full backup: {reason}" if reason else "make an incremental backup")
         if PLAIN.exists():
             print(f"move {printable(str(PLAIN.absolute()))} to {printable(str(night.migrated))}")
@@ -3043,7 +3046,7 @@ def show_damage(settings: Settings, with_live_files: bool) -> int:
 
 def name_backup(chain: Sets) -> None:
     """Say which backup is read, the last of a chain."""
-    log.warning("backup of %s", chain[-1].date.astimezone())
+    log.warning(f"backup of {chain[-1].date.astimezone()}")
 
 
 def list_or_restore(options: argparse.Namespace, settings: Settings) -> None:
