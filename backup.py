@@ -1107,9 +1107,10 @@ def files_to_expect(record: Record) -> dict[str, int | None]:
 
     What is lost is looked for while something of its set is there, lest it part a chain.
     """
-    files = {**backup_files(), **record.files}
-    expected = backup_files().keys() | broken_in(read_sets(), record.broken)
-    return {name: size for name, size in files.items() if name in expected}
+    there = backup_files()
+    expected = there.keys() | broken_in(read_sets(), record.broken)
+    # The size from before: of one that was cut since the present one would pass for right.
+    return {name: record.files.get(name) or there.get(name) for name in sorted(expected)}
 
 
 def broken_files(files: Mapping[str, int | None], keep_days: int) -> dict[str, str]:

@@ -571,11 +571,21 @@ def test_damaged_file_that_is_lost_later(keyed: Store, first_night: FirstNight) 
     assert f"{volume} is missing" in keyed.backup(exit_code=3).stderr and not mark.exists()
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
 @pytest.mark.parametrize("kind", [".vol1.", ".sigtar.", ".manifest."])
-def test_file_that_is_cut(keyed: Store, first_night: FirstNight, kind: str) -> None:
-    """The night that follows sees it, and does not copy it over the good one elsewhere."""
+def test_file_that_is_cut(
+    keyed: Store, first_night: FirstNight, kind: str, forgotten: bool
+) -> None:
+    """The night that follows sees it, and does not copy it over the good one elsewhere.
+
+    So it does when last-run.json was lost, and a night has been well since.
+    """
     first_night(keyed)
-    mark, path = put_hook(keyed), next(keyed.encrypted.glob(f"*{kind}*"))
+    path = next(keyed.encrypted.glob(f"*{kind}*"))
+    if forgotten:
+        (keyed.backups / "last-run.json").unlink()
+        keyed.backup()
+    mark = put_hook(keyed)
     content = path.read_bytes()
     os.truncate(path, len(content) - 20)
     told = keyed.backup(exit_code=3).stderr
