@@ -980,11 +980,18 @@ def bytes_read_by(process: int) -> int:
     return 0
 
 
-def state_of(process: int) -> bytes:
-    """Return what the kernel tells of a process: as long as that works it changes, see proc(5)."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_bytes()
-    return b""
+def state_of(session: int) -> bytes:
+    """Return what the kernel tells of a session's processes: as long as one works it changes.
+
+    session: the process id of its leader. See proc(5): the session is the sixth field.
+    """
+    states = b""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may just have ended
+            state = path.read_bytes()
+            if int(state.rpartition(b")")[2].split()[3]) == session:
+                states += state
+    return states
 
 
 def find_program(name: str, environment: Mapping[str, str]) -> str:

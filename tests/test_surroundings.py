@@ -104,6 +104,20 @@ exec REAL "$@"
     assert "duplicity stood still for 1 seconds" in result.stderr
 
 
+def test_duplicity_of_a_launcher(keyed: Store) -> None:
+    """A shell that only waits for it, as snap's does, does not pass for one that stands still."""
+    keyed.stand_in("duplicity", """#!/bin/sh
+if [ $1 = full ]; then
+    (for time in $(seq 80); do sleep 0.1; done)
+fi
+REAL "$@"
+exit $?
+""")
+    program = keyed.changed_program("STALLED_SECONDS = 600", "STALLED_SECONDS = 1")
+    result = keyed.run("timeout", "120", PYTHON, program, *keyed.command("--full")[2:])
+    assert result.stderr == "" and len(keyed.manifests()) == 1
+
+
 @pytest.mark.parametrize("option", ["--restore=--", "--config=--"])
 def test_value_that_argparse_takes_away(keyed: Store, option: str) -> None:
     """`--` is an empty list to it: what was to be a restore stops no mail."""
