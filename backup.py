@@ -1465,7 +1465,7 @@ def run_duplicity(
     def end_if_hanging(process: int) -> None:
         nonlocal state, changed
         watch(process)
-        before, state = state, utils.state_of(process)  # a launcher, as snap's, only waits for it
+        before, state = state, utils.state_of(process)  # a launcher only waits for it
         now = time.monotonic()
         if state != before:
             changed = now

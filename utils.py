@@ -983,14 +983,13 @@ def bytes_read_by(process: int) -> int:
 def state_of(session: int) -> bytes:
     """Return what the kernel tells of a session's processes: as long as one works it changes.
 
-    session: the process id of its leader. See proc(5): the session is the sixth field.
+    session: the process id of its leader. See proc(5).
     """
     states = b""
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # it may just have ended
-            state = path.read_bytes()
-            if int(state.rpartition(b")")[2].split()[3]) == session:
-                states += state
+            if os.getsid(int(name)) == session:
+                states += Path(f"/proc/{name}/stat").read_bytes()
     return states
 
 

@@ -105,7 +105,7 @@ exec REAL "$@"
 
 
 def test_duplicity_of_a_launcher(keyed: Store) -> None:
-    """A shell that only waits for it, as snap's does, does not pass for one that stands still."""
+    """A shell that only waits for it does not pass for one that stands still."""
     keyed.stand_in("duplicity", """#!/bin/sh
 if [ $1 = full ]; then
     (for time in $(seq 80); do sleep 0.1; done)
